@@ -1,0 +1,137 @@
+"""Model geometry: the three ViT backbones, the five published models, and every shape derived from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet RGB statistics on [0, 1] pixels, applied inside the model
+IMAGE_STD = (0.229, 0.224, 0.225)
+LAYER_NORM_EPS = 1e-12  # the ViT-MAE backbones' value, for encoder and decoder alike
+NORMALIZE_EPS = 1e-7  # floor of the l2 norm before the spatial-map logits
+CODEBOOK_SIZE = 1024
+CODE_DIM = 256
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Geometry of one ViT. Lengths are in channels, sizes in pixels.
+
+    Raises:
+        ValueError: a field is not a positive integer, or the fields contradict one another.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    patch_size: int
+    image_size: int = 224
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"backbone {field.name} must be a positive integer, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"backbone hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"backbone image_size {self.image_size} is smaller than one patch of {self.patch_size}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches a side at `image_size`: the side of the position table."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid * self.grid
+
+    @classmethod
+    def resolve(cls, backbone: str | Mapping[str, object] | BackboneConfig) -> BackboneConfig:
+        """A backbone from its published name or from a mapping of this class's fields.
+
+        Raises:
+            ValueError: unknown name, unknown or missing field.
+        """
+        if isinstance(backbone, cls):
+            return backbone
+        if isinstance(backbone, str):
+            if backbone not in BACKBONES:
+                raise ValueError(f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}, or give its fields as an object")
+            return BACKBONES[backbone]
+        if not isinstance(backbone, Mapping):
+            raise ValueError(f"backbone must be a name or an object of fields, got {type(backbone).__name__}")
+        known = {field.name for field in fields(cls)}
+        unknown, missing = set(backbone) - known, known - {"image_size"} - set(backbone)
+        if unknown or missing:
+            raise ValueError(f"backbone object: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
+        return cls(**backbone)  # type: ignore[arg-type]
+
+
+BACKBONES = {
+    "facebook/vit-mae-base": BackboneConfig(768, 12, 12, 3072, 16),
+    "facebook/vit-mae-large": BackboneConfig(1024, 24, 16, 4096, 16),
+    "facebook/vit-mae-huge": BackboneConfig(1280, 32, 16, 5120, 14),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One STELLAR model: a backbone, K sparse tokens, and the reconstruction decoder's depth.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    name: str
+    backbone: BackboneConfig
+    num_sparse_tokens: int = 16
+    num_decoder_layers: int = 6
+    spatial_temp: float | None = 0.06
+    weights: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("num_sparse_tokens", "num_decoder_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{self.name}: {name} must be a positive integer, got {value!r}")
+        if self.spatial_temp is not None and not self.spatial_temp > 0:
+            raise ValueError(f"{self.name}: spatial_temp must be positive or null, got {self.spatial_temp!r}")
+
+    @property
+    def decoder(self) -> BackboneConfig:
+        """The reconstruction decoder's ViT: width and depth apart, the same in every published model."""
+        return BackboneConfig(512, self.num_decoder_layers, 8, 2048, 16)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens an image at the backbone's own image size: CLS, patches, sparse tokens."""
+        return 1 + self.backbone.num_patches + self.num_sparse_tokens
+
+
+def _published(name: str, backbone: str, tokens: int) -> ModelConfig:
+    return ModelConfig(name, BACKBONES[backbone], num_sparse_tokens=tokens, weights=f"{name}.safetensors")
+
+
+MODELS = {
+    config.name: config
+    for config in (
+        _published("stellar-b16", "facebook/vit-mae-base", 16),
+        _published("stellar-l16", "facebook/vit-mae-large", 16),
+        _published("stellar-h16", "facebook/vit-mae-huge", 16),
+        _published("stellar-b8", "facebook/vit-mae-base", 8),
+        _published("stellar-b24", "facebook/vit-mae-base", 24),
+    )
+}
+
+
+def list_models() -> list[str]:
+    """Names of the five published models."""
+    return list(MODELS)

@@ -1,0 +1,45 @@
+"""Every error that this package raises on purpose, beside plain `ValueError` and `TypeError` for arguments."""
+
+
+class StellarError(Exception):
+    """Base of the errors below."""
+
+
+class CheckpointError(StellarError, ValueError):
+    """A weights file or its tensors are not what the model needs."""
+
+
+class DownloadError(StellarError, OSError):
+    """A file could not be had from the Hub, the cache or a local folder."""
+
+
+class ImageError(StellarError, ValueError):
+    """One image could not become model input.
+
+    Attributes:
+        path: where the image came from (a path, or a description such as "<PIL image>").
+        reason: one line that says what is wrong with it.
+    """
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self):  # worker processes send these back, and Exception pickles its message alone
+        return type(self), (self.path, self.reason)
+
+
+class ForkError(StellarError, RuntimeError):
+    """An engine was used in a process forked after the engine was made."""
+
+
+class MissingExtraError(StellarError, ImportError):
+    """An optional dependency is needed; the message names the extra that brings it."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional dependency: pip install 'stellar-fast[{extra}]'")
+        self.extra = extra
+
+    def __reduce__(self):
+        return RuntimeError, (str(self),)

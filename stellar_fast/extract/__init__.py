@@ -1,0 +1,1 @@
+"""Extraction of features from many images: readers, writers, the loop between them."""
