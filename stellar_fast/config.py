@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet RGB statistics on [0, 1] pixels, applied inside the model
+IMAGE_MEAN = (
+    0.485,
+    0.456,
+    0.406,
+)  # ImageNet RGB statistics on [0, 1] pixels, applied inside the model
 IMAGE_STD = (0.229, 0.224, 0.225)
 LAYER_NORM_EPS = 1e-12  # the ViT-MAE backbones' value, for encoder and decoder alike
 NORMALIZE_EPS = 1e-7  # floor of the l2 norm before the spatial-map logits
@@ -38,7 +42,9 @@ class BackboneConfig:
                 f"backbone hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
             )
         if self.image_size < self.patch_size:
-            raise ValueError(f"backbone image_size {self.image_size} is smaller than one patch of {self.patch_size}")
+            raise ValueError(
+                f"backbone image_size {self.image_size} is smaller than one patch of {self.patch_size}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -64,14 +70,20 @@ class BackboneConfig:
             return backbone
         if isinstance(backbone, str):
             if backbone not in BACKBONES:
-                raise ValueError(f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}, or give its fields as an object")
+                raise ValueError(
+                    f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}, or give its fields as an object"
+                )
             return BACKBONES[backbone]
         if not isinstance(backbone, Mapping):
-            raise ValueError(f"backbone must be a name or an object of fields, got {type(backbone).__name__}")
+            raise ValueError(
+                f"backbone must be a name or an object of fields, got {type(backbone).__name__}"
+            )
         known = {field.name for field in fields(cls)}
         unknown, missing = set(backbone) - known, known - {"image_size"} - set(backbone)
         if unknown or missing:
-            raise ValueError(f"backbone object: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
+            raise ValueError(
+                f"backbone object: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}"
+            )
         return cls(**backbone)  # type: ignore[arg-type]
 
 
@@ -103,7 +115,9 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{self.name}: {name} must be a positive integer, got {value!r}")
         if self.spatial_temp is not None and not self.spatial_temp > 0:
-            raise ValueError(f"{self.name}: spatial_temp must be positive or null, got {self.spatial_temp!r}")
+            raise ValueError(
+                f"{self.name}: spatial_temp must be positive or null, got {self.spatial_temp!r}"
+            )
 
     @property
     def decoder(self) -> BackboneConfig:
@@ -117,7 +131,9 @@ class ModelConfig:
 
 
 def _published(name: str, backbone: str, tokens: int) -> ModelConfig:
-    return ModelConfig(name, BACKBONES[backbone], num_sparse_tokens=tokens, weights=f"{name}.safetensors")
+    return ModelConfig(
+        name, BACKBONES[backbone], num_sparse_tokens=tokens, weights=f"{name}.safetensors"
+    )
 
 
 MODELS = {

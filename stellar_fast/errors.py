@@ -26,7 +26,9 @@ class ImageError(StellarError, ValueError):
         self.path = str(path)
         self.reason = reason
 
-    def __reduce__(self):  # worker processes send these back, and Exception pickles its message alone
+    def __reduce__(
+        self,
+    ):  # worker processes send these back, and Exception pickles its message alone
         return type(self), (self.path, self.reason)
 
 
@@ -38,7 +40,9 @@ class MissingExtraError(StellarError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs an optional dependency: pip install 'stellar-fast[{extra}]'")
+        super().__init__(
+            f"{feature} needs an optional dependency: pip install 'stellar-fast[{extra}]'"
+        )
         self.extra = extra
 
     def __reduce__(self):

@@ -31,7 +31,9 @@ _RENAMED = {  # part of a block's name in the renamed spelling -> in the publish
     "layernorm_before": "layernorm_before",
     "layernorm_after": "layernorm_after",
 }
-_RENAMED_KEY = re.compile(rf"({'|'.join(VIT_TREES)})\.layers\.(\d+)\.({'|'.join(map(re.escape, _RENAMED))})\.(weight|bias)")
+_RENAMED_KEY = re.compile(
+    rf"({'|'.join(VIT_TREES)})\.layers\.(\d+)\.({'|'.join(map(re.escape, _RENAMED))})\.(weight|bias)"
+)
 
 
 def canonical_name(name: str) -> str:
@@ -54,7 +56,9 @@ def canonical(state: Mapping[str, T]) -> dict[str, T]:
     for name in state:
         other = names.setdefault(canonical_name(name), name)
         if other != name:
-            raise CheckpointError(f"tensors {other!r} and {name!r} are the same parameter in two spellings; keep one of them")
+            raise CheckpointError(
+                f"tensors {other!r} and {name!r} are the same parameter in two spellings; keep one of them"
+            )
     return {new: state[old] for new, old in names.items()}
 
 
@@ -71,7 +75,12 @@ def vit_shapes(config: BackboneConfig, tree: str) -> Shapes:
         block = f"{tree}.encoder.layer.{layer}"
         for norm in ("layernorm_before", "layernorm_after"):
             shapes |= {f"{block}.{norm}.weight": (width,), f"{block}.{norm}.bias": (width,)}
-        for part in ("attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense"):
+        for part in (
+            "attention.attention.query",
+            "attention.attention.key",
+            "attention.attention.value",
+            "attention.output.dense",
+        ):
             shapes |= linear_shapes(f"{block}.{part}", width, width)
         shapes |= linear_shapes(f"{block}.intermediate.dense", mlp, width)
         shapes |= linear_shapes(f"{block}.output.dense", width, mlp)
@@ -94,9 +103,17 @@ def cluster_head_shapes(name: str, width: int) -> Shapes:
 def encode_shapes(config: ModelConfig) -> Shapes:
     """What `encode` reads: the encoder without its pooler, the sparse tokens and the two projections."""
     width = config.backbone.hidden_size
-    shapes = {name: shape for name, shape in vit_shapes(config.backbone, "encoder").items() if ".pooler." not in name}
+    shapes = {
+        name: shape
+        for name, shape in vit_shapes(config.backbone, "encoder").items()
+        if ".pooler." not in name
+    }
     shapes["sparse_tokens"] = (config.num_sparse_tokens, width)
-    return shapes | linear_shapes("dense_proj", width, width) | linear_shapes("sparse_proj", width, width)
+    return (
+        shapes
+        | linear_shapes("dense_proj", width, width)
+        | linear_shapes("sparse_proj", width, width)
+    )
 
 
 def reconstruct_shapes(config: ModelConfig, *, pixel_head: bool = False) -> Shapes:
@@ -110,20 +127,31 @@ def reconstruct_shapes(config: ModelConfig, *, pixel_head: bool = False) -> Shap
     shapes |= linear_shapes("decoder_proj", width, config.backbone.hidden_size)
     shapes["position_embedding.positional_encoding_gaussian_matrix"] = (2, width // 2)
     if pixel_head:
-        return shapes | {"reconstruction_head.weight": (width, 3, patch, patch), "reconstruction_head.bias": (3,)}
+        return shapes | {
+            "reconstruction_head.weight": (width, 3, patch, patch),
+            "reconstruction_head.bias": (3,),
+        }
     return shapes | linear_shapes("reconstruction_head", CODEBOOK_SIZE, width)
 
 
-def published_shapes(config: ModelConfig, *, pixel_head: bool = False, teacher: bool = False) -> Shapes:
+def published_shapes(
+    config: ModelConfig, *, pixel_head: bool = False, teacher: bool = False
+) -> Shapes:
     """Every tensor of a published file, unused ones included."""
     width = config.backbone.hidden_size
     shapes = vit_shapes(config.backbone, "encoder") | encode_shapes(config)
-    shapes |= vit_shapes(config.decoder, "decoder") | reconstruct_shapes(config, pixel_head=pixel_head)
-    shapes |= cluster_head_shapes("clustering_head", width) | cluster_head_shapes("cls_cluster_head", width)
+    shapes |= vit_shapes(config.decoder, "decoder") | reconstruct_shapes(
+        config, pixel_head=pixel_head
+    )
+    shapes |= cluster_head_shapes("clustering_head", width) | cluster_head_shapes(
+        "cls_cluster_head", width
+    )
     if teacher:
         shapes |= vit_shapes(config.backbone, "teacher_encoder")
         shapes["teacher_sparse_tokens"] = (config.num_sparse_tokens, width)
-        shapes |= cluster_head_shapes("teacher_head", width) | cluster_head_shapes("teacher_cls_head", width)
+        shapes |= cluster_head_shapes("teacher_head", width) | cluster_head_shapes(
+            "teacher_cls_head", width
+        )
     return shapes
 
 
@@ -141,20 +169,31 @@ def _res_block_shapes(name: str, inner: int, outer: int) -> Shapes:
     return shapes
 
 
-VQGAN_CHANNELS = (128, 128, 256, 256, 512)  # hidden 128 times (1, 1, 2, 2, 4), level 0 is the finest
+VQGAN_CHANNELS = (
+    128,
+    128,
+    256,
+    256,
+    512,
+)  # hidden 128 times (1, 1, 2, 2, 4), level 0 is the finest
 VQGAN_BLOCKS = 2
 
 
 def vqgan_decoder_shapes() -> Shapes:
     """What decoding codes to pixels reads: the decoder and the codebook."""
     top, bottom = VQGAN_CHANNELS[-1], VQGAN_CHANNELS[0]
-    shapes: Shapes = {"decoder.conv_in.weight": (top, CODE_DIM, 3, 3), "decoder.conv_in.bias": (top,)}
+    shapes: Shapes = {
+        "decoder.conv_in.weight": (top, CODE_DIM, 3, 3),
+        "decoder.conv_in.bias": (top,),
+    }
     for block in range(VQGAN_BLOCKS):
         shapes |= _res_block_shapes(f"decoder.mid.{block}", top, top)
     width = top
     for level in reversed(range(len(VQGAN_CHANNELS))):
         for block in range(VQGAN_BLOCKS):
-            shapes |= _res_block_shapes(f"decoder.up.{level}.block.{block}", width, VQGAN_CHANNELS[level])
+            shapes |= _res_block_shapes(
+                f"decoder.up.{level}.block.{block}", width, VQGAN_CHANNELS[level]
+            )
             width = VQGAN_CHANNELS[level]
         if level > 0:
             shapes[f"decoder.up.{level}.upsample_conv.weight"] = (width, width, 3, 3)
@@ -175,5 +214,8 @@ def vqgan_shapes() -> Shapes:
     for block in range(VQGAN_BLOCKS):
         shapes |= _res_block_shapes(f"encoder.mid.{block}", top, top)
     shapes |= {"encoder.norm_out.weight": (top,), "encoder.norm_out.bias": (top,)}
-    shapes |= {"encoder.conv_out.weight": (CODE_DIM, top, 1, 1), "encoder.conv_out.bias": (CODE_DIM,)}
+    shapes |= {
+        "encoder.conv_out.weight": (CODE_DIM, top, 1, 1),
+        "encoder.conv_out.bias": (CODE_DIM,),
+    }
     return shapes | vqgan_decoder_shapes()

@@ -1,0 +1,60 @@
+"""STELLAR's reconstruction decoder over packed weights and an injected `ops` namespace."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import LAYER_NORM_EPS, ModelConfig
+from .encoder import run_block
+from .vqgan import decode_codes
+from .weights import DecoderWeights
+
+
+def square_grid(patches: int) -> int:
+    """Side of the square grid of `patches` cells.
+
+    Raises:
+        ValueError: `patches` is no square number; the decoder's position code is that of a square grid.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(
+            f"reconstruct needs features of a square grid of patches, got {patches} patches an image; "
+            "encode square images"
+        )
+    return side
+
+
+def reconstruct(
+    ops, weights: DecoderWeights, config: ModelConfig, lowrank: Tensor, code: Tensor
+) -> dict[str, Tensor]:
+    """Pixels from low-rank features.
+
+    Args:
+        lowrank: (B, P, D), P a square number.
+        code: (P, 512), the grid's position code in `lowrank`'s dtype.
+
+    Returns:
+        With the tokenizer: reconstruction (B, 3, 16 h, 16 w), tokens (B, P) int64, logits (B, P, 1024).
+        With the pixel head: reconstruction (B, 3, p h, p w) alone.
+    """
+    side = square_grid(lowrank.shape[1])
+    x = ops.linear(lowrank, weights.decoder_proj.weight, weights.decoder_proj.bias)
+    x = x + code
+    for block in weights.blocks:
+        x = run_block(ops, block, x, config.decoder.num_attention_heads)
+    x = ops.norm(x, weights.norm.weight, weights.norm.bias, LAYER_NORM_EPS)
+    if weights.vqgan is None:
+        grid = x.transpose(1, 2).unflatten(2, (side, side))
+        pixels = F.conv_transpose2d(
+            grid, weights.head.weight, weights.head.bias, stride=config.backbone.patch_size
+        )
+        return {"reconstruction": pixels}
+    logits = ops.linear(x, weights.head.weight, weights.head.bias)
+    tokens = logits.argmax(-1)
+    pixels = decode_codes(weights.vqgan, tokens.unflatten(1, (side, side)))
+    return {"reconstruction": torch.clamp(pixels, 0, 1), "tokens": tokens, "logits": logits}

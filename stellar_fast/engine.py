@@ -1,0 +1,325 @@
+"""The engine: a loaded model, ready for many threads, that owns no memory its callers see."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import decoder, encoder, torch_ops
+from .config import ModelConfig
+from .encoder import OUTPUTS
+from .errors import ForkError, StellarError
+from .inputs import as_batch, check_size
+from .inputs import check_range as check_pixel_range
+from .weights import DecoderWeights, EncoderWeights, position_code
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TABLES_CACHED = 32  # position tables kept, one for each image size
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """ "auto" -> bf16 where the device has bf16 matrix units (AMX, sm_80 and later), else fp32.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            matrix_units = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            matrix_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        return "bf16" if matrix_units else "fp32"
+    if precision not in DTYPES:
+        raise ValueError(f"unknown precision {precision!r}; known: auto, {', '.join(DTYPES)}")
+    return precision
+
+
+def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
+    """Feature names in the order of `OUTPUTS`; None is all of them.
+
+    Raises:
+        ValueError: an unknown name, or none at all.
+    """
+    if outputs is None:
+        return OUTPUTS
+    wanted = {outputs} if isinstance(outputs, str) else set(outputs)
+    unknown = sorted(map(str, wanted - set(OUTPUTS)))
+    if unknown or not wanted:
+        raise ValueError(
+            f"outputs must name some of {', '.join(OUTPUTS)}; got {', '.join(unknown) or 'none'}"
+        )
+    return tuple(name for name in OUTPUTS if name in wanted)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; on the CPU that is a plain RuntimeError, told by its text."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "not enough memory" in text
+
+
+class Engine:
+    """A STELLAR model for inference. Made by `stellar_fast.load`.
+
+    Safe to call from many threads. Outputs are new tensors that the caller owns, without gradients, on the engine's
+    device. A process forked after the engine was made cannot use it.
+
+    Attributes:
+        config: geometry of the model.
+        device: where it computes.
+        precision: "fp32", "bf16" or "fp16".
+        output_dtype: dtype of every float output.
+        max_batch: images computed at once; larger batches are cut into chunks.
+        weights: where the weights came from, a path or "synthetic".
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoder_weights: EncoderWeights,
+        decoder_weights: DecoderWeights | None,
+        *,
+        device: torch.device,
+        precision: str,
+        output_dtype: torch.dtype,
+        max_batch: int,
+        weights: str,
+    ) -> None:
+        if not output_dtype.is_floating_point:
+            raise ValueError(f"output_dtype must be a float dtype, got {output_dtype}")
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        self.config = config
+        self.device = device
+        self.precision = precision
+        self.output_dtype = output_dtype
+        self.max_batch = max_batch
+        self.weights = weights
+        self._ops = torch_ops
+        rows = min(max_batch, 8) * config.sequence_length
+        self._encoder = self._ops.prepare(encoder_weights, rows)
+        self._decoder = None
+        if decoder_weights is not None:
+            self._decoder = self._ops.prepare(decoder_weights, rows)
+        self._table = lru_cache(TABLES_CACHED)(encoder_weights.table.table)
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"Engine({self.config.name!r}, precision={self.precision!r}, device={str(self.device)!r})"
+
+    def __reduce__(self):
+        raise TypeError(
+            "an Engine cannot be pickled; load one in each process with stellar_fast.load"
+        )
+
+    def encode(
+        self,
+        images: Any,
+        *,
+        outputs: Collection[str] | None = None,
+        preset: str = "card",
+        check_range: bool = True,
+    ) -> dict[str, Tensor]:
+        """Features of a batch of images.
+
+        Args:
+            images: float tensor or NumPy array (B, 3, H, W) with RGB in [0, 1], any float dtype, strides and device;
+                uint8 (B, 3, H, W) or (B, H, W, 3); or a list of PIL images and paths. H and W are at least one
+                patch; rows and columns beyond a whole patch are dropped. B may be 0.
+            outputs: the features wanted, of sparse, spatial, dense, lowrank, cls; all by default. Only what they
+                need is computed.
+            preset: how listed images are resized: "card" (224x224) or "eval" (256, centre crop 224).
+            check_range: refuse floats outside [0, 1] and NaN. Off, the values are taken as they come, such as the
+                overshoot of a bicubic resize.
+
+        Returns:
+            `output_dtype` tensors on the engine's device: sparse (B, K, D), spatial (B, P, K) with rows that sum
+            to 1, dense (B, P, D), lowrank (B, P, D) = spatial @ sparse, cls (B, 1, D).
+
+        Raises:
+            TypeError, ValueError: `images` is something else; the message says what was found.
+            ImageError: a listed image could not be decoded.
+            ForkError: called in a forked child.
+            StellarError: not even one image fits into memory.
+        """
+        self._check_process()
+        wanted = resolve_outputs(outputs)
+        batch, floats = as_batch(images, preset)
+        check_size(batch, self.config.backbone.patch_size)
+        if floats and check_range and batch.numel():
+            check_pixel_range(batch)
+        shapes = self._shapes(*batch.shape[2:])
+
+        def encode_chunk(chunk: Tensor) -> dict[str, Tensor]:
+            chunk = chunk.to(self.device)
+            table = self._grid_table(*chunk.shape[2:])
+            return encoder.encode(self._ops, self._encoder, self.config, chunk, table, wanted)
+
+        with self._scope():
+            out = {
+                name: torch.empty(
+                    (len(batch), *shapes[name]), dtype=self.output_dtype, device=self.device
+                )
+                for name in wanted
+            }
+            self._chunked(encode_chunk, (batch,), out)
+        return out
+
+    def reconstruct(
+        self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Images from features, through the decoder and the VQ tokenizer.
+
+        Args:
+            features: the dict that `encode` returned (`lowrank`, or `sparse` and `spatial`), or `sparse` (B, K, D).
+            spatial: (B, P, K), with `sparse` given; P is a square number.
+
+        Returns:
+            reconstruction (B, 3, 16 h, 16 w) in [0, 1], tokens (B, P) int64, logits (B, P, 1024). A checkpoint with
+            the pixel head gives `reconstruction` (B, 3, p h, p w) alone, as the head leaves it.
+
+        Raises:
+            ValueError: the engine was loaded without the decoder, or features are missing or of the wrong shape.
+        """
+        self._check_process()
+        if self._decoder is None:
+            raise ValueError(
+                f"this engine was loaded to encode; load({self.config.name!r}, purpose='reconstruct', vq_model=...)"
+            )
+        parts = self._features(features, spatial)
+        patches = parts[0].shape[1]
+        side = decoder.square_grid(patches)
+        weights = self._decoder
+        dtype = DTYPES[self.precision]
+
+        def reconstruct_chunk(*chunk: Tensor) -> dict[str, Tensor]:
+            moved = [part.to(self.device) for part in chunk]
+            lowrank = moved[0] if len(moved) == 1 else self._ops.reassemble(*moved)
+            code = position_code(weights.fourier, side, side).to(dtype)
+            return decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code)
+
+        with self._scope():
+            out = {
+                name: torch.empty((len(parts[0]), *shape), dtype=kind, device=self.device)
+                for name, (shape, kind) in self._reconstructed(side).items()
+            }
+            self._chunked(reconstruct_chunk, parts, out)
+        return out
+
+    def eval(self) -> Engine:
+        """This engine, which is always in evaluation mode; for code written for the published module."""
+        return self
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkError(
+                "this Engine was made in the parent of a forked process and cannot be used in the child; start "
+                "workers with 'spawn' or 'forkserver', or load the engine in the child"
+            )
+
+    def _scope(self) -> AbstractContextManager[Any]:
+        """Plain float arithmetic without gradients, whatever the caller has switched on."""
+        stack = ExitStack()
+        # Tensors made in inference mode could never be trained on.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(self.device.type, enabled=False))
+        if self.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(self.device))
+        return stack
+
+    def _grid_table(self, height: int, width: int) -> Tensor:
+        patch = self.config.backbone.patch_size
+        return self._table(height // patch, width // patch)
+
+    def _shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        patch, channels = self.config.backbone.patch_size, self.config.backbone.hidden_size
+        patches, tokens = (height // patch) * (width // patch), self.config.num_sparse_tokens
+        return {
+            "sparse": (tokens, channels),
+            "spatial": (patches, tokens),
+            "dense": (patches, channels),
+            "lowrank": (patches, channels),
+            "cls": (1, channels),
+        }
+
+    def _reconstructed(self, side: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        assert self._decoder is not None
+        if self._decoder.vqgan is None:
+            size = side * self.config.backbone.patch_size
+            return {"reconstruction": ((3, size, size), self.output_dtype)}
+        codebook = self._decoder.vqgan.codebook.shape[0]
+        size = side * 2 ** len(self._decoder.vqgan.upsample)
+        return {
+            "reconstruction": ((3, size, size), self.output_dtype),
+            "tokens": ((side * side,), torch.int64),
+            "logits": ((side * side, codebook), self.output_dtype),
+        }
+
+    def _features(
+        self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """(lowrank,) or (spatial, sparse), checked."""
+        if isinstance(features, Tensor):
+            if spatial is None:
+                raise ValueError(
+                    "reconstruct needs the features dict of encode, or sparse and spatial; spatial is missing"
+                )
+            features = {"sparse": features, "spatial": spatial}
+        elif not isinstance(features, Mapping):
+            raise TypeError(
+                f"reconstruct takes a features dict or tensors, got {type(features).__name__}"
+            )
+        names = ("lowrank",) if "lowrank" in features else ("spatial", "sparse")
+        missing = [name for name in names if name not in features]
+        if missing:
+            raise ValueError(
+                f"reconstruct needs 'lowrank', or 'sparse' and 'spatial'; got {', '.join(map(str, features)) or 'none'}"
+            )
+        width, tokens = self.config.backbone.hidden_size, self.config.num_sparse_tokens
+        expected = {"lowrank": ("P", width), "spatial": ("P", tokens), "sparse": (tokens, width)}
+        parts = tuple(features[name] for name in names)
+        for name, part in zip(names, parts, strict=True):
+            want = expected[name]
+            fits = part.dim() == 3 and part.is_floating_point() and part.shape[2] == want[1]
+            if (
+                not fits
+                or (name == "sparse" and part.shape[1] != tokens)
+                or len(part) != len(parts[0])
+            ):
+                raise ValueError(
+                    f"{name} must be a float tensor (B, {want[0]}, {want[1]}), got {part.dtype} {tuple(part.shape)}"
+                )
+        return parts
+
+    def _chunked(
+        self,
+        function: Callable[..., dict[str, Tensor]],
+        inputs: tuple[Tensor, ...],
+        out: dict[str, Tensor],
+    ) -> None:
+        """Fills `out` from `function` over chunks of `inputs`; halves the chunk whenever memory runs out."""
+        total, start, size = len(inputs[0]), 0, self.max_batch
+        while start < total:
+            stop = min(start + size, total)
+            try:
+                part = function(*(tensor[start:stop] for tensor in inputs))
+                for name, tensor in out.items():
+                    tensor[start:stop].copy_(part[name])
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if stop - start == 1:
+                    raise StellarError(
+                        f"not enough memory on {self.device} for one image of this size: {error}"
+                    ) from error
+                size = (stop - start) // 2
+                continue
+            start = stop

@@ -1,0 +1,126 @@
+"""What `Engine.encode` accepts as a batch, checked once, as one (B, 3, H, W) tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Half-precision inputs may round a legal 1.0 no further than this past the ends.
+RANGE_SLACK = 1e-3
+
+
+def as_batch(images: Any, preset: str) -> tuple[Tensor, bool]:
+    """Images in any accepted form -> ((B, 3, H, W) uint8 or float tensor, whether its range needs a check).
+
+    Args:
+        images: a float or uint8 tensor or NumPy array (B, 3, H, W), uint8 also (B, H, W, 3); or a list of PIL images
+            and paths, each decoded and resized by `preset` (`images.PRESETS`).
+
+    Raises:
+        TypeError: neither a tensor, an array nor a list of images.
+        ValueError: wrong shape, channels or dtype.
+        ImageError: a listed image could not be decoded.
+    """
+    if isinstance(images, np.ndarray):
+        images = _from_numpy(images)
+    if isinstance(images, Tensor):
+        return _check_layout(images), images.dtype != torch.uint8
+    if _is_one_image(images):
+        raise TypeError(
+            f"encode takes a batch, got one {type(images).__name__}; put it into a list: encode([image])"
+        )
+    if isinstance(images, Sequence):
+        return _from_list(images, preset), False
+    raise TypeError(
+        "encode takes a tensor or NumPy array (B, 3, H, W), or a list of PIL images or paths; "
+        f"got {type(images).__name__}"
+    )
+
+
+def _is_one_image(images: Any) -> bool:
+    from PIL import Image
+
+    return isinstance(images, str | bytes | os.PathLike | Image.Image)
+
+
+def _from_list(images: Sequence[Any], preset: str) -> Tensor:
+    from .images import PRESETS, load_batch
+
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    for index, image in enumerate(images):
+        if not _is_one_image(image):
+            raise TypeError(
+                f"a list holds PIL images or paths; item {index} is a {type(image).__name__} "
+                "(stack tensors or arrays into one batch)"
+            )
+    if not images:
+        return torch.zeros((0, 3, 224, 224), dtype=torch.uint8)
+    return load_batch(images, preset)
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "fu" or (array.dtype.kind == "u" and array.dtype.itemsize != 1):
+        raise ValueError(
+            f"images must be uint8 or floats in [0, 1], got a NumPy array of dtype {array.dtype}"
+        )
+    # torch has no negative strides, no foreign byte order, no float128, and warns about read-only memory.
+    native = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    usable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    if native != array.dtype or not usable:
+        array = np.array(array, dtype=native, order="C")
+    return torch.from_numpy(array)
+
+
+def _check_layout(images: Tensor) -> Tensor:
+    """`images` as (B, 3, H, W), a view."""
+    shape = tuple(images.shape)
+    if images.is_sparse or images.layout != torch.strided or images.is_quantized:
+        raise ValueError(f"images must be a dense tensor, got layout {images.layout}")
+    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
+        raise ValueError(f"images must be uint8 or floats in [0, 1], got dtype {images.dtype}")
+    if images.dim() == 3:
+        raise ValueError(
+            f"images must be a batch (B, 3, H, W), got one image {shape}; add a dimension: x[None]"
+        )
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape (B, 3, H, W), got {shape}")
+    if shape[1] == 3:
+        return images
+    if shape[3] == 3:
+        if images.dtype == torch.uint8:
+            return images.permute(0, 3, 1, 2)
+        raise ValueError(
+            f"float images must be (B, 3, H, W), got {shape}; channels last is for uint8, "
+            "otherwise x.permute(0, 3, 1, 2)"
+        )
+    raise ValueError(f"images must have 3 channels (RGB), got shape {shape}")
+
+
+def check_size(images: Tensor, patch_size: int) -> None:
+    """Raises ValueError when images (B, 3, H, W) are smaller than one patch."""
+    height, width = images.shape[2:]
+    if height < patch_size or width < patch_size:
+        raise ValueError(
+            f"images must be at least one patch of {patch_size}x{patch_size} pixels, got {height}x{width}"
+        )
+
+
+def check_range(images: Tensor) -> None:
+    """Raises ValueError unless the floats `images`, at least one, lie in [0, 1]; NaN does not."""
+    if images.dtype.itemsize == 1:  # float8 has no comparison
+        images = images.float()
+    low, high = (bound.item() for bound in images.aminmax())
+    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+        found = "NaN" if low != low or high != high else f"values from {low:.4g} to {high:.4g}"
+        hint = ""
+        if high > 2:
+            hint = "; pixels in 0..255 go in as uint8, or divided by 255"
+        elif low < 0:
+            hint = "; normalisation by mean and std is inside the model, do not apply it before"
+        raise ValueError(f"float images must lie in [0, 1], found {found}{hint}")

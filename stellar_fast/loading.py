@@ -1,0 +1,294 @@
+"""`load` and `load_stellar`: from a model's name to something that encodes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, hub, names, synthetic
+from .config import MODELS, ModelConfig
+from .engine import DTYPES, Engine, resolve_precision
+from .errors import CheckpointError
+from .weights import VQGANWeights, pack_decoder, pack_encoder, pack_vqgan
+
+if TYPE_CHECKING:
+    from .reference.model import STELLARModel
+
+PUBLISHED_REPO = "microsoft/STELLAR"
+SYNTHETIC_SEED = 0
+# Images computed at once: on a CPU the activations of more outgrow the caches, on a GPU this many fill it.
+MAX_BATCH_CPU = 16
+MAX_BATCH_GPU = 256
+# What the published training run set differently from the constructor's defaults.
+PUBLISHED_TRAINING = {"masking_ratio": 0.8}
+VQ_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
+
+PathLike = str | os.PathLike[str]
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or "cuda" where there is one, with its index.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = (
+            wanted.index if wanted.index is not None or not count else torch.cuda.current_device()
+        )
+        if (index or 0) >= count:
+            raise ValueError(
+                f"device {str(wanted)!r} asked for, but this machine has {count} usable CUDA devices"
+            )
+        return torch.device("cuda", index)
+    if wanted.type != "cpu":
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {str(wanted)!r}")
+    return wanted
+
+
+def load(
+    name: str,
+    *,
+    purpose: Literal["encode", "reconstruct"] = "encode",
+    vq_model: PathLike | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    output_dtype: torch.dtype = torch.float32,
+    backend: Literal["auto", "torch"] = "auto",
+    repo: PathLike = PUBLISHED_REPO,
+    weights: Literal["pretrained", "synthetic"] = "pretrained",
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    max_batch: int | None = None,
+) -> Engine:
+    """An engine for one model.
+
+    Args:
+        name: a model of `list_models()`, or of the `config.json` in `repo`.
+        purpose: "encode", or "reconstruct" to have `Engine.reconstruct` too.
+        vq_model: the MaskGIT-VQGAN tokenizer file, needed to reconstruct with the published checkpoints.
+        device: "cuda" where there is one, else "cpu".
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has bf16 matrix units, else fp32.
+        output_dtype: dtype of the features, whatever the precision.
+        backend: "torch", PyTorch's own fused paths, is the one there is; "auto" takes it.
+        repo: a Hub repository, or a local folder in the published layout.
+        weights: "synthetic" draws seeded random weights, with no network: for demos, benchmarks and tests.
+        revision, cache_dir, token, local_files_only: as in `huggingface_hub`.
+        max_batch: images computed at once; larger batches are cut. 16 on a CPU, 256 on a GPU.
+
+    Raises:
+        ValueError: an argument out of its range.
+        DownloadError: a file cannot be had.
+        CheckpointError: a file is not what the model needs.
+    """
+    if purpose not in ("encode", "reconstruct"):
+        raise ValueError(
+            f"purpose must be 'encode' or 'reconstruct', got {purpose!r} (load_stellar has 'pretrain')"
+        )
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"unknown backend {backend!r}; known: auto, torch")
+    if weights not in ("pretrained", "synthetic"):
+        raise ValueError(f"weights must be 'pretrained' or 'synthetic', got {weights!r}")
+    target = resolve_device(device)
+    precision = resolve_precision(precision, target)
+    dtype = DTYPES[precision]
+    if max_batch is None:
+        max_batch = MAX_BATCH_GPU if target.type == "cuda" else MAX_BATCH_CPU
+
+    if weights == "synthetic":
+        config, state = _synthetic(name, repo, purpose)
+        source = "synthetic"
+    else:
+        located = hub.locate(
+            name,
+            repo=repo,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        config, source = located.config, str(located.weights)
+        state = _read_model(located.weights, config, purpose)
+
+    decoder = None
+    if purpose == "reconstruct":
+        vqgan = _vqgan(state, vq_model, weights == "synthetic", dtype, target)
+        decoder = pack_decoder(state, config, vqgan, dtype, target)
+    return Engine(
+        config,
+        pack_encoder(state, config, dtype, target),
+        decoder,
+        device=target,
+        precision=precision,
+        output_dtype=output_dtype,
+        max_batch=max_batch,
+        weights=source,
+    )
+
+
+def load_stellar(
+    name: str,
+    purpose: Literal["encode", "reconstruct", "pretrain"] = "encode",
+    vq_model: PathLike | None = None,
+    *,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+    repo: PathLike = PUBLISHED_REPO,
+    weights: Literal["pretrained", "synthetic"] = "pretrained",
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **model_arguments: Any,
+) -> Engine | STELLARModel:
+    """The published loader's name and arguments.
+
+    "encode" and "reconstruct" give an `Engine` at full float32 precision; "pretrain" gives the reference module in
+    training mode, with gradients on everything but the tokenizer.
+
+    Args:
+        model_arguments: for "pretrain", further constructor arguments of `reference.STELLARModel`, such as
+            `masking_ratio` or `momentum_teacher`; the published training run's values are the defaults.
+
+    Raises:
+        As `load`; TypeError for `model_arguments` with another purpose.
+    """
+    files: dict[str, Any] = {
+        "repo": repo,
+        "weights": weights,
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
+    if purpose != "pretrain":
+        if model_arguments:
+            raise TypeError(
+                f"only purpose='pretrain' takes {', '.join(map(repr, model_arguments))}"
+            )
+        return load(
+            name, purpose=purpose, vq_model=vq_model, device=device, precision=precision, **files
+        )
+    if precision != "fp32":
+        raise ValueError(
+            f"pretraining parameters are fp32 (use autocast around the forward), got {precision!r}"
+        )
+    return _load_pretrain(name, vq_model, resolve_device(device), files, model_arguments)
+
+
+def _local_config(name: str, repo: PathLike) -> ModelConfig:
+    """The geometry to draw synthetic weights for: a local folder's if `repo` is one, else the published."""
+    if Path(repo).is_dir():
+        return hub.read_config(Path(repo) / hub.CONFIG_FILE, name)
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def _synthetic(name: str, repo: PathLike, purpose: str) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    config = _local_config(name, repo)
+    shapes = names.encode_shapes(config)
+    if purpose == "reconstruct":
+        shapes |= names.reconstruct_shapes(config)
+    return config, synthetic.synthetic_state(shapes, SYNTHETIC_SEED)
+
+
+def _read_model(path: Path, config: ModelConfig, purpose: str) -> Mapping[str, Tensor]:
+    """The tensors that `purpose` needs, each there and of the right shape."""
+    state = checkpoint.read_state(path)
+    shapes = names.encode_shapes(config)
+    if purpose == "reconstruct":
+        shapes |= names.reconstruct_shapes(config, pixel_head=_has_pixel_head(state))
+    known = names.published_shapes(config, teacher=True)
+    ignored = {name for name in state if name in known or name.startswith("tokenizer.")}
+    checkpoint.check_shapes(state, shapes, where=str(path), ignored=ignored)
+    return {name: state[name] for name in shapes}
+
+
+def _has_pixel_head(state: Mapping[str, Tensor]) -> bool:
+    """Whether the checkpoint was trained without a tokenizer: its head is a convolution's, with 4 dimensions."""
+    head = state.get("reconstruction_head.weight")
+    return head is not None and head.dim() == 4
+
+
+def _vqgan(
+    state: Mapping[str, Tensor],
+    vq_model: PathLike | None,
+    drawn: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> VQGANWeights | None:
+    if _has_pixel_head(state):
+        if vq_model is not None:
+            raise CheckpointError(
+                f"the checkpoint's reconstruction head makes pixels itself; vq_model={str(vq_model)!r} has no "
+                "part in it, leave it out"
+            )
+        return None
+    shapes = names.vqgan_decoder_shapes()
+    if vq_model is None:
+        if drawn:
+            return pack_vqgan(synthetic.synthetic_state(shapes, SYNTHETIC_SEED), dtype, device)
+        raise ValueError(f"purpose='reconstruct' needs vq_model, the path of {VQ_FILE}")
+    tokenizer = checkpoint.read_state(vq_model)
+    checkpoint.check_shapes(tokenizer, shapes, where=str(vq_model), ignored=names.vqgan_shapes())
+    return pack_vqgan(tokenizer, dtype, device)
+
+
+def _load_pretrain(
+    name: str,
+    vq_model: PathLike | None,
+    device: torch.device,
+    files: dict[str, Any],
+    model_arguments: dict[str, Any],
+) -> STELLARModel:
+    from .reference.model import STELLARModel
+
+    if files["weights"] == "synthetic":
+        config = _local_config(name, files["repo"])
+        state, where = None, "synthetic weights"
+    else:
+        located = hub.locate(
+            name, **{key: value for key, value in files.items() if key != "weights"}
+        )
+        config, where = located.config, str(located.weights)
+        state = checkpoint.read_state(located.weights)
+        if vq_model is None and not _has_pixel_head(state):
+            raise ValueError(
+                f"purpose='pretrain' with this checkpoint needs vq_model, the path of {VQ_FILE}"
+            )
+    model = STELLARModel(
+        num_sparse_tokens=config.num_sparse_tokens,
+        num_decoder_layers=config.num_decoder_layers,
+        spatial_temp=config.spatial_temp,
+        vit_pretrained=config.backbone,
+        vq_model=vq_model,
+        **PUBLISHED_TRAINING | model_arguments,
+    )
+    trained = {
+        key: tuple(value.shape)
+        for key, value in model.state_dict().items()
+        if not key.startswith("tokenizer.")
+    }
+    if state is None:
+        state = synthetic.synthetic_state(trained, SYNTHETIC_SEED)
+    known = {
+        *names.published_shapes(config, teacher=True),
+        *(key for key in state if key.startswith("tokenizer.")),
+    }
+    if not any(
+        key.startswith("teacher_") for key in state
+    ):  # a published file: the teacher starts as the student
+        trained = {key: shape for key, shape in trained.items() if not key.startswith("teacher_")}
+    checkpoint.check_shapes(state, trained, where=where, ignored=known)
+    model.load_state_dict({key: state[key] for key in trained}, strict=False)
+    return model.to(device).train()
