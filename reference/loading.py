@@ -1,0 +1,62 @@
+"""Loading of published checkpoints into models that hold only a part of them."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..config import CODEBOOK_SIZE, MODELS
+from ..names import linear_shapes, published_shapes
+
+if TYPE_CHECKING:
+    from .model import STELLARModel
+
+PARTS = {name.partition(".")[0] for name in published_shapes(MODELS["stellar-b16"], teacher=True)}
+TOKENIZER = "tokenizer"
+
+
+def take_out_other_head(model: STELLARModel, state: dict[str, Tensor]) -> list[str]:
+    """Takes the code head out of `state` if `model` draws pixels, and returns its names.
+
+    The published files hold a head that predicts codes. A model built without a tokenizer has the
+    pixel head under the same names, with other shapes, and could load nothing of such a file. Any
+    other shape stays, to be reported.
+    """
+    if not model.do_recon or model.tokenizer is not None:
+        return []
+    code_head = linear_shapes(
+        "reconstruction_head", CODEBOOK_SIZE, model.config.decoder.hidden_size
+    )
+    other = [
+        name for name, shape in code_head.items() if name in state and state[name].shape == shape
+    ]
+    for name in other:
+        del state[name]
+    return other
+
+
+def load_checkpoint(model: STELLARModel, path: str | PathLike[str]) -> None:
+    """Fills `model` from a file that holds all its tensors; the tokenizer's may be missing.
+
+    Parts of the published model that `model` was built without are passed over.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a tensor is missing, unknown or has another
+            shape.
+    """
+    from ..checkpoint import check_shapes, read_state
+
+    state = read_state(path)
+    expected = {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if not name.startswith(f"{TOKENIZER}.")
+    }
+    built = {name.partition(".")[0] for name in expected}
+    passed_over = [
+        name for name in state if name.partition(".")[0] in (PARTS | {TOKENIZER}) - built
+    ]
+    check_shapes(state, expected, where=str(path), ignored=passed_over)
+    model.load_state_dict(state, strict=False)
