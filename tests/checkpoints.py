@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stellar_fast.config import BackboneConfig, ModelConfig
 from stellar_fast.names import Shapes, published_shapes, vqgan_shapes
@@ -56,6 +56,20 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     return load_file(path), {key: json.loads(value) for key, value in meta.items()}
+
+
+def filled(model: nn.Module, seed: int) -> nn.Module:
+    """`model`, made on any device (meta: nothing to initialise), with the golden recipe's weights.
+
+    A tokenizer in it keeps its own.
+    """
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if not name.startswith("tokenizer.")
+    }
+    model.load_state_dict(synthetic(shapes, seed), strict=False, assign=True)
+    return model
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
