@@ -1,7 +1,9 @@
-"""The ops of STELLAR's forward pass in plain PyTorch: one function per kernel, same names, same signatures.
+"""The ops of STELLAR's forward pass in plain PyTorch: one function per kernel, same names, same
+signatures.
 
-These are the oracles. They compute in the dtype of their inputs, as the published modules do, fuse nothing, and
-take any device and any strides. Shapes: B images, P patches, K sparse tokens, S = 1 + P + K, D channels, h heads.
+These are the oracles. They compute in the dtype of their inputs, as the published modules do, fuse
+nothing, and take any device and any strides. Shapes: B images, P patches, K sparse tokens, S = 1 +
+P + K, D channels, h heads.
 """
 
 from __future__ import annotations
@@ -14,15 +16,22 @@ from ..config import NORMALIZE_EPS
 
 
 def patch_embed(
-    images: Tensor, weight: Tensor, table: Tensor, sparse_tokens: Tensor, patch_size: int
+    images: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    sparse_tokens: Tensor,
+    patch_size: int,
+    centre: float = 0.0,
 ) -> Tensor:
     """The sequence [CLS | patches | sparse] that enters the first block.
 
     Args:
-        images: (B, 3, H, W) in `weight`'s dtype; rows and columns beyond a whole patch are dropped.
+        images: (B, 3, H, W) uint8 or float; rows and columns beyond a whole patch are dropped.
         weight: (D, 3 * patch_size**2), a convolution's weight flattened channel, row, column.
-        table: (1 + P, D). Row 0 is the CLS token with its position, row 1 + i what patch i is added to.
+        table: (1 + P, D). Row 0 is the CLS token with its position, row 1 + i what patch i is added
+            to.
         sparse_tokens: (K, D), appended as they are: they have no position.
+        centre: subtracted from every pixel, before the pixels are rounded to `weight`'s dtype.
 
     Returns:
         (B, 1 + P + K, D).
@@ -32,12 +41,18 @@ def patch_embed(
     cropped = images[:, :, : rows * patch_size, : columns * patch_size]
     tiles = cropped.reshape(batch, 3, rows, patch_size, columns, patch_size)
     tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+    if centre:
+        tiles = tiles.to(torch.promote_types(tiles.dtype, torch.float32)) - centre
+    tiles = tiles.to(weight.dtype)
     cls = table[:1].expand(batch, -1, -1)
-    return torch.cat([cls, F.linear(tiles, weight) + table[1:], sparse_tokens.expand(batch, -1, -1)], dim=1)
+    return torch.cat(
+        [cls, F.linear(tiles, weight) + table[1:], sparse_tokens.expand(batch, -1, -1)], dim=1
+    )
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) * weight + bias` over the last dimension: LayerNorm of rows whose mean is 0.
+    """`x / sqrt(mean(x²) + eps) * weight + bias` over the last dimension: LayerNorm of rows whose
+    mean is 0.
 
     Args:
         x: (..., D).
@@ -111,7 +126,8 @@ def spatial_map(
         dense: (B, P, D).
         sparse: (B, K, D).
         dense_weight, sparse_weight: (D, D); dense_bias, sparse_bias: (D,).
-        temperature: divisor of the cosine similarities; None takes plain dot products over `sqrt(D)`.
+        temperature: divisor of the cosine similarities; None takes plain dot products over
+            `sqrt(D)`.
 
     Returns:
         (B, P, K).

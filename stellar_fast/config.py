@@ -1,4 +1,5 @@
-"""Model geometry: the three ViT backbones, the five published models, and every shape derived from them."""
+"""Model geometry: the three ViT backbones, the five published models, and every shape derived from
+them."""
 
 from __future__ import annotations
 
@@ -39,11 +40,13 @@ class BackboneConfig:
                 raise ValueError(f"backbone {field.name} must be a positive integer, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"backbone hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+                f"backbone hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
             )
         if self.image_size < self.patch_size:
             raise ValueError(
-                f"backbone image_size {self.image_size} is smaller than one patch of {self.patch_size}"
+                f"backbone image_size {self.image_size} is smaller than one patch of "
+                f"{self.patch_size}"
             )
 
     @property
@@ -71,7 +74,8 @@ class BackboneConfig:
         if isinstance(backbone, str):
             if backbone not in BACKBONES:
                 raise ValueError(
-                    f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}, or give its fields as an object"
+                    f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}, or give its "
+                    "fields as an object"
                 )
             return BACKBONES[backbone]
         if not isinstance(backbone, Mapping):
@@ -82,7 +86,8 @@ class BackboneConfig:
         unknown, missing = set(backbone) - known, known - {"image_size"} - set(backbone)
         if unknown or missing:
             raise ValueError(
-                f"backbone object: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}"
+                f"backbone object: unknown fields {sorted(unknown)}, missing fields "
+                f"{sorted(missing)}"
             )
         return cls(**backbone)  # type: ignore[arg-type]
 
@@ -121,7 +126,8 @@ class ModelConfig:
 
     @property
     def decoder(self) -> BackboneConfig:
-        """The reconstruction decoder's ViT: width and depth apart, the same in every published model."""
+        """The reconstruction decoder's ViT: width and depth apart, the same in every published
+        model."""
         return BackboneConfig(512, self.num_decoder_layers, 8, 2048, 16)
 
     @property

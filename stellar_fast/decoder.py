@@ -18,12 +18,14 @@ def square_grid(patches: int) -> int:
     """Side of the square grid of `patches` cells.
 
     Raises:
-        ValueError: `patches` is no square number; the decoder's position code is that of a square grid.
+        ValueError: `patches` is no square number; the decoder's position code is that of a square
+            grid.
     """
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
-            f"reconstruct needs features of a square grid of patches, got {patches} patches an image; "
+            f"reconstruct needs features of a square grid of patches, got {patches} patches an "
+            "image; "
             "encode square images"
         )
     return side
@@ -39,7 +41,8 @@ def reconstruct(
         code: (P, 512), the grid's position code in `lowrank`'s dtype.
 
     Returns:
-        With the tokenizer: reconstruction (B, 3, 16 h, 16 w), tokens (B, P) int64, logits (B, P, 1024).
+        With the tokenizer: reconstruction (B, 3, 16 h, 16 w), tokens (B, P) int64, logits (B, P,
+            1024).
         With the pixel head: reconstruction (B, 3, p h, p w) alone.
     """
     side = square_grid(lowrank.shape[1])

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .config import LAYER_NORM_EPS, ModelConfig
-from .weights import Block, EncoderWeights, LastBlock
+from .weights import PIXEL_CENTRE, PIXEL_CENTRE_UINT8, Block, EncoderWeights, LastBlock
 
 OUTPUTS = ("sparse", "spatial", "dense", "lowrank", "cls")
 
 
 def wanted_rows(outputs: Collection[str], patches: int, tokens: int) -> dict[str, slice]:
-    """The parts of the sequence [CLS | patches | sparse] that `outputs` need after the last block, in order."""
+    """The parts of the sequence [CLS | patches | sparse] that `outputs` need after the last block,
+    in order."""
     parts = {
         "cls": slice(0, 1),
         "dense": slice(1, 1 + patches),
@@ -64,15 +65,18 @@ def encode(
         table: (1 + P, D) float32, `weights.table.table(H // patch, W // patch)`.
 
     Returns:
-        sparse (B, K, D), spatial (B, P, K), dense (B, P, D), lowrank (B, P, D), cls (B, 1, D); they may be views
-        of one another's memory.
+        sparse (B, K, D), spatial (B, P, K), dense (B, P, D), lowrank (B, P, D), cls (B, 1, D); they
+        may be views of one another's memory.
     """
     backbone = config.backbone
     patches, tokens = table.shape[0] - 1, config.num_sparse_tokens
     rows = wanted_rows(outputs, patches, tokens)
-    patch = weights.patch_uint8 if images.dtype == torch.uint8 else weights.patch
+    if images.dtype == torch.uint8:
+        patch, centre = weights.patch_uint8, PIXEL_CENTRE_UINT8
+    else:
+        patch, centre = weights.patch, PIXEL_CENTRE
 
-    x = ops.patch_embed(images, patch, table, weights.sparse_tokens, backbone.patch_size)
+    x = ops.patch_embed(images, patch, table, weights.sparse_tokens, backbone.patch_size, centre)
     for block in weights.blocks:
         x = run_block(ops, block, x, backbone.num_attention_heads)
     x = run_last_block(ops, weights.last, x, rows.values(), backbone.num_attention_heads)

@@ -68,8 +68,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 class Engine:
     """A STELLAR model for inference. Made by `stellar_fast.load`.
 
-    Safe to call from many threads. Outputs are new tensors that the caller owns, without gradients, on the engine's
-    device. A process forked after the engine was made cannot use it.
+    Safe to call from many threads. Outputs are new tensors that the caller owns, without gradients,
+    on the engine's device. A process forked after the engine was made cannot use it.
 
     Attributes:
         config: geometry of the model.
@@ -112,7 +112,7 @@ class Engine:
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
-        return f"Engine({self.config.name!r}, precision={self.precision!r}, device={str(self.device)!r})"
+        return f"Engine({self.config.name!r}, {self.precision}, {self.device}, {self.weights!r})"
 
     def __reduce__(self):
         raise TypeError(
@@ -130,18 +130,21 @@ class Engine:
         """Features of a batch of images.
 
         Args:
-            images: float tensor or NumPy array (B, 3, H, W) with RGB in [0, 1], any float dtype, strides and device;
-                uint8 (B, 3, H, W) or (B, H, W, 3); or a list of PIL images and paths. H and W are at least one
-                patch; rows and columns beyond a whole patch are dropped. B may be 0.
-            outputs: the features wanted, of sparse, spatial, dense, lowrank, cls; all by default. Only what they
-                need is computed.
-            preset: how listed images are resized: "card" (224x224) or "eval" (256, centre crop 224).
-            check_range: refuse floats outside [0, 1] and NaN. Off, the values are taken as they come, such as the
-                overshoot of a bicubic resize.
+            images: float tensor or NumPy array (B, 3, H, W) with RGB in [0, 1], any float dtype,
+                strides and device; uint8 (B, 3, H, W) or (B, H, W, 3); or a list of PIL images and
+                paths. H and W are at least one patch; rows and columns beyond a whole patch are
+                dropped. B may be 0.
+            outputs: the features wanted, of sparse, spatial, dense, lowrank, cls; all by default.
+                Only what they need is computed.
+            preset: how listed images are resized: "card" (224x224) or "eval" (256, centre crop
+                224).
+            check_range: refuse floats outside [0, 1] and NaN. Off, the values are taken as they
+                come, such as the overshoot of a bicubic resize.
 
         Returns:
-            `output_dtype` tensors on the engine's device: sparse (B, K, D), spatial (B, P, K) with rows that sum
-            to 1, dense (B, P, D), lowrank (B, P, D) = spatial @ sparse, cls (B, 1, D).
+            `output_dtype` tensors on the engine's device: sparse (B, K, D), spatial (B, P, K) with
+            rows that sum to 1, dense (B, P, D), lowrank (B, P, D) = spatial @ sparse, cls (B, 1,
+            D).
 
         Raises:
             TypeError, ValueError: `images` is something else; the message says what was found.
@@ -178,20 +181,24 @@ class Engine:
         """Images from features, through the decoder and the VQ tokenizer.
 
         Args:
-            features: the dict that `encode` returned (`lowrank`, or `sparse` and `spatial`), or `sparse` (B, K, D).
+            features: the dict that `encode` returned (`lowrank`, or `sparse` and `spatial`), or
+                `sparse` (B, K, D).
             spatial: (B, P, K), with `sparse` given; P is a square number.
 
         Returns:
-            reconstruction (B, 3, 16 h, 16 w) in [0, 1], tokens (B, P) int64, logits (B, P, 1024). A checkpoint with
-            the pixel head gives `reconstruction` (B, 3, p h, p w) alone, as the head leaves it.
+            reconstruction (B, 3, 16 h, 16 w) in [0, 1], tokens (B, P) int64, logits (B, P, 1024). A
+            checkpoint with the pixel head gives `reconstruction` (B, 3, p h, p w) alone, as the
+            head leaves it.
 
         Raises:
-            ValueError: the engine was loaded without the decoder, or features are missing or of the wrong shape.
+            ValueError: the engine was loaded without the decoder, or features are missing or of the
+                wrong shape.
         """
         self._check_process()
         if self._decoder is None:
             raise ValueError(
-                f"this engine was loaded to encode; load({self.config.name!r}, purpose='reconstruct', vq_model=...)"
+                f"this engine was loaded to encode; load({self.config.name!r}, "
+                "purpose='reconstruct', vq_model=...)"
             )
         parts = self._features(features, spatial)
         patches = parts[0].shape[1]
@@ -214,13 +221,15 @@ class Engine:
         return out
 
     def eval(self) -> Engine:
-        """This engine, which is always in evaluation mode; for code written for the published module."""
+        """This engine, which is always in evaluation mode; for code written for the published
+        module."""
         return self
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise ForkError(
-                "this Engine was made in the parent of a forked process and cannot be used in the child; start "
+                "this Engine was made in the parent of a forked process and cannot be used in "
+                "the child; start "
                 "workers with 'spawn' or 'forkserver', or load the engine in the child"
             )
 
@@ -270,7 +279,8 @@ class Engine:
         if isinstance(features, Tensor):
             if spatial is None:
                 raise ValueError(
-                    "reconstruct needs the features dict of encode, or sparse and spatial; spatial is missing"
+                    "reconstruct needs the features dict of encode, or sparse and spatial; "
+                    "spatial is missing"
                 )
             features = {"sparse": features, "spatial": spatial}
         elif not isinstance(features, Mapping):
@@ -281,7 +291,8 @@ class Engine:
         missing = [name for name in names if name not in features]
         if missing:
             raise ValueError(
-                f"reconstruct needs 'lowrank', or 'sparse' and 'spatial'; got {', '.join(map(str, features)) or 'none'}"
+                "reconstruct needs 'lowrank', or 'sparse' and 'spatial'; got "
+                f"{', '.join(map(str, features)) or 'none'}"
             )
         width, tokens = self.config.backbone.hidden_size, self.config.num_sparse_tokens
         expected = {"lowrank": ("P", width), "spatial": ("P", tokens), "sparse": (tokens, width)}
@@ -295,7 +306,8 @@ class Engine:
                 or len(part) != len(parts[0])
             ):
                 raise ValueError(
-                    f"{name} must be a float tensor (B, {want[0]}, {want[1]}), got {part.dtype} {tuple(part.shape)}"
+                    f"{name} must be a float tensor (B, {want[0]}, {want[1]}), got {part.dtype} "
+                    f"{tuple(part.shape)}"
                 )
         return parts
 
@@ -305,7 +317,8 @@ class Engine:
         inputs: tuple[Tensor, ...],
         out: dict[str, Tensor],
     ) -> None:
-        """Fills `out` from `function` over chunks of `inputs`; halves the chunk whenever memory runs out."""
+        """Fills `out` from `function` over chunks of `inputs`; halves the chunk whenever memory
+        runs out."""
         total, start, size = len(inputs[0]), 0, self.max_batch
         while start < total:
             stop = min(start + size, total)

@@ -15,11 +15,12 @@ RANGE_SLACK = 1e-3
 
 
 def as_batch(images: Any, preset: str) -> tuple[Tensor, bool]:
-    """Images in any accepted form -> ((B, 3, H, W) uint8 or float tensor, whether its range needs a check).
+    """Images in any accepted form -> ((B, 3, H, W) uint8 or float tensor, whether its range needs a
+    check).
 
     Args:
-        images: a float or uint8 tensor or NumPy array (B, 3, H, W), uint8 also (B, H, W, 3); or a list of PIL images
-            and paths, each decoded and resized by `preset` (`images.PRESETS`).
+        images: a float or uint8 tensor or NumPy array (B, 3, H, W), uint8 also (B, H, W, 3); or a
+            list of PIL images and paths, each decoded and resized by `preset` (`images.PRESETS`).
 
     Raises:
         TypeError: neither a tensor, an array nor a list of images.
@@ -32,7 +33,8 @@ def as_batch(images: Any, preset: str) -> tuple[Tensor, bool]:
         return _check_layout(images), images.dtype != torch.uint8
     if _is_one_image(images):
         raise TypeError(
-            f"encode takes a batch, got one {type(images).__name__}; put it into a list: encode([image])"
+            f"encode takes a batch, got one {type(images).__name__}; put it into a list: "
+            "encode([image])"
         )
     if isinstance(images, Sequence):
         return _from_list(images, preset), False
@@ -69,7 +71,7 @@ def _from_numpy(array: np.ndarray) -> Tensor:
         raise ValueError(
             f"images must be uint8 or floats in [0, 1], got a NumPy array of dtype {array.dtype}"
         )
-    # torch has no negative strides, no foreign byte order, no float128, and warns about read-only memory.
+    # torch knows no negative strides, foreign byte order or float128, and warns of read-only memory.
     native = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     usable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
     if native != array.dtype or not usable:
@@ -107,7 +109,8 @@ def check_size(images: Tensor, patch_size: int) -> None:
     height, width = images.shape[2:]
     if height < patch_size or width < patch_size:
         raise ValueError(
-            f"images must be at least one patch of {patch_size}x{patch_size} pixels, got {height}x{width}"
+            f"images must be at least one patch of {patch_size}x{patch_size} pixels, got "
+            f"{height}x{width}"
         )
 
 

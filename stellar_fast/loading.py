@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PUBLISHED_REPO = "microsoft/STELLAR"
 SYNTHETIC_SEED = 0
-# Images computed at once: on a CPU the activations of more outgrow the caches, on a GPU this many fill it.
+# Images computed at once: more outgrow a CPU's caches; this many fill a GPU.
 MAX_BATCH_CPU = 16
 MAX_BATCH_GPU = 256
 # What the published training run set differently from the constructor's defaults.
@@ -45,7 +45,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         )
         if (index or 0) >= count:
             raise ValueError(
-                f"device {str(wanted)!r} asked for, but this machine has {count} usable CUDA devices"
+                f"device {str(wanted)!r} asked for, but this machine has {count} usable CUDA "
+                "devices"
             )
         return torch.device("cuda", index)
     if wanted.type != "cpu":
@@ -75,13 +76,16 @@ def load(
     Args:
         name: a model of `list_models()`, or of the `config.json` in `repo`.
         purpose: "encode", or "reconstruct" to have `Engine.reconstruct` too.
-        vq_model: the MaskGIT-VQGAN tokenizer file, needed to reconstruct with the published checkpoints.
+        vq_model: the MaskGIT-VQGAN tokenizer file, needed to reconstruct with the published
+            checkpoints.
         device: "cuda" where there is one, else "cpu".
-        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has bf16 matrix units, else fp32.
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has bf16 matrix units,
+            else fp32.
         output_dtype: dtype of the features, whatever the precision.
         backend: "torch", PyTorch's own fused paths, is the one there is; "auto" takes it.
         repo: a Hub repository, or a local folder in the published layout.
-        weights: "synthetic" draws seeded random weights, with no network: for demos, benchmarks and tests.
+        weights: "synthetic" draws seeded random weights, with no network: for demos, benchmarks and
+            tests.
         revision, cache_dir, token, local_files_only: as in `huggingface_hub`.
         max_batch: images computed at once; larger batches are cut. 16 on a CPU, 256 on a GPU.
 
@@ -92,7 +96,8 @@ def load(
     """
     if purpose not in ("encode", "reconstruct"):
         raise ValueError(
-            f"purpose must be 'encode' or 'reconstruct', got {purpose!r} (load_stellar has 'pretrain')"
+            f"purpose must be 'encode' or 'reconstruct', got {purpose!r} (load_stellar has "
+            "'pretrain')"
         )
     if backend not in ("auto", "torch"):
         raise ValueError(f"unknown backend {backend!r}; known: auto, torch")
@@ -152,12 +157,13 @@ def load_stellar(
 ) -> Engine | STELLARModel:
     """The published loader's name and arguments.
 
-    "encode" and "reconstruct" give an `Engine` at full float32 precision; "pretrain" gives the reference module in
-    training mode, with gradients on everything but the tokenizer.
+    "encode" and "reconstruct" give an `Engine` at full float32 precision; "pretrain" gives the
+    reference module in training mode, with gradients on everything but the tokenizer.
 
     Args:
-        model_arguments: for "pretrain", further constructor arguments of `reference.STELLARModel`, such as
-            `masking_ratio` or `momentum_teacher`; the published training run's values are the defaults.
+        model_arguments: for "pretrain", further constructor arguments of `reference.STELLARModel`,
+            such as `masking_ratio` or `momentum_teacher`; the published training run's values are
+            the defaults.
 
     Raises:
         As `load`; TypeError for `model_arguments` with another purpose.
@@ -186,7 +192,8 @@ def load_stellar(
 
 
 def _local_config(name: str, repo: PathLike) -> ModelConfig:
-    """The geometry to draw synthetic weights for: a local folder's if `repo` is one, else the published."""
+    """The geometry to draw synthetic weights for: a local folder's if `repo` is one, else the
+    published."""
     if Path(repo).is_dir():
         return hub.read_config(Path(repo) / hub.CONFIG_FILE, name)
     if name not in MODELS:
@@ -215,7 +222,8 @@ def _read_model(path: Path, config: ModelConfig, purpose: str) -> Mapping[str, T
 
 
 def _has_pixel_head(state: Mapping[str, Tensor]) -> bool:
-    """Whether the checkpoint was trained without a tokenizer: its head is a convolution's, with 4 dimensions."""
+    """Whether the checkpoint was trained without a tokenizer: its head is a convolution's, with 4
+    dimensions."""
     head = state.get("reconstruction_head.weight")
     return head is not None and head.dim() == 4
 
@@ -230,7 +238,8 @@ def _vqgan(
     if _has_pixel_head(state):
         if vq_model is not None:
             raise CheckpointError(
-                f"the checkpoint's reconstruction head makes pixels itself; vq_model={str(vq_model)!r} has no "
+                "the checkpoint's reconstruction head makes pixels itself; "
+                f"vq_model={str(vq_model)!r} has no "
                 "part in it, leave it out"
             )
         return None

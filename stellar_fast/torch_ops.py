@@ -1,7 +1,9 @@
-"""The ops of the torch backend: names and signatures of `reference.ops`, PyTorch's fused inference paths inside.
+"""The ops of the torch backend: names and signatures of `reference.ops`, PyTorch's fused inference
+paths inside.
 
-On CPUs with oneDNN the linear layers carry bias, erf-GELU and residual add in the matrix product, on weights laid
-out once for the machine's vector or matrix units (`prepare`). Softmax and norms of the spatial map are float32.
+On CPUs with oneDNN the linear layers carry bias, erf-GELU and residual add in the matrix product,
+on weights laid out once for the machine's vector or matrix units (`prepare`). Softmax and norms of
+the spatial map are float32.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ def _onednn_runs(weight: Tensor) -> bool:
 
 
 def prepare(weights, rows: int):
-    """`weights` with every linear layer in the layout that this machine's matrix product reads without repacking.
+    """`weights` with every linear layer in the layout that this machine's matrix product reads
+    without repacking.
 
     Args:
         weights: a dataclass of `weights.py`.
-        rows: rows that a product will typically have; a hint for the layout, any number stays right.
+        rows: rows that a product will typically have; a hint for the layout, any number stays
+            right.
     """
 
     def pack(layer: Linear) -> Linear:
@@ -45,13 +49,20 @@ def prepare(weights, rows: int):
 
 
 def patch_embed(
-    images: Tensor, weight: Tensor, table: Tensor, sparse_tokens: Tensor, patch_size: int
+    images: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    sparse_tokens: Tensor,
+    patch_size: int,
+    centre: float = 0.0,
 ) -> Tensor:
-    """`reference.ops.patch_embed`; images of any dtype are cast to `weight`'s as the patches are cut."""
+    """`reference.ops.patch_embed`."""
     batch, _, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     patches = rows * columns
     cropped = images[:, :, : rows * patch_size, : columns * patch_size]
+    if centre:
+        cropped = cropped.to(torch.promote_types(images.dtype, torch.float32)) - centre
     tiles = images.new_empty((batch, patches, weight.shape[1]), dtype=weight.dtype)
     tiles.view(batch, rows, columns, 3, patch_size, patch_size).copy_(
         cropped.unfold(2, patch_size, patch_size)
@@ -67,7 +78,8 @@ def patch_embed(
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`reference.ops.norm`, as a LayerNorm: the rows' mean is 0 but for rounding, which it takes out."""
+    """`reference.ops.norm`, as a LayerNorm: the rows' mean is 0 but for rounding, which it takes
+    out."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -117,7 +129,8 @@ def spatial_map(
 ) -> Tensor:
     """`reference.ops.spatial_map`; logits and softmax in float32, which the result keeps.
 
-    A temperature of 0.06 multiplies an error of the cosine by 16.7, and bfloat16 logits near 16 step by 0.125.
+    A temperature of 0.06 multiplies an error of the cosine by 16.7, and bfloat16 logits near 16
+    step by 0.125.
     """
     d = linear(dense, dense_weight, dense_bias).float()
     s = linear(sparse, sparse_weight, sparse_bias).float()

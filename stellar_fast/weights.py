@@ -1,13 +1,16 @@
 """A checkpoint's tensors -> the engine's: fused, centred, folded in float64 and rounded once.
 
-Two identities, applied offline, leave one number per row of every LayerNorm in front of a linear layer:
+Two identities, applied offline, leave one number per row of every LayerNorm in front of a linear
+layer:
 
-* LayerNorm does not see a shift of its row, so whatever writes to the residual stream (patches, positions, tokens,
-  the attention and MLP output layers) may have its mean over the width taken away. Every row then has mean 0 and
-  LayerNorm is `x / sqrt(mean(x²) + eps) * gamma + beta`.
+* LayerNorm does not see a shift of its row, so whatever writes to the residual stream (patches,
+  positions, tokens, the attention and MLP output layers) may have its mean over the width taken
+  away. Every row then has mean 0 and LayerNorm is `x / sqrt(mean(x²) + eps) * gamma + beta`.
 * `gamma` and `beta` go into the next linear layer: `W' = W diag(gamma)`, `b' = b + W beta`.
 
-Pixels enter unnormalised: `(x - mean) / std` is folded into the patch weights and the position table.
+Pixels enter unnormalised, less the middle of their range: what is left of `(x - mean) / std` is
+folded into the patch weights and the position table. Without the middle taken away the products
+would cancel against the table, and cost float32 two bits.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from .config import IMAGE_MEAN, IMAGE_STD, ModelConfig
 from .names import VQGAN_BLOCKS, VQGAN_CHANNELS
 
 State = Mapping[str, Tensor]
+
+PIXEL_CENTRE = 0.5
+PIXEL_CENTRE_UINT8 = 127.5  # u - 127.5 has 8 significant bits: exact in bfloat16
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class LastBlock:
 class PatchTable:
     """What the position table of any image size is made from, in float32.
 
-    cls (1, D) with its position; positions (grid, grid, D); shift (D,), to be added to every patch's position.
+    cls (1, D) with its position; positions (grid, grid, D); shift (D,), to be added to every
+    patch's position.
     """
 
     cls: Tensor
@@ -91,7 +98,8 @@ class PatchTable:
 
 @dataclass(frozen=True)
 class EncoderWeights:
-    """patch (D, 3 p²) takes pixels in [0, 1], patch_uint8 pixels in 0..255; sparse_tokens (K, D)."""
+    """sparse_tokens (K, D); patch (D, 3 p²) takes pixels in [0, 1] less `PIXEL_CENTRE`, and
+    patch_uint8 pixels in 0..255 less `PIXEL_CENTRE_UINT8`."""
 
     patch: Tensor
     patch_uint8: Tensor
@@ -116,7 +124,8 @@ class ResBlock:
 
 @dataclass(frozen=True)
 class VQGANWeights:
-    """The VQGAN's decoder: `levels` coarsest first; `upsample[i]` follows `levels[i]`, the last level has none."""
+    """The VQGAN's decoder: `levels` coarsest first; `upsample[i]` follows `levels[i]`, the last
+    level has none."""
 
     codebook: Tensor
     conv_in: Linear
@@ -129,7 +138,8 @@ class VQGANWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """decoder_proj (512, D), fourier (2, 256); `head` is the token head (1024, 512) or, without `vqgan`, the pixel head."""
+    """decoder_proj (512, D), fourier (2, 256); `head` is the token head (1024, 512) or, without
+    `vqgan`, the pixel head."""
 
     decoder_proj: Linear
     fourier: Tensor
@@ -140,7 +150,8 @@ class DecoderWeights:
 
 
 def map_nodes(node, kind: type, function: Callable):
-    """`node`, a dataclass of this module or a tuple of them, with `function` applied to every `kind` in it."""
+    """`node`, a dataclass of this module or a tuple of them, with `function` applied to every
+    `kind` in it."""
     if isinstance(node, kind):
         return function(node)
     if isinstance(node, tuple):
@@ -229,7 +240,7 @@ def pack_encoder(
     mean = torch.tensor(IMAGE_MEAN, dtype=torch.float64)[None, :, None, None]
     std = torch.tensor(IMAGE_STD, dtype=torch.float64)[None, :, None, None]
     kernel, bias = _centred(kernel) / std, _centred(bias)
-    shift = bias - (kernel * mean).sum((1, 2, 3))
+    shift = bias - (kernel * (mean - PIXEL_CENTRE)).sum((1, 2, 3))
     patch = kernel.flatten(1)
     positions = state[f"{embeddings}.position_embeddings"][0]
     cls = state[f"{embeddings}.cls_token"][0].double() + positions[:1].double()
@@ -261,7 +272,8 @@ def pack_decoder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> DecoderWeights:
-    """Weights of `reconstruct` from a state dict in the published spelling (`names.reconstruct_shapes`).
+    """Weights of `reconstruct` from a state dict in the published spelling
+    (`names.reconstruct_shapes`).
 
     Args:
         vqgan: the tokenizer's decoder; None where the checkpoint has the pixel head.
@@ -281,8 +293,9 @@ def pack_decoder(
 def _res_block(pack: _Packer, name: str) -> ResBlock:
     """One residual block of the VQGAN.
 
-    Where channel counts differ, the published block adds `nin_shortcut(h)` to its own output h rather than a
-    projection of its input, so the sum is (I + N) conv2(...), and I + N goes into conv2.
+    Where channel counts differ, the published block adds `nin_shortcut(h)` to its own output h
+    rather than a projection of its input, so the sum is (I + N) conv2(...), and I + N goes into
+    conv2.
     """
     conv2 = pack.state[f"{name}.conv2.weight"].double()
     shortcut = pack.state.get(f"{name}.nin_shortcut.weight")
@@ -321,8 +334,8 @@ def pack_vqgan(state: State, dtype: torch.dtype, device: torch.device) -> VQGANW
 def position_code(fourier: Tensor, rows: int, columns: int) -> Tensor:
     """Random-Fourier code of a grid's cells, centred over the width: (rows * columns, 512) float32.
 
-    Cell (i, j) has c = 2 ((j + 1/2) / columns, (i + 1/2) / rows) - 1, x first, and a = 2 pi c G; the code is
-    sin a0, cos a0, sin a1, cos a1, ...  `fourier` is the checkpoint's G, (2, 256).
+    Cell (i, j) has c = 2 ((j + 1/2) / columns, (i + 1/2) / rows) - 1, x first, and a = 2 pi c G;
+    the code is sin a0, cos a0, sin a1, cos a1, ...  `fourier` is the checkpoint's G, (2, 256).
     """
     y = (torch.arange(rows, dtype=torch.float64, device=fourier.device) + 0.5) / rows
     x = (torch.arange(columns, dtype=torch.float64, device=fourier.device) + 0.5) / columns
