@@ -157,7 +157,7 @@ class STELLARModel(nn.Module):
 
         Args:
             images: (B, 3, H, W) floating point, RGB in [0, 1], at least one patch high and wide;
-                what is left beyond whole patches is dropped. Cast to the weights' dtype.
+                what is left beyond whole patches is dropped.
 
         Returns:
             sparse (B, K, D), spatial (B, P, K), dense (B, P, D), lowrank (B, P, D), cls (B, 1, D).
@@ -202,13 +202,13 @@ class STELLARModel(nn.Module):
         return cls, sparse, dense
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[0, 1] pixels (B, 3, H, W) to the encoder's input, in the weights' dtype."""
+        """[0, 1] pixels (B, 3, H, W) to the encoder's input, in the wider of the two dtypes."""
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 "images must be floating point (B, 3, H, W) in [0, 1], "
                 f"got {images.dtype} of shape {tuple(images.shape)}"
             )
-        images = images.to(self.sparse_tokens.dtype)
+        images = images.to(torch.promote_types(images.dtype, self.sparse_tokens.dtype))
         mean, std = (images.new_tensor(stats).view(3, 1, 1) for stats in (IMAGE_MEAN, IMAGE_STD))
         return (images - mean) / std
 

@@ -104,7 +104,9 @@ class Embeddings(nn.Module):
                 patches, size=(rows, columns), mode="bicubic", align_corners=False
             )
             patches = patches.flatten(2).transpose(1, 2)
-        patches = patches + self.patch_embeddings.projection.bias
+        bias = self.patch_embeddings.projection.bias
+        assert bias is not None, "the patch projection is built with a bias"
+        patches = patches + bias
         return torch.cat([self.cls_token + cls, patches], dim=1)[0]
 
     def forward(self, images: Tensor, extra: Tensor | None = None) -> Tensor:

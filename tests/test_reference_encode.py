@@ -183,6 +183,16 @@ def test_features_are_in_the_dtype_of_the_weights(tiny):
             assert relative_error(found[key], expected[key]) < bound, (key, dtype)
 
 
+def test_images_may_be_of_another_dtype_than_the_weights(tiny):
+    batch = images(1, 96, 96, 10).half()
+    expected = tiny.encode(batch.float())
+    for key, value in tiny.encode(batch).items():
+        assert torch.equal(value, expected[key]), key
+    for key, value in tiny.encode(batch.double()).items():
+        assert value.dtype == torch.float32
+        assert relative_error(value, expected[key]) < 1e-5, key
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
