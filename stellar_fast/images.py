@@ -1,0 +1,292 @@
+"""From files and PIL images to model input: decoding by written rules, and named presets.
+
+`decode` gives 8-bit RGB, whatever the file holds:
+
+1. Formats: `FORMATS`, told by content and not by suffix. Nothing that starts another program (EPS).
+2. Size: width times height of the header is checked before any pixel is decoded, and again after.
+   Pillow's own limit of twice `PIL.Image.MAX_IMAGE_PIXELS` holds too.
+3. Truncated or damaged pixels: an error. A half-decoded photograph is never returned.
+4. Orientation: the EXIF (or XMP) orientation is applied, for PIL images as well as for files, so
+   that a photograph looks as a viewer shows it. Unreadable metadata count as "upright".
+5. Several frames or pages: the first; a PIL image gives the frame it stands at.
+6. Transparency (an alpha channel, a transparent palette entry, a transparent colour) is composited
+   over white, which pages show behind such pictures; dropping the channel would show whatever
+   colour the transparent pixels happen to hold.
+7. Greyscale and 1-bit: three equal channels. CMYK and YCCK: Adobe's inverted convention in JPEG,
+   then the plain conversion. YCbCr, HSV and LAB: Pillow's conversion. ICC profiles are not applied.
+8. 16 bits a channel: the high byte (Pillow's own conversion of greyscale clips to white). 32-bit
+   integers are taken as 16-bit values and refused outside 0..65535; floats are refused, as they
+   have no agreed range.
+9. Pillow's warnings (damaged metadata, a large picture) do not change the result and reach Python's
+   `warnings` as they are: the filters belong to the whole process, and other threads may be
+   decoding. Under an "error" filter such a picture is an `ImageError` with the warning's text.
+
+No global state of Pillow is changed. Everything here may be called from many threads.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from functools import cache
+from io import BytesIO
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from .errors import ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "MPO")
+MAX_PIXELS = 178_956_970  # Pillow's own error limit: 0.5 GiB of RGB
+PRESETS = ("card", "eval")
+SIZE = 224  # the models' side, in pixels
+EVAL_SIDE = 256
+# Longest strip that "eval" resizes to, 256 times its width: more is a bomb of another kind.
+EVAL_MAX_PIXELS = EVAL_SIDE * EVAL_SIDE * 256
+BACKGROUND = (255, 255, 255, 255)
+REASON_LENGTH = 300
+
+_TRANSPOSE = {  # EXIF orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """One picture as a loaded 8-bit RGB PIL image, by the rules of this module.
+
+    Args:
+        source: a path, the bytes of a file, a binary file object, or a PIL image (not changed).
+        max_pixels: the largest width times height.
+
+    Raises:
+        ImageError: anything wrong with the file or its content.
+        TypeError: `source` is none of these.
+        ValueError: `max_pixels` is not positive.
+    """
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels must be positive, got {max_pixels}")
+    name = describe(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, max_pixels)
+        if isinstance(source, str | os.PathLike):
+            return _decode_path(source, max_pixels)
+        if isinstance(source, bytes | bytearray | memoryview):
+            source = BytesIO(source)
+        return _decode_file(source, max_pixels)
+    except ImageError as error:
+        raise ImageError(name, error.reason) from None
+    except Exception as error:  # decoders raise anything: SyntaxError, struct.error, RuntimeError
+        raise ImageError(name, _reason(error)) from error
+
+
+def apply_preset(image: Image.Image, preset: str) -> Tensor:
+    """An RGB image, as `decode` gives it, as model input.
+
+    "card": the whole picture squeezed to 224x224 by Pillow's antialiased bicubic, uint8
+    (3, 224, 224). "eval": the published evaluation transform: pixels / 255, shorter side to 256 by
+    bicubic without antialiasing and with aligned corners, the longer side cut to a whole number;
+    centre crop of 224; float32 (3, 224, 224), which overshoots [0, 1] a little and is not clamped.
+
+    Raises:
+        ValueError: unknown preset, or an image of another mode.
+        ImageError: the picture is too long and narrow for "eval".
+    """
+    check_preset(preset)
+    if image.mode != "RGB":
+        raise ValueError(f"apply_preset takes RGB images, as decode gives them; got {image.mode}")
+    if preset == "card":
+        return _to_tensor(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+    from torch.nn.functional import interpolate
+
+    width, height = image.size
+    rows, columns = _eval_size(height, width)
+    if rows * columns > EVAL_MAX_PIXELS:
+        raise ImageError(
+            "<PIL image>", f"{width}x{height} is too long and narrow for the preset 'eval'"
+        )
+    pixels = _to_tensor(image)[None].float() / 255
+    resized = interpolate(pixels, size=(rows, columns), mode="bicubic", align_corners=True)
+    top, left = (rows - SIZE) // 2, (columns - SIZE) // 2
+    return resized[0, :, top : top + SIZE, left : left + SIZE].clone()
+
+
+def load_image(source: Source, preset: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """`decode`, then `apply_preset`: (3, 224, 224), uint8 for "card", float32 for "eval".
+
+    Raises:
+        ImageError: the picture cannot be decoded or resized.
+        ValueError: unknown preset.
+    """
+    check_preset(preset)
+    image = decode(source, max_pixels=max_pixels)
+    try:
+        return apply_preset(image, preset)
+    except ImageError as error:
+        raise ImageError(describe(source), error.reason) from None
+    except Exception as error:  # memory
+        raise ImageError(describe(source), _reason(error)) from error
+
+
+def load_batch(sources: Sequence[Source], preset: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """(B, 3, 224, 224) of at least one picture, each by `load_image`.
+
+    Raises:
+        ImageError: of the first picture that fails.
+        ValueError: unknown preset, or no picture.
+    """
+    import torch
+
+    if not sources:
+        raise ValueError("load_batch needs at least one picture")
+    return torch.stack([load_image(source, preset, max_pixels=max_pixels) for source in sources])
+
+
+def check_preset(preset: str) -> None:
+    """Raises ValueError for a name that is not in `PRESETS`."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+
+
+def describe(source: Source) -> str:
+    """What to call `source` in an error: its path if it has one.
+
+    Raises:
+        TypeError: no kind of source.
+    """
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"<{len(source)} bytes>"
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or "<PIL image>")
+    if hasattr(source, "read"):
+        return str(getattr(source, "name", "<file>"))
+    raise TypeError(
+        f"an image is a path, bytes, a binary file or a PIL image, got {type(source).__name__}"
+    )
+
+
+def _decode_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(path, "is a folder")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise ImageError(path, "is not a regular file")
+    if status.st_size == 0:
+        raise ImageError(path, "empty file")
+    # Opened here: given a path, Pillow would map the file, and a file that shrinks is then SIGBUS.
+    with open(path, "rb") as file:
+        return _decode_file(file, max_pixels)
+
+
+def _decode_file(file: IO[bytes], max_pixels: int) -> Image.Image:
+    with Image.open(file, formats=_formats()) as image:
+        return _to_rgb(image, max_pixels)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow knows; it fails on names it does not."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    _check_pixels(image, max_pixels)
+    image.load()
+    _check_pixels(image, max_pixels)  # some formats learn their size while decoding
+    # After loading: TIFF orients itself there, and drops the tag.
+    transpose = _TRANSPOSE.get(_orientation(image))
+    rgb = _convert(image)
+    if transpose is not None:
+        return rgb.transpose(transpose)
+    return rgb.copy() if rgb is image else rgb
+
+
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError("", f"has no pixels ({width}x{height})")
+    if width * height > max_pixels:
+        raise ImageError("", f"{width}x{height} is more than the limit of {max_pixels} pixels")
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # rule 4: the pixels are whole, only the metadata are not
+        return None
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; the image itself if it is that already."""
+    if image.mode == "F":
+        raise ImageError("", "float pixels have no agreed range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = _high_byte(image)
+    if image.has_transparency_data:
+        if image.mode == "La":  # Pillow converts it to nothing but LA
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, BACKGROUND)
+        return Image.alpha_composite(background, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    """16-bit greyscale to 8 bits, as LA where one grey value means transparent."""
+    pixels = np.asarray(image)
+    low, high = int(pixels.min()), int(pixels.max())
+    if low < 0 or high > 65535:
+        raise ImageError("", f"32-bit pixels from {low} to {high} are outside 0..65535")
+    grey = Image.fromarray((pixels >> 8).astype(np.uint8))
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return grey
+    alpha = np.where(pixels == key, 0, 255).astype(np.uint8)
+    return Image.merge("LA", (grey, Image.fromarray(alpha)))
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """RGB image (W, H) -> uint8 (3, H, W)."""
+    import torch
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _eval_size(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns after the shorter side became 256; the longer is truncated, as kornia's
+    Resize does it: from the ratio width / height in floating point."""
+    ratio = width / height
+    if ratio >= 1:
+        return EVAL_SIDE, int(EVAL_SIDE * ratio)
+    return int(EVAL_SIDE / ratio), EVAL_SIDE
+
+
+def _reason(error: Exception) -> str:
+    """One line for what Pillow, the file system or the memory raised."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image in a format that is read ({', '.join(_formats())})"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    text = " ".join(str(error).split())[:REASON_LENGTH]
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' if text else ''}{text}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
