@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..checkpoint import check_tensors, read_state
 from ..config import CODEBOOK_SIZE, MODELS
 from ..names import linear_shapes, published_shapes
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from .model import STELLARModel
 
 PARTS = {name.partition(".")[0] for name in published_shapes(MODELS["stellar-b16"], teacher=True)}
-TOKENIZER = "tokenizer"
+TOKENIZER, TEACHER = "tokenizer", "teacher_"
 
 
 def take_out_other_head(model: STELLARModel, state: dict[str, Tensor]) -> list[str]:
@@ -40,23 +41,24 @@ def take_out_other_head(model: STELLARModel, state: dict[str, Tensor]) -> list[s
 def load_checkpoint(model: STELLARModel, path: str | PathLike[str]) -> None:
     """Fills `model` from a file that holds all its tensors; the tokenizer's may be missing.
 
-    Parts of the published model that `model` was built without are passed over.
+    Parts of the published model that `model` was built without are passed over. Without any of a
+    teacher's tensors in the file, the teacher starts as a copy of what was loaded.
 
     Raises:
         CheckpointError: the file cannot be read, or a tensor is missing, unknown or has another
             shape.
     """
-    from ..checkpoint import check_shapes, read_state
-
-    state = read_state(path)
+    state = read_state(path, inside="state_dict")
     expected = {
         name: tuple(value.shape)
         for name, value in model.state_dict().items()
         if not name.startswith(f"{TOKENIZER}.")
     }
+    if not any(name.startswith(TEACHER) for name in state):
+        expected = {name: shape for name, shape in expected.items() if not name.startswith(TEACHER)}
     built = {name.partition(".")[0] for name in expected}
     passed_over = [
         name for name in state if name.partition(".")[0] in (PARTS | {TOKENIZER}) - built
     ]
-    check_shapes(state, expected, where=str(path), ignored=passed_over)
+    check_tensors(state, expected, where=str(path), ignored=passed_over)
     model.load_state_dict(state, strict=False)

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from ..config import CODEBOOK_SIZE, IMAGE_MEAN, IMAGE_STD, BackboneConfig, ModelConfig
 from ..names import canonical
 from . import ops
+from .clustering import ClusteringHead
 from .loading import load_checkpoint, take_out_other_head
 from .position import RandomFourierPosition
+from .pretrain import training_predictions
+from .teacher import attach_teacher
 from .vit import VisionTransformer
 from .vqgan import VQGAN
 
@@ -40,7 +43,8 @@ class STELLARModel(nn.Module):
         vq_model: the tokenizer: its weights file (.bin or .safetensors) or a `VQGAN`. With it the
             decoder predicts codes; without it (None) a transposed convolution draws pixels.
         do_clustering: build the clustering heads, and train with their losses.
-        num_clusters, predictor_layers, prototype_dim: size of the clustering heads.
+        num_clusters, predictor_layers, prototype_dim: size of the clustering heads, as
+            `ClusteringHead` takes them.
         do_cls: cluster the CLS token too.
         logits_temp, sk_temp, n_sk_iter, sk_scale: temperature of the predictions; temperature,
             rounds and column exponent of the Sinkhorn-Knopp targets.
@@ -64,6 +68,13 @@ class STELLARModel(nn.Module):
         CheckpointError: a weights file does not fit.
     """
 
+    clustering_head: ClusteringHead
+    cls_cluster_head: ClusteringHead
+    teacher_encoder: VisionTransformer
+    teacher_sparse_tokens: nn.Parameter
+    teacher_head: ClusteringHead
+    teacher_cls_head: ClusteringHead
+
     def __init__(
         self,
         num_sparse_tokens: int,
@@ -74,8 +85,8 @@ class STELLARModel(nn.Module):
         vq_model: str | PathLike[str] | VQGAN | None = None,
         do_clustering: bool = True,
         num_clusters: int = 16384,
-        predictor_layers: int = 2,
-        prototype_dim: int = 256,
+        predictor_layers: int | None = 2,
+        prototype_dim: int | None = 256,
         do_cls: bool = True,
         logits_temp: float = 0.12,
         sk_temp: float = 0.06,
@@ -124,8 +135,6 @@ class STELLARModel(nn.Module):
         if do_recon:
             self._build_decoder()
         if do_clustering:
-            from .clustering import ClusteringHead
-
             self.clustering_head = ClusteringHead(
                 width, num_clusters, predictor_layers, prototype_dim
             )
@@ -134,8 +143,6 @@ class STELLARModel(nn.Module):
                     width, num_clusters, predictor_layers, prototype_dim
                 )
         if momentum_teacher:
-            from .teacher import attach_teacher
-
             attach_teacher(self)
         if model_checkpoint_path is not None:
             load_checkpoint(self, model_checkpoint_path)
@@ -287,8 +294,6 @@ class STELLARModel(nn.Module):
             return {"predictions": self.evaluation_predictions(inputs["image"])}
         if mode != "train":
             raise ValueError(f'mode must be "train" or "eval", got {mode!r}')
-        from .pretrain import training_predictions
-
         return {"predictions": training_predictions(self, inputs)}
 
     def evaluation_predictions(self, images: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoint import check_tensors, read_state
 from ..config import CODE_DIM, CODEBOOK_SIZE
 from ..names import VQGAN_BLOCKS, VQGAN_CHANNELS, vqgan_shapes
 
@@ -35,18 +36,17 @@ class VQGAN(nn.Module):
         """The tokenizer with a file's weights (.bin: a torch pickle of tensors; .safetensors).
 
         Raises:
-            CheckpointError: the file is unreadable, holds more than tensors, or its tensors are not
+            DownloadError: there is no such file.
+            CheckpointError: the file holds more than tensors or is damaged, or its tensors are not
                 this model's.
         """
-        from ..checkpoint import check_shapes, read_state
-
         state = read_state(path)
-        check_shapes(state, vqgan_shapes(), where=str(path))
+        check_tensors(state, vqgan_shapes(), where=str(path))
         with torch.device("meta"):  # nothing to initialise: every tensor is assigned
             tokenizer = cls()
-        tokenizer.load_state_dict(
-            {name: value.float() for name, value in state.items()}, assign=True
-        )
+        # copied, since a tensor read may be the file's own memory
+        own = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
+        tokenizer.load_state_dict(own, assign=True)
         return tokenizer.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:

@@ -207,6 +207,16 @@ def test_model_checkpoint_path(tmp_path, published, layout):
     assert_holds(build(model_checkpoint_path=path), published)
 
 
+def test_model_checkpoint_path_without_a_teacher_starts_one(tmp_path, published):
+    path = tmp_path / "model.safetensors"
+    save_file(published, path)
+    model = build(do_clustering=True, momentum_teacher=True, model_checkpoint_path=path)
+    for name in ("embeddings.cls_token", "encoder.layer.1.output.dense.weight"):
+        teacher = model.teacher_encoder.get_parameter(name)
+        assert torch.equal(teacher, published[f"encoder.{name}"])
+    assert torch.equal(model.teacher_sparse_tokens, published["sparse_tokens"])
+
+
 def test_model_checkpoint_path_wants_every_tensor_of_the_build(tmp_path, published):
     path = tmp_path / "model.safetensors"
     state = {name: value for name, value in published.items() if name != "sparse_proj.bias"}
