@@ -196,8 +196,8 @@ def teacher_targets(model: STELLARModel, images: Tensor) -> Targets:
     cls, sparse = encode_with_teacher(model, images)
     return Targets(
         sparse,
-        _assign(model, model.teacher_head(sparse)),
-        _assign(model, model.teacher_cls_head(cls)) if model.do_cls else None,
+        _assign(model, model.get_submodule("teacher_head")(sparse)),
+        _assign(model, model.get_submodule("teacher_cls_head")(cls)) if model.do_cls else None,
     )
 
 

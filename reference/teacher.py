@@ -64,7 +64,8 @@ def sync_teacher(model: STELLARModel) -> None:
 @torch.no_grad()
 def encode_with_teacher(model: STELLARModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """The teacher's tokens of images (B, 3, H, W) in [0, 1]: cls (B, 1, D), sparse (B, K, D)."""
-    x = model.teacher_encoder(model.normalize(images), model.teacher_sparse_tokens)
+    encoder = model.get_submodule("teacher_encoder")
+    x = encoder(model.normalize(images), model.get_parameter("teacher_sparse_tokens"))
     return x[:, :1], x[:, x.shape[1] - model.num_sparse_tokens :]
 
 
@@ -76,7 +77,7 @@ def _pairs(model: STELLARModel) -> Iterator[tuple[Tensor, Tensor]]:
                 getattr(model, student).parameters(),
                 strict=True,
             )
-    yield model.teacher_sparse_tokens, model.sparse_tokens
+    yield model.get_parameter("teacher_sparse_tokens"), model.sparse_tokens
 
 
 def _start_missing_teacher(module: nn.Module, incompatible: Any) -> None:
