@@ -1,1 +1,2 @@
-"""The published STELLAR model in plain PyTorch: the oracle of every kernel, and the module to train."""
+"""The published STELLAR model in plain PyTorch: the oracle of every kernel, and the module to
+train."""

@@ -1,4 +1,5 @@
-"""Every error that this package raises on purpose, beside plain `ValueError` and `TypeError` for arguments."""
+"""Every error that this package raises on purpose, beside plain `ValueError` and `TypeError` for
+arguments."""
 
 
 class StellarError(Exception):

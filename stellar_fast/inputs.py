@@ -71,7 +71,7 @@ def _from_numpy(array: np.ndarray) -> Tensor:
         raise ValueError(
             f"images must be uint8 or floats in [0, 1], got a NumPy array of dtype {array.dtype}"
         )
-    # torch knows no negative strides, foreign byte order or float128, and warns of read-only memory.
+    # torch has no negative strides, foreign byte order or float128; it warns of read-only memory.
     native = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     usable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
     if native != array.dtype or not usable:

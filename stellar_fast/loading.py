@@ -217,7 +217,7 @@ def _read_model(path: Path, config: ModelConfig, purpose: str) -> Mapping[str, T
         shapes |= names.reconstruct_shapes(config, pixel_head=_has_pixel_head(state))
     known = names.published_shapes(config, teacher=True)
     ignored = {name for name in state if name in known or name.startswith("tokenizer.")}
-    checkpoint.check_shapes(state, shapes, where=str(path), ignored=ignored)
+    checkpoint.check_tensors(state, shapes, where=str(path), ignored=ignored)
     return {name: state[name] for name in shapes}
 
 
@@ -249,7 +249,7 @@ def _vqgan(
             return pack_vqgan(synthetic.synthetic_state(shapes, SYNTHETIC_SEED), dtype, device)
         raise ValueError(f"purpose='reconstruct' needs vq_model, the path of {VQ_FILE}")
     tokenizer = checkpoint.read_state(vq_model)
-    checkpoint.check_shapes(tokenizer, shapes, where=str(vq_model), ignored=names.vqgan_shapes())
+    checkpoint.check_tensors(tokenizer, shapes, where=str(vq_model), ignored=names.vqgan_shapes())
     return pack_vqgan(tokenizer, dtype, device)
 
 
@@ -298,6 +298,6 @@ def _load_pretrain(
         key.startswith("teacher_") for key in state
     ):  # a published file: the teacher starts as the student
         trained = {key: shape for key, shape in trained.items() if not key.startswith("teacher_")}
-    checkpoint.check_shapes(state, trained, where=where, ignored=known)
+    checkpoint.check_tensors(state, trained, where=where, ignored=known)
     model.load_state_dict({key: state[key] for key in trained}, strict=False)
     return model.to(device).train()

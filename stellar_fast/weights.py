@@ -176,10 +176,14 @@ class _Packer:
         self.state, self.dtype, self.device = state, dtype, device
 
     def cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        return self._own(tensor, self.dtype)
 
     def exact(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=torch.float32).contiguous()
+        return self._own(tensor, torch.float32)
+
+    def _own(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        # A copy even where nothing changes: the state may be a file mapped into memory.
+        return tensor.to(device=self.device, dtype=dtype, copy=True).contiguous()
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         return self.state[f"{name}.weight"].double(), self.state[f"{name}.bias"].double()

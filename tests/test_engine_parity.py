@@ -1,4 +1,4 @@
-"""The engine against the published outputs, and its lower precisions against their error budgets."""
+"""The engine against the published outputs, and every precision against its error budget."""
 
 import pytest
 import torch

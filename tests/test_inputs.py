@@ -1,4 +1,4 @@
-"""Every form of a batch that `encode` takes gives the same features; every other form one clear error."""
+"""Every form of a batch that `encode` takes gives the same features; any other, one clear error."""
 
 import numpy as np
 import pytest
@@ -170,5 +170,5 @@ def test_unknown_outputs_are_named(engine, outputs, message):
 
 
 def test_unknown_presets_are_named(engine):
-    with pytest.raises(ValueError, match="'square'.*card, eval"):
+    with pytest.raises(ValueError, match=r"'square'.*card, eval"):
         engine.encode([Image.new("RGB", (32, 32))], preset="square")

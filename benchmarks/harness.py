@@ -1,0 +1,139 @@
+"""Timing of alternatives side by side, and the result file that a figure is taken from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "numpy", "openvino", "triton")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median and quartiles over `rounds` calls."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, low, high, len(seconds))
+
+
+class Alternation:
+    """Times several functions in turn, so that a drift of the machine's speed hits them alike."""
+
+    def __init__(self, functions: Mapping[str, Callable[[], object]], warmup: int = 2) -> None:
+        self.functions = dict(functions)
+        self.seconds: dict[str, list[float]] = {name: [] for name in functions}
+        for function in self.functions.values():
+            for _ in range(warmup):
+                function()
+
+    def round(self) -> None:
+        """One timed call of each function."""
+        for name, function in self.functions.items():
+            start = time.perf_counter()
+            function()
+            self.seconds[name].append(time.perf_counter() - start)
+
+    def timings(self) -> dict[str, Timing]:
+        return {name: Timing.of(seconds) for name, seconds in self.seconds.items()}
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """L2 norm of the difference over that of `exact`, in float64."""
+    exact = exact.double()
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def within_budget(
+    found: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> None:
+    """Raises AssertionError unless every error is at most twice plain PyTorch's at that dtype.
+
+    No figure is written for a result that fails this.
+    """
+    for name in found:
+        error = relative_error(found[name], exact[name])
+        budget = 2 * relative_error(plain[name], exact[name])
+        assert error <= budget, f"{name}: error {error:.2e} exceeds its budget {budget:.2e}"
+
+
+def processor() -> dict[str, object]:
+    """What the CPU calls itself and the instruction sets that decide bf16 speed."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = set(fields.get("flags", "").split())
+    return {
+        "name": fields.get("model name", platform.processor() or platform.machine()),
+        "family": fields.get("cpu family"),
+        "model": fields.get("model"),
+        "bf16_matrix_units": "amx_bf16" in flags,
+        "avx512_bf16": "avx512_bf16" in flags,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit measured; "-dirty" where the code differs from it."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent.parent
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "stellar_fast", "kernels", "reference")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def write_result(device: str, name: str, rows: list[dict], **facts: object) -> Path:
+    """Writes `results/<device>/<date>-<commit>-<name>.json` and returns its path."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    result = {
+        "name": name,
+        "date": today,
+        "commit": commit(),
+        "versions": versions(),
+        **facts,
+        "rows": rows,
+    }
+    path = RESULTS / device / f"{today}-{result['commit']}-{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def row(timing: Timing, images: int, **facts: object) -> dict[str, object]:
+    """One line of a result file."""
+    return {**facts, **asdict(timing), "images_per_second": images / timing.median}

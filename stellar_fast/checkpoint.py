@@ -1,0 +1,206 @@
+"""Reading weights files: safetensors, or a torch pickle of nothing but tensors, never of code.
+
+A file is told by its first bytes, not by its name, so that what a failed download leaves behind (an
+HTML page, a Git-LFS pointer, half a file) is recognised for what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError, DownloadError
+from .names import Shapes, canonical
+
+PathLike = str | os.PathLike[str]
+MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
+NAMES_SHOWN = 5
+
+
+def read_state(path: PathLike, *, inside: str | None = None) -> dict[str, Tensor]:
+    """Every tensor of a weights file, on the CPU, in the file's own dtypes, under its canonical
+    name.
+
+    Safetensors are mapped into memory: a tensor's bytes are read when they are first used.
+
+    Args:
+        path: a safetensors file, or a torch pickle that holds one {name: tensor} dict.
+        inside: the key under which a pickle may hold that dict among a training run's other state.
+
+    Raises:
+        DownloadError: there is no such file.
+        CheckpointError: the file is something else, or damaged; the message says what was found.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "it is a folder" if path.is_dir() else "there is no such file"
+        raise DownloadError(f"{path}: expected a weights file, but {found}; check the path")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise DownloadError(f"{path}: the weights file cannot be read: {error.strerror}") from error
+    _refuse_what_is_no_weights_file(path, head)
+    # A safetensors file opens with 8 bytes of length, which may be anything, and a brace.
+    is_pickle = head[8:9] != b"{" and head.startswith((b"PK\x03\x04", b"\x80"))
+    state = _read_pickle(path, inside) if is_pickle else _read_safetensors(path, head)
+    try:
+        return canonical(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _refuse_what_is_no_weights_file(path: Path, head: bytes) -> None:
+    again = "download it again"
+    if not head:
+        raise CheckpointError(f"{path}: expected weights, found an empty file; {again}")
+    if head.startswith(b"version https://git-lfs"):
+        size = next((line[5:] for line in head.split(b"\n") if line.startswith(b"size ")), b"?")
+        raise CheckpointError(
+            f"{path}: expected weights, found a Git-LFS pointer to "
+            f"{size.decode(errors='replace')} bytes; run "
+            "'git lfs pull' in its repository, or download the file itself"
+        )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise CheckpointError(
+            f"{path}: expected weights, found an HTML page, such as a login or an error page; "
+            f"{again} "
+            "from its direct address"
+        )
+
+
+def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 9 or head[8:9] != b"{" or length > MAX_HEADER:
+        raise CheckpointError(
+            f"{path}: expected safetensors or a torch pickle, found {size} bytes that begin "
+            f"{head[:16]!r}"
+        )
+    if 8 + length > size:
+        raise CheckpointError(_truncated(path, size, 8 + length, "its header alone"))
+    try:
+        with path.open("rb") as file:
+            file.seek(8)
+            entries = json.loads(file.read(length))
+        data = max(
+            (e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0
+        )
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: the safetensors header is damaged ({error!r}); download it again"
+        ) from error
+    if 8 + length + data > size:
+        raise CheckpointError(_truncated(path, size, 8 + length + data, "its header"))
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged safetensors ({error}); download it again"
+        ) from error
+
+
+def _truncated(path: Path, size: int, expected: int, by: str) -> str:
+    return (
+        f"{path}: truncated, {size} bytes where {by} promises {expected}; download it again "
+        "(an interrupted download can be resumed)"
+    )
+
+
+def _read_pickle(path: Path, inside: str | None) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:  # given a path, torch would choose a format by its suffix
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "GLOBAL" in line), _first_line(error))
+        raise CheckpointError(
+            f"{path}: the pickle holds more than tensors and was not run ({reason.strip()}); "
+            "save it as safetensors, or as torch.save({name: tensor, ...})"
+        ) from error
+    except Exception as error:  # torch.load documents no set of errors for a damaged file
+        raise CheckpointError(
+            f"{path}: damaged or truncated torch pickle of {path.stat().st_size} bytes "
+            f"({_first_line(error)}); download it again"
+        ) from error
+    if inside is not None and isinstance(state, Mapping) and isinstance(state.get(inside), Mapping):
+        state = state[inside]
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{path}: expected a state dict {{name: tensor}}, found a {type(state).__name__}"
+        )
+    strange = [
+        key
+        for key, value in state.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if strange:
+        nested = next((key for key in strange if isinstance(state[key], Mapping)), None)
+        remedy = f"; if {nested!r} is the state dict, save that alone" if nested is not None else ""
+        raise CheckpointError(
+            f"{path}: expected a plain state dict {{name: tensor}}, found other entries: "
+            f"{_some(strange)}{remedy}"
+        )
+    return dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _some(names: Collection[object]) -> str:
+    shown = ", ".join(map(str, list(names)[:NAMES_SHOWN]))
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
+
+
+def check_tensors(
+    state: Mapping[str, Tensor],
+    expected: Shapes,
+    *,
+    where: str,
+    ignored: Collection[str] = (),
+) -> None:
+    """Every expected tensor is there, of its shape, floating point and finite; none is unknown.
+
+    Args:
+        state: under canonical names.
+        expected: {canonical name: shape}.
+        where: the file, for the message.
+        ignored: names that may be there too.
+
+    Raises:
+        CheckpointError: naming all tensors that are missing, unknown or of another shape.
+    """
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected and name not in ignored]
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != tuple(shape)
+    ]
+    kinds = {"missing": missing, "of another shape": misshapen, "unknown": unknown}
+    wrong = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: {len(expected)} tensors expected; {'; '.join(wrong)}. Is this the file of "
+            "this model?"
+        )
+    for name in tqdm(expected, desc=f"Checking {Path(where).name}", unit="tensor", disable=None):
+        tensor = state[name]
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {name} must be floating point, found {tensor.dtype}")
+        bounds = torch.stack(tensor.float().aminmax()) if tensor.numel() else tensor
+        if not bounds.isfinite().all():
+            raise CheckpointError(
+                f"{where}: {name} holds NaN or infinity; the file is damaged, or the training "
+                "run diverged"
+            )

@@ -1,0 +1,194 @@
+"""The shape of the house: who imports whom, what is installed where, what an import costs."""
+
+import ast
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEAVES = {"config", "errors", "names", "checkpoint"}  # what reference may use of stellar_fast
+SOURCES = sorted(
+    path
+    for folder in ("stellar_fast", "kernels", "reference", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, dotted name) of every import in a file; level 0 is absolute."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(node.level, name) for name in names]
+    return found
+
+
+def test_kernels_and_reference_import_relatively_and_never_each_other():
+    for folder in ("kernels", "reference"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for level, name in imports(path):
+                top = name.split(".")[0]
+                assert level or top not in ("stellar_fast", "kernels", "reference"), (path, name)
+                if level > 1:
+                    assert top in LEAVES, f"{path} imports stellar_fast.{name}"
+
+
+def test_only_the_pretraining_loader_takes_the_reference_model():
+    users = {
+        path.name
+        for path in (ROOT / "stellar_fast").rglob("*.py")
+        if any(level and name.split(".")[0] == "reference" for level, name in imports(path))
+    }
+    assert users == {"loading.py"}
+
+
+def test_the_backends_have_the_oracles_names_and_signatures():
+    from stellar_fast.reference import ops
+
+    from stellar_fast import torch_ops
+
+    def public(module) -> dict[str, inspect.Signature]:
+        return {
+            name: inspect.signature(function)
+            for name, function in vars(module).items()
+            if inspect.isfunction(function)
+            and function.__module__ == module.__name__
+            and not name.startswith("_")
+        }
+
+    backend = public(torch_ops)
+    del backend["prepare"]
+    assert backend == public(ops)
+
+
+def test_no_file_grows_without_a_cap():
+    long = {str(path): lines for path in SOURCES if (lines := path.read_text().count("\n")) > 400}
+    assert long == {}
+
+
+def test_tests_are_no_package():
+    assert not (ROOT / "tests" / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+
+
+def run(*command: str, python: str = sys.executable, **environment: str) -> str:
+    """Runs Python outside the repository and returns what it printed."""
+    done = subprocess.run(
+        [python, "-P", *command],
+        cwd=Path(sys.prefix),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_top_level_kernels_or_reference_leaks():
+    for name in ("kernels", "reference"):
+        spec = importlib.util.find_spec(name)
+        origin = spec.origin if spec is not None else None
+        assert origin is None or ROOT not in Path(origin).parents, origin
+    probe = (
+        "from importlib.util import find_spec as f; print(f('kernels'), f('reference'),"
+        "f('stellar_fast.kernels') is None, f('stellar_fast.reference') is None)"
+    )
+    found = run("-c", probe).split()
+    assert found[-2:] == ["False", "False"]
+    assert str(ROOT) not in " ".join(found)
+
+
+def test_import_is_quick_and_brings_neither_torch_nor_triton():
+    probe = (
+        "import sys, time; start = time.perf_counter(); import stellar_fast;"
+        "stellar_fast.list_models(); print(time.perf_counter() - start);"
+        "print(sorted({'torch', 'triton', 'numpy', 'PIL', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    seconds, modules = run("-c", probe).splitlines()
+    assert float(seconds) < 2
+    assert modules == "[]"
+
+
+def test_load_initialises_no_cuda_and_imports_no_triton():
+    probe = (
+        "import stellar_fast, sys; stellar_fast.load; import torch;"
+        "print('triton' in sys.modules, torch.cuda.is_initialized())"
+    )
+    assert run("-c", probe).split() == ["False", "False"]
+
+
+def test_unknown_attributes_are_attribute_errors():
+    import stellar_fast
+
+    assert {"load", "load_stellar", "Engine", "list_models"} <= set(dir(stellar_fast))
+    with pytest.raises(AttributeError, match="loda"):
+        _ = stellar_fast.loda
+
+
+@pytest.fixture(scope="module")
+def distribution(tmp_path_factory) -> Path:
+    """A folder with the sdist of this tree and the wheel built from that sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    run("-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT))
+    return out
+
+
+@pytest.mark.timeout(600)
+def test_wheel_and_sdist_hold_the_same_packages(distribution):
+    (wheel,), (sdist,) = distribution.glob("*.whl"), distribution.glob("*.tar.gz")
+    installed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    expected = {
+        prefix + path.relative_to(ROOT / folder).as_posix()
+        for folder, prefix in (
+            ("stellar_fast", "stellar_fast/"),
+            ("kernels", "stellar_fast/kernels/"),
+            ("reference", "stellar_fast/reference/"),
+        )
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert installed == expected
+    with tarfile.open(sdist) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"kernels/__init__.py", "reference/ops.py", "stellar_fast/engine.py"} <= shipped
+    assert {"LICENSE", "README.md", "pyproject.toml"} <= shipped
+
+
+@pytest.mark.timeout(600)
+def test_the_wheel_works_in_an_empty_environment(distribution, tmp_path):
+    (wheel,) = distribution.glob("*.whl")
+    venv.create(tmp_path / "env", with_pip=False)
+    python = str(tmp_path / "env" / "bin" / "python")
+    site = run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", python=python)
+    zipfile.ZipFile(wheel).extractall(site.strip())
+
+    alone = "import stellar_fast as s; print(s.__file__); print(s.list_models()[0])"
+    file, model = run("-c", alone, python=python).splitlines()
+    assert file.startswith(str(tmp_path))
+    assert model == "stellar-b16"
+
+    # The dependencies of this environment, without its .pth files and so without an editable us.
+    dependencies = sysconfig.get_path("purelib")
+    if Path(dependencies, "stellar_fast").exists():
+        pytest.fail(f"install the project editable: {dependencies} holds a copy of it")
+    probe = (
+        "import stellar_fast.kernels, stellar_fast.reference.ops as o, stellar_fast as s, sys;"
+        "print(o.__file__); e = s.load('stellar-b16', weights='synthetic', device='cpu');"
+        "import torch; print(tuple(e.encode(torch.zeros(1, 3, 32, 32))['cls'].shape));"
+        "import importlib.util as u; print(u.find_spec('kernels'), u.find_spec('reference'))"
+    )
+    file, shape, leaks = run("-c", probe, python=python, PYTHONPATH=dependencies).splitlines()
+    assert file.startswith(str(tmp_path))
+    assert shape == "(1, 1, 768)"
+    assert leaks == "None None"
