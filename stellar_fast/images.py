@@ -111,6 +111,7 @@ def apply_preset(image: Image.Image, preset: str) -> Tensor:
     if preset == "card":
         return _to_tensor(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
+    from torch import contiguous_format as contiguous
     from torch.nn.functional import interpolate
 
     width, height = image.size
@@ -122,7 +123,7 @@ def apply_preset(image: Image.Image, preset: str) -> Tensor:
     pixels = _to_tensor(image)[None].float() / 255
     resized = interpolate(pixels, size=(rows, columns), mode="bicubic", align_corners=True)
     top, left = (rows - SIZE) // 2, (columns - SIZE) // 2
-    return resized[0, :, top : top + SIZE, left : left + SIZE].clone()
+    return resized[0, :, top : top + SIZE, left : left + SIZE].clone(memory_format=contiguous)
 
 
 def load_image(source: Source, preset: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -214,8 +215,11 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     transpose = _TRANSPOSE.get(_orientation(image))
     rgb = _convert(image)
     if transpose is not None:
-        return rgb.transpose(transpose)
-    return rgb.copy() if rgb is image else rgb
+        rgb = rgb.transpose(transpose)
+    elif rgb is image:
+        rgb = rgb.copy()
+    rgb.info = {}  # or the orientation would be applied again to what is upright now
+    return rgb
 
 
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:
