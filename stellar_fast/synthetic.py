@@ -55,5 +55,5 @@ def synthetic_state(shapes: Shapes, seed: int) -> dict[str, Tensor]:
     none of the others.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tensors = pool.map(lambda item: _tensor(*item, seed), shapes.items())
+        tensors = pool.map(lambda item: _tensor(item[0], item[1], seed), shapes.items())
         return dict(zip(shapes, tensors, strict=True))

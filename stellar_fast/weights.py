@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,17 +150,16 @@ class DecoderWeights:
     vqgan: VQGANWeights | None
 
 
-def map_nodes(node, kind: type, function: Callable):
+def map_nodes(node: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """`node`, a dataclass of this module or a tuple of them, with `function` applied to every
     `kind` in it."""
     if isinstance(node, kind):
         return function(node)
     if isinstance(node, tuple):
         return tuple(map_nodes(item, kind, function) for item in node)
-    if is_dataclass(node):
-        return type(node)(
-            **{f.name: map_nodes(getattr(node, f.name), kind, function) for f in fields(node)}
-        )
+    if is_dataclass(node) and not isinstance(node, type):
+        parts = {f.name: map_nodes(getattr(node, f.name), kind, function) for f in fields(node)}
+        return type(node)(**parts)
     return node
 
 

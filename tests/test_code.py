@@ -1,0 +1,37 @@
+"""Lint and types."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def check(*command: str, cwd: Path = ROOT, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lint():
+    check("ruff", "check")
+    check("ruff", "format", "--check")
+
+
+def test_types(tmp_path):
+    """mypy over the package as it installs, since it knows nothing of setuptools' package-dir."""
+    package = tmp_path / "stellar_fast"
+    package.mkdir()
+    for item in (ROOT / "stellar_fast").iterdir():
+        (package / item.name).symlink_to(item)
+    for name in ("kernels", "reference"):
+        (package / name).symlink_to(ROOT / name)
+    check(
+        "mypy", "--config-file", str(ROOT / "pyproject.toml"), cwd=tmp_path, MYPYPATH=str(tmp_path)
+    )
