@@ -1,2 +1,5 @@
-"""The published STELLAR model in plain PyTorch: the oracle of every kernel, and the module to
-train."""
+"""The published STELLAR model in plain PyTorch: the oracle of every kernel, to train."""
+
+from .model import STELLARModel
+
+__all__ = ["STELLARModel"]

@@ -40,7 +40,7 @@ def patch_embed(
     rows, columns = height // patch_size, width // patch_size
     cropped = images[:, :, : rows * patch_size, : columns * patch_size]
     tiles = cropped.reshape(batch, 3, rows, patch_size, columns, patch_size)
-    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, 3 * patch_size**2)
     if centre:
         tiles = tiles.to(torch.promote_types(tiles.dtype, torch.float32)) - centre
     tiles = tiles.to(weight.dtype)
@@ -103,10 +103,10 @@ def attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
         (B, Q, D).
     """
     batch, rows, width = query.shape
-    shape = (batch, -1, num_heads, width // num_heads)
-    q = query.reshape(shape).transpose(1, 2)
-    k = key_value[..., :width].reshape(shape).transpose(1, 2)
-    v = key_value[..., width:].reshape(shape).transpose(1, 2)
+    head = (num_heads, width // num_heads)
+    q = query.unflatten(-1, head).transpose(1, 2)
+    k = key_value[..., :width].unflatten(-1, head).transpose(1, 2)
+    v = key_value[..., width:].unflatten(-1, head).transpose(1, 2)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, rows, width)
 

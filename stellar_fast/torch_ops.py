@@ -111,10 +111,10 @@ def linear(
 def attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
     """`reference.ops.attention`, by PyTorch's fused scaled-dot-product attention."""
     batch, rows, width = query.shape
-    shape = (batch, -1, num_heads, width // num_heads)
-    q = query.view(shape).transpose(1, 2)
-    k = key_value[..., :width].view(shape).transpose(1, 2)
-    v = key_value[..., width:].view(shape).transpose(1, 2)
+    head = (num_heads, width // num_heads)
+    q = query.unflatten(-1, head).transpose(1, 2)
+    k = key_value[..., :width].unflatten(-1, head).transpose(1, 2)
+    v = key_value[..., width:].unflatten(-1, head).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, rows, width)
 
 

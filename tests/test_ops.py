@@ -1,0 +1,136 @@
+"""The torch backend's ops against their oracles: odd sizes, strides, empty batches, every flag."""
+
+import pytest
+import torch
+from stellar_fast.reference import ops
+
+from stellar_fast import torch_ops
+from stellar_fast.weights import Linear
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """`x` as a view into memory poisoned with NaN."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=x.dtype)
+    wide[..., 1:-2] = x
+    return wide[..., 1:-2]
+
+
+def assert_within_budget(name: str, *arguments, dtype: torch.dtype, **keywords) -> None:
+    """Error against float64 at most twice the oracle's own at `dtype`, plus the rounding of one."""
+
+    def cast(value):
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    low = [cast(value) for value in arguments], {k: cast(v) for k, v in keywords.items()}
+    exact = getattr(ops, name)(
+        *(v.double() if isinstance(v, torch.Tensor) else v for v in low[0]),
+        **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in low[1].items()},
+    )
+    plain = getattr(ops, name)(*low[0], **low[1])
+    ours = getattr(torch_ops, name)(*low[0], **low[1])
+    assert ours.shape == exact.shape
+    assert ours.isfinite().all()
+    if exact.numel():
+        scale = exact.norm()
+        budget = 2 * ((plain - exact).norm() / scale + torch.finfo(dtype).eps / 4)
+        assert (ours - exact).norm() / scale <= budget
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize(
+    "flags", [{}, {"norm_eps": 1e-12}, {"gelu": True}, {"residual": True}, "all"]
+)
+def test_linear(dtype, batch, flags):
+    x, weight, bias = draw(batch, 13, 48), draw(72, 48) / 7, draw(72)
+    x = x - x.mean(-1, keepdim=True)
+    if flags == "all":
+        flags = {"norm_eps": 1e-12, "gelu": True, "residual": True}
+    keywords = {**flags, "residual": draw(batch, 13, 72, seed=5)} if "residual" in flags else flags
+    assert_within_budget("linear", x, weight, bias, dtype=dtype, **keywords)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flags", [{}, {"gelu": True}, {"residual": True}, "all"])
+def test_linear_on_a_prepared_weight(dtype, flags):
+    if flags == "all":
+        flags = {"gelu": True, "residual": True}
+    x, weight, bias = (t.to(dtype) for t in (draw(2, 13, 48), draw(72, 48) / 7, draw(72)))
+    residual = draw(2, 13, 72, seed=5).to(dtype) if "residual" in flags else None
+    keywords = {"gelu": flags.get("gelu", False), "residual": residual}
+    kept = None if residual is None else residual.clone()
+    layer = torch_ops.prepare(Linear(weight, bias), rows=26)
+    if torch.backends.mkldnn.is_available() and dtype == torch.float32:
+        assert layer.weight.is_mkldnn
+    ours = torch_ops.linear(strided(x), layer.weight, layer.bias, **keywords)
+    double = {"gelu": keywords["gelu"], "residual": None if residual is None else residual.double()}
+    exact = ops.linear(x.double(), weight.double(), bias.double(), **double)
+    plain = ops.linear(x, weight, bias, **keywords)
+    budget = 2 * ((plain - exact).norm() / exact.norm() + torch.finfo(dtype).eps / 4)
+    assert (ours - exact).norm() / exact.norm() <= budget
+    if kept is not None:
+        assert torch.equal(kept, residual), "the residual's memory belongs to the caller"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (1, 213, 213), (2, 9, 45)])
+@pytest.mark.parametrize(("heads", "width"), [(4, 64), (1, 80), (3, 48)])
+def test_attention(dtype, batch, queries, keys, heads, width):
+    query, key_value = draw(batch, queries, width), draw(batch, keys, 2 * width)
+    assert_within_budget("attention", query, key_value, heads, dtype=dtype)
+
+
+def test_attention_reads_views_of_a_packed_qkv():
+    qkv = strided(draw(2, 33, 3 * 64)).float()
+    ours = torch_ops.attention(qkv[..., :64], qkv[..., 64:], 4)
+    exact = ops.attention(qkv[..., :64].double(), qkv[..., 64:].double(), 4)
+    assert (ours - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("tokens", [8, 16, 24])
+@pytest.mark.parametrize("temperature", [0.06, None])
+def test_spatial_map(dtype, batch, tokens, temperature):
+    width = 64
+    arguments = (
+        draw(batch, 37, width),
+        draw(batch, tokens, width),
+        draw(width, width) / 8,
+        draw(width),
+        draw(width, width, seed=1) / 8,
+        draw(width, seed=1),
+        temperature,
+    )
+    assert_within_budget("spatial_map", *arguments, dtype=dtype)
+    low = [v.to(dtype) if isinstance(v, torch.Tensor) else v for v in arguments]
+    rows = torch_ops.spatial_map(*low).sum(-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+def test_spatial_map_of_zero_rows_is_finite():
+    zero = torch.zeros(1, 5, 16)
+    weight, bias = torch.eye(16), torch.zeros(16)
+    out = torch_ops.spatial_map(zero, zero[:, :3], weight, bias, weight, bias, 0.06)
+    torch.testing.assert_close(out, torch.full((1, 5, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_norm_reassemble_and_patch_embed(dtype, batch):
+    x = draw(batch, 7, 48)
+    x = x - x.mean(-1, keepdim=True)
+    assert_within_budget("norm", x, draw(48), draw(48, seed=1), 1e-12, dtype=dtype)
+    spatial = draw(batch, 37, 8).softmax(-1)
+    assert_within_budget("reassemble", spatial, draw(batch, 8, 48), dtype=dtype)
+    pixels, weight = draw(batch, 3, 37, 50).sigmoid(), draw(48, 3 * 64) / 14
+    table, sparse = draw(1 + 4 * 6, 48), draw(5, 48)
+    assert_within_budget("patch_embed", pixels, weight, table, sparse, 8, 0.5, dtype=dtype)
