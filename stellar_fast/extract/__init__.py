@@ -1,1 +1,7 @@
-"""Extraction of features from many images: readers, writers, the loop between them."""
+"""Extraction of features from many images: which images, the loop that encodes them, what is
+written."""
+
+from .reader import Item, discover
+from .runner import DEFAULT_FEATURES, DTYPES, Job, Summary, plan, run
+
+__all__ = ["DEFAULT_FEATURES", "DTYPES", "Item", "Job", "Summary", "discover", "plan", "run"]

@@ -1,0 +1,176 @@
+"""An output folder that is there whole or not at all.
+
+The work goes into a hidden folder beside the output, `.NAME.partial-*`, which takes the output's
+name when everything in it is on disk. A process that dies on the way leaves only that hidden
+folder, and the next run to the same output removes it: it is told from another run's, still at
+work, by the lock that dies with its process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from ..errors import StellarError
+
+INDEX = "index.parquet"
+RUN = "run.json"
+
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100  # linux/fcntl.h
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises ValueError unless `output` may be written: it is not there, or it is an empty folder,
+    or `overwrite` and it holds what an extraction left and nothing else."""
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"{output}: the output is a folder, but there is a file of this name")
+    held = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
+    if held and not overwrite:
+        raise ValueError(
+            f"{output}: the output folder is not empty; choose another, or --overwrite"
+        )
+    foreign = [name for name in held if name not in (INDEX, RUN) and not name.endswith(".npy")]
+    if foreign or (held and INDEX not in held):
+        found = f"it holds {foreign[0]}" if foreign else f"it has no {INDEX}"
+        raise ValueError(
+            f"{output}: only the output of an earlier extraction is overwritten, but {found}; "
+            "choose another folder, or remove this one yourself"
+        )
+    parent = next(folder for folder in output.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{output}: cannot be made, {parent} is not a folder that may be written")
+
+
+@contextmanager
+def staged(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder that becomes `output` when the block ends well, and is removed when it does not.
+
+    With `overwrite`, an earlier output stays in its place until then.
+
+    Raises:
+        ValueError: as `check_output`, before and after the block.
+        StellarError: another run is writing this output, or the folder cannot be written.
+    """
+    check_output(output, overwrite)
+    with ExitStack() as stack:
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            temporary = _make_temporary(output, stack)
+        try:
+            yield temporary
+            check_output(output, overwrite)
+            with writing(output):
+                _publish(temporary, output)
+        finally:
+            # After an exchange this is the earlier output; after a plain rename it is gone.
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into one StellarError that says what could not be written and why."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; make room, then run again" if full else ""
+        raise StellarError(
+            f"{path}: cannot be written: {error.strerror or error}{remedy}"
+        ) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Puts a folder's entries on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_temporary(output: Path, stack: ExitStack) -> Path:
+    """A new locked folder beside `output`; those of dead runs are removed."""
+    prefix = f".{output.name}.partial-"
+    parent = os.open(output.parent, os.O_RDONLY)
+    try:
+        # Under the parent's lock, or a folder could be taken for dead before its run locks it.
+        locks_work = _lock(parent, wait=True) is not None
+        for stale in output.parent.glob(f"{glob.escape(prefix)}*") if locks_work else ():
+            _remove_dead(stale, output)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would be the finished output's
+        descriptor = os.open(temporary, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        _lock(descriptor, wait=False)
+        return temporary
+    finally:
+        os.close(parent)
+
+
+def _remove_dead(folder: Path, output: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if _lock(descriptor, wait=False) is False:
+            raise StellarError(f"{output}: another run is writing this output, in {folder}")
+        shutil.rmtree(folder)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool | None:
+    """Locks a folder until it is closed; False if another process has it, None where the file
+    system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            return None
+        raise
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    fsync_folder(temporary)
+    if not output.exists() or not any(output.iterdir()):
+        os.rename(temporary, output)  # replaces an empty folder
+    elif not _exchange(temporary, output):
+        # No exchange here: between these two renames, the output is absent rather than half done.
+        earlier = temporary.with_name(f"{temporary.name}-earlier")
+        os.rename(output, earlier)
+        os.rename(temporary, output)
+        shutil.rmtree(earlier)
+    fsync_folder(output.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two folders in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
