@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..errors import StellarError
+from ..files import folder_to_disk, writing
 
 INDEX = "index.parquet"
 RUN = "run.json"
@@ -76,28 +77,6 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError into one StellarError that says what could not be written and why."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "; make room, then run again" if full else ""
-        raise StellarError(
-            f"{path}: cannot be written: {error.strerror or error}{remedy}"
-        ) from error
-
-
-def fsync_folder(folder: Path) -> None:
-    """Puts a folder's entries on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _make_temporary(output: Path, stack: ExitStack) -> Path:
     """A new locked folder beside `output`; those of dead runs are removed."""
     prefix = f".{output.name}.partial-"
@@ -148,7 +127,7 @@ def _umask() -> int:
 
 
 def _publish(temporary: Path, output: Path) -> None:
-    fsync_folder(temporary)
+    folder_to_disk(temporary)
     if not output.exists() or not any(output.iterdir()):
         os.rename(temporary, output)  # replaces an empty folder
     elif not _exchange(temporary, output):
@@ -157,7 +136,7 @@ def _publish(temporary: Path, output: Path) -> None:
         os.rename(output, earlier)
         os.rename(temporary, output)
         shutil.rmtree(earlier)
-    fsync_folder(output.parent)
+    folder_to_disk(output.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

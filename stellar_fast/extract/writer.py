@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import StellarError
-from .folder import INDEX, RUN, writing
+from ..files import to_disk, writing
+from .folder import INDEX, RUN
 
 
 class FeatureFile:
@@ -66,7 +66,7 @@ class FeatureFile:
         with writing(self.path):
             self._file.seek(0)
             self._file.write(header)
-            _to_disk(self._file)
+            to_disk(self._file)
             self._file.close()
 
     def __enter__(self) -> FeatureFile:
@@ -103,7 +103,7 @@ def write_run(folder: Path, facts: Mapping[str, Any]) -> None:
     with writing(folder / RUN), (folder / RUN).open("w", encoding="utf-8") as file:
         json.dump(facts, file, indent=1)
         file.write("\n")
-        _to_disk(file)
+        to_disk(file)
 
 
 def write_index(folder: Path, paths: Sequence[str], reasons: Sequence[str | None]) -> None:
@@ -135,9 +135,4 @@ def write_index(folder: Path, paths: Sequence[str], reasons: Sequence[str | None
     )
     with writing(folder / INDEX), (folder / INDEX).open("wb") as file:
         parquet.write_table(table, file)
-        _to_disk(file)
-
-
-def _to_disk(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        to_disk(file)

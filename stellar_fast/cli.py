@@ -1,0 +1,300 @@
+"""The command line: `stellar-fast`.
+
+Exit status: 0, all done; 1, an error, told in one line; 2, wrong usage; 3, `extract` finished, but
+some images failed (its index has the reasons); 130, interrupted.
+
+torch and all that needs it are imported inside the commands, so that help is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .config import MODELS
+from .errors import StellarError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+SOME_FAILED = 3
+INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Sparse tokens and spatial maps of images, by the STELLAR vision transformer.",
+)
+
+Model = Annotated[str, typer.Option(help="A model of `stellar-fast models`, or of --repo.")]
+Repo = Annotated[
+    str | None,
+    typer.Option(
+        help="A Hub repository, or a local folder in its layout; microsoft/STELLAR if left out."
+    ),
+]
+Weights = Annotated[
+    str, typer.Option(help="pretrained; or synthetic: random ones, with no network, for trials.")
+]
+Preset = Annotated[
+    str,
+    typer.Option(help="card (resized to 224x224) or eval (shorter side 256, centre crop 224)."),
+]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one, if left out.")
+]
+Revision = Annotated[str | None, typer.Option(help="Of the Hub repository: branch, tag, commit.")]
+LocalOnly = Annotated[
+    bool, typer.Option("--local-files-only", help="Take weights from the cache, never the network.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="stellar-fast")
+
+
+@contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """Errors raised on purpose become one line on stderr and exit status 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("error: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except (StellarError, ValueError, TypeError, OSError) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"stellar-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def models() -> None:
+    """The published models and their sizes."""
+    heads = ("model", "width", "layers", "heads", "patch", "tokens K", "patches P", "weights")
+    rows = [
+        (
+            name,
+            model.backbone.hidden_size,
+            model.backbone.num_hidden_layers,
+            model.backbone.num_attention_heads,
+            model.backbone.patch_size,
+            model.num_sparse_tokens,
+            model.backbone.num_patches,
+            model.weights,
+        )
+        for name, model in MODELS.items()
+    ]
+    table = [heads, *(tuple(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
+
+
+@app.command()
+def extract(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT", help="A folder of images, or a .txt list of paths."),
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="The folder to make; must not hold anything.")
+    ],
+    model: Model = "stellar-b16",
+    repo: Repo = None,
+    weights: Weights = "pretrained",
+    features: Annotated[
+        str, typer.Option(help="Some of sparse,cls,spatial,dense, with commas.")
+    ] = "sparse,cls",
+    dtype: Annotated[str, typer.Option(help="Of the files: float16 or float32.")] = "float16",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images encoded at once; 16 on a CPU, 256 on a GPU.")
+    ] = None,
+    preset: Preset = "card",
+    precision: Precision = "auto",
+    device: Device = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode; one for each core.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output when the new is whole.")
+    ] = False,
+    revision: Revision = None,
+    local_files_only: LocalOnly = False,
+    debug: Debug = False,
+) -> None:
+    """Features of many images: one .npy for each feature, and index.parquet.
+
+    The index has a line for every image: path, row in the .npy files, status, reason. An image
+    that cannot be read is a line with a reason, and the exit status is then 3.
+
+    OUTPUT appears when it is whole; a run that dies leaves nothing of that name.
+    """
+    with _reported(debug):
+        from . import extract as extraction
+
+        job = extraction.plan(
+            source,
+            output,
+            features=[name.strip() for name in features.split(",") if name.strip()],
+            dtype=dtype,
+            preset=preset,
+            batch_size=batch_size,
+            workers=workers,
+            overwrite=overwrite,
+        )
+        engine = _load(
+            model,
+            repo=repo,
+            weights=weights,
+            precision=precision,
+            device=device,
+            max_batch=batch_size,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        facts = {"repo": repo, "revision": revision} if weights != "synthetic" else {}
+        summary = extraction.run(job, engine, facts=facts)
+        typer.echo(f"{output}: {summary}")
+        if summary.failed:
+            typer.echo(f"the reasons are in {output / 'index.parquet'}", err=True)
+    if summary.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def maps(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.png")],
+    model: Model = "stellar-b16",
+    repo: Repo = None,
+    weights: Weights = "pretrained",
+    preset: Preset = "card",
+    precision: Precision = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    local_files_only: LocalOnly = False,
+    debug: Debug = False,
+) -> None:
+    """The spatial maps of the sparse tokens, drawn over a photograph (extra viz)."""
+    with _reported(debug):
+        from .images import load_image
+        from .pictures import check_viz, save_spatial
+
+        check_viz()
+        _check_picture(output)
+
+        pixels = load_image(image, preset)
+        engine = _load(
+            model,
+            repo=repo,
+            weights=weights,
+            precision=precision,
+            device=device,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        save_spatial(output, engine, pixels, f"{engine.config.name}, {image.name}")
+        typer.echo(f"{output}: {engine.config.num_sparse_tokens} maps")
+
+
+@app.command()
+def reconstruct(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.png")],
+    vq_model: Annotated[
+        Path | None, typer.Option(help="The MaskGIT-VQGAN tokenizer's file.")
+    ] = None,
+    model: Model = "stellar-b16",
+    repo: Repo = None,
+    weights: Weights = "pretrained",
+    precision: Precision = "auto",
+    device: Device = None,
+    revision: Revision = None,
+    local_files_only: LocalOnly = False,
+    debug: Debug = False,
+) -> None:
+    """A photograph as its features tell it: encoded, then decoded again (preset card)."""
+    with _reported(debug):
+        from .images import load_image
+        from .pictures import save_picture
+
+        _check_picture(output)
+        pixels = load_image(image, "card")
+        engine = _load(
+            model,
+            repo=repo,
+            weights=weights,
+            purpose="reconstruct",
+            vq_model=vq_model,
+            precision=precision,
+            device=device,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        out = engine.reconstruct(engine.encode(pixels[None], outputs=("lowrank",)))
+        pixels = out["reconstruction"][0]
+        save_picture(output, pixels)
+        typer.echo(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to make; must not hold anything.")] = Path(
+        "stellar-demo"
+    ),
+    model: Model = "stellar-b16",
+    debug: Debug = False,
+) -> None:
+    """Everything once, with no network: drawn photographs and synthetic (random) weights."""
+    with _reported(debug):
+        from .demo import demo as run_demo
+
+        run_demo(out, model, say=typer.echo)
+
+
+def _load(model: str, *, repo: str | None, **arguments: Any) -> Engine:
+    from .loading import PUBLISHED_REPO, load
+
+    engine = load(model, repo=repo or PUBLISHED_REPO, **arguments)
+    if engine.weights == "synthetic":
+        typer.echo("note: the weights are synthetic, random numbers: nothing was learned", err=True)
+    return engine
+
+
+def _check_picture(output: Path) -> None:
+    """Before the model is loaded, which takes longer than to find out."""
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"{output}: the picture is a PNG, name it OUT.png")
+    if output.is_dir() or not output.parent.is_dir():
+        found = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
+        raise ValueError(f"{output}: cannot be written, {found}")

@@ -1,0 +1,64 @@
+"""What `stellar-fast demo` does: every step once, on photographs and weights that it draws."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import photos
+from .extract import plan, run
+from .extract.folder import check_output, staged
+from .images import load_image
+from .loading import load
+from .pictures import has_viz, save_spatial
+
+PHOTOGRAPHS = 12
+
+
+def demo(out: Path, model: str, say: Callable[[str], None]) -> None:
+    """Draws photographs, extracts their features and draws spatial maps, all into `out`, which
+    appears when it is whole.
+
+    Args:
+        out: a folder that is not there, or empty.
+        say: takes the lines that tell what was done and how long it took.
+
+    Raises:
+        ValueError: unknown model, or `out` holds something.
+        StellarError: `out` cannot be written.
+    """
+    out = out.resolve()
+    check_output(out, overwrite=False)
+    say(
+        f"{model} with SYNTHETIC weights: random numbers, nothing was learned and nothing was "
+        "downloaded. The features show shapes and speed, not meaning."
+    )
+    start = time.perf_counter()
+    engine = load(model, weights="synthetic")
+    say(f"  weights      {_since(start)}  {engine.precision} on {engine.device}")
+
+    with staged(out, overwrite=False) as folder:
+        start = time.perf_counter()
+        files = photos.write(folder / "photographs", PHOTOGRAPHS)
+        say(f"  photographs  {_since(start)}  {len(files)} drawn, JPEG")
+
+        job = plan(folder / "photographs", folder / "features")
+        summary = run(job, engine, facts={"input": str(out / "photographs")})
+        say(
+            f"  features     {summary.seconds['total']:6.2f} s  {', '.join(job.features)}: {summary}"
+        )
+
+        start = time.perf_counter()
+        if has_viz():
+            pixels = load_image(files[0], job.preset)
+            title = f"{model}, synthetic weights: {files[0].name}"
+            save_spatial(folder / "maps.png", engine, pixels, title)
+            say(f"  maps         {_since(start)}  {engine.config.num_sparse_tokens} spatial maps")
+        else:
+            say("  maps         left out: pip install 'stellar-fast[viz]' to draw spatial maps")
+    say(f"{out}: {', '.join(sorted(entry.name for entry in out.iterdir()))}")
+
+
+def _since(start: float) -> str:
+    return f"{time.perf_counter() - start:6.2f} s"

@@ -1,0 +1,63 @@
+"""Model input and output as pictures: PNG files, and the spatial maps over a photograph."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from torch import Tensor
+
+from .errors import MissingExtraError
+from .files import replacing
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def has_viz() -> bool:
+    """Whether the extra `viz` is installed; it is not imported."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def check_viz() -> None:
+    """Raises MissingExtraError unless the extra `viz` is installed."""
+    if not has_viz():
+        raise MissingExtraError("drawing spatial maps", "viz")
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """An RGB picture of (3, H, W) uint8, or floats that are clamped to [0, 1]."""
+    if pixels.is_floating_point():
+        pixels = pixels.float().clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def save_picture(path: Path, pixels: Tensor) -> None:
+    """Writes (3, H, W) uint8, or floats in [0, 1], as a PNG.
+
+    Raises:
+        StellarError: the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        to_picture(pixels).save(temporary, "PNG")
+
+
+def save_spatial(path: Path, engine: Engine, pixels: Tensor, title: str) -> None:
+    """Encodes one image and writes its K spatial maps, drawn over it, as a PNG.
+
+    Args:
+        pixels: (3, H, W), as a preset gives them.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        StellarError: the file cannot be written.
+    """
+    from .plots import save_maps
+
+    out = engine.encode(pixels[None], outputs=("spatial",), check_range=False)
+    patch = engine.config.backbone.patch_size
+    grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
+    with replacing(path) as temporary:
+        save_maps(temporary, to_picture(pixels), out["spatial"][0], grid, title)
