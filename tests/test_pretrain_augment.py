@@ -31,12 +31,25 @@ def test_colours_change_as_often_as_published():
     # unchanged: neither jitter nor grey nor blur
     assert (~changed).float().mean().item() == pytest.approx(0.2 * 0.8 * 0.5, abs=0.025)
     assert grey.float().mean().item() == pytest.approx(0.2, abs=0.035)
-    # blur alone is what takes the pixel noise away; the jitter, a colour's affine map, keeps it
-    rough = (found[..., 1:] - found[..., :-1]).std(dim=(1, 2, 3))
-    spread = found.std(dim=(1, 2, 3))
-    unblurred = rough[~changed][0] / spread[~changed][0]
-    blurred = (rough / spread < 0.6 * unblurred).float().mean().item()
-    assert 0.3 < blurred < 0.5  # of the half that is blurred, most with a sigma that shows
+
+
+def test_blur_comes_as_often_and_as_wide_as_published():
+    # two colours side by side: jitter and grey leave two, blur alone mixes them at the border
+    batch = torch.tensor([0.3, 0.4, 0.5]).view(1, 3, 1, 1).repeat(1500, 1, 12, 24)
+    batch[..., 12:] = torch.tensor([0.6, 0.5, 0.4]).view(3, 1, 1)
+    torch.manual_seed(6)
+    found = augment.augment_colors(batch, same_on_batch=False)[:, :, 6]
+    step = (found[..., -1] - found[..., 0]).norm(dim=1)
+    found, step = found[step > 0.01], step[step > 0.01]
+    assert len(found) > 1400
+    beside = (found[..., 11] - found[..., 0]).norm(dim=1) / step
+    # one pixel off the border a Gaussian of sigma 0.27 mixes 1 in 1000: 0.1 to 0.27 do not show
+    shown = (2.0 - 0.27) / (2.0 - 0.1)
+    assert (beside > 1e-3).float().mean().item() == pytest.approx(0.5 * shown, abs=0.04)
+    # four of the nine taps are across the border: of sigma 2 they hold 0.398 of the weight
+    assert 0.38 < beside.max().item() < 0.399
+    reach = (found[..., :12] - found[..., :1]).norm(dim=1) > 1e-4 * step.unsqueeze(1)
+    assert reach.any(0).sum() == 4  # of nine taps
 
 
 def test_colours_are_drawn_once_for_a_batch_unless_asked_otherwise():

@@ -146,8 +146,11 @@ def test_koleo_pushes_a_token_from_its_nearest_neighbour():
 
 
 def test_koleo_of_equal_tokens_is_finite_and_autocast_changes_nothing():
-    same = torch.ones(1, 4, 8, requires_grad=True)
-    koleo_loss(same).backward()
+    same = torch.ones(1, 4, 4, requires_grad=True)
+    loss = koleo_loss(same)
+    # distance |(1e-8, 1e-8, 1e-8, 1e-8)| / 2, and 1e-8 in the logarithm
+    assert loss.item() == pytest.approx(-math.log(1e-8 + 1e-8), rel=1e-6)
+    loss.backward()
     assert same.grad.isfinite().all()
     tokens = torch.randn(2, 6, 8, generator=generator(5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
