@@ -319,8 +319,8 @@ def _develop(light: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """Linear light (H, W, 3) to an 8-bit picture, as a camera would."""
     height, width = light.shape[:2]
     x, y = _grid(width, height)
-    corner = np.hypot(x - width / height / 2, y - 0.5)
-    light = np.clip(light, 0, None) * (1 - 0.25 * corner**2)[:, :, None]
+    corner = np.hypot(x - width / height / 2, y - 0.5) / np.hypot(width / height / 2, 0.5)
+    light = np.clip(light, 0, None) * (1 - 0.2 * corner**2)[:, :, None]
     tone = (1 - np.exp(-1.6 * light)) ** (1 / 2.2)
     picture = Image.fromarray((np.clip(tone, 0, 1) * 255).astype(np.uint8))
     soft = np.asarray(picture.filter(ImageFilter.GaussianBlur(0.8)), np.float32)
