@@ -14,12 +14,13 @@ from . import checkpoint, hub, names, synthetic
 from .config import MODELS, ModelConfig
 from .engine import DTYPES, Engine, resolve_precision
 from .errors import CheckpointError
+from .hub import PUBLISHED_REPO
 from .weights import VQGANWeights, pack_decoder, pack_encoder, pack_vqgan
 
 if TYPE_CHECKING:
     from .reference.model import STELLARModel
 
-PUBLISHED_REPO = "microsoft/STELLAR"
+PUBLISHED_REPO = hub.PUBLISHED_REPO
 SYNTHETIC_SEED = 0
 # Images computed at once: more outgrow a CPU's caches; this many fill a GPU.
 MAX_BATCH_CPU = 16

@@ -1,0 +1,372 @@
+"""Where a model's files come from: a Hub repository, its cache, or a local folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NoReturn
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .config import BackboneConfig, ModelConfig, list_models
+from .errors import CheckpointError, DownloadError
+
+CONFIG_FILE = "config.json"
+PUBLISHED_REPO = "microsoft/STELLAR"
+# Tries to reach the server, and the seconds after which no further try begins: huggingface_hub's
+# own retries add up to half a minute where nothing listens, and to minutes where nothing answers.
+TRIES = 3
+PATIENCE = 5.0
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+COMMIT = re.compile("[0-9a-f]{40}")
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# huggingface_hub's HTTP client: requests before 1.0, then httpx, then httpx2.
+HTTP_CLIENTS = ("requests", "urllib3", "httpx", "httpcore", "httpx2", "httpcore2")
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Located:
+    """One model's geometry, and its weights file on this machine."""
+
+    config: ModelConfig
+    weights: Path
+
+
+def locate(
+    name: str,
+    *,
+    repo: PathLike,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Located:
+    """A model's files: those of a local folder, or downloaded unless the Hub's cache has them.
+
+    Args:
+        name: a model of the repository's `config.json`.
+        repo: a Hub repository, or a local folder in the published layout; a folder that exists wins
+            over a repository of the same name.
+        revision, cache_dir, token, local_files_only: as in `huggingface_hub`; a local folder has
+            no use for them.
+
+    Returns:
+        The geometry and the weights file, both of the same commit.
+
+    Raises:
+        ValueError: the repository has no model of this name.
+        DownloadError: a file cannot be had.
+        CheckpointError: `config.json` is not in the published layout.
+    """
+    folder = _local_folder(repo)
+    if folder is not None:
+        config = read_config(folder / CONFIG_FILE, name)
+        weights = folder / config.weights
+        if not weights.is_file():
+            _missing(weights, f"the weights of {name!r} as {folder / CONFIG_FILE} names them")
+        return Located(config, weights)
+
+    repo = os.fspath(repo)
+    if repo == PUBLISHED_REPO and name not in list_models():
+        raise ValueError(f"unknown model {name!r}; {repo} has: {', '.join(list_models())}")
+    fetch = partial(
+        _fetch, repo, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+    )
+    index = fetch(CONFIG_FILE, revision)
+    config = read_config(index, name)
+    # The cache keeps files in a folder named after their commit. Asking for the weights of that
+    # commit keeps both files of one version, whatever is pushed in between.
+    commit = index.parent.name
+    pinned = commit if COMMIT.fullmatch(commit) else revision
+    return Located(config, fetch(config.weights, pinned))
+
+
+def read_config(path: Path, name: str) -> ModelConfig:
+    """The entry of one model in a `config.json` of the published layout.
+
+    Raises:
+        ValueError: no such model; the message lists those there are.
+        DownloadError: there is no such file, or it cannot be read.
+        CheckpointError: the file is not in the published layout; names the field.
+    """
+    if not path.is_file():
+        _missing(path, "a file of the published layout")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DownloadError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        content = json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not JSON ({error}); it starts with {raw[:40]!r}. If it was downloaded, "
+            f"delete {path.resolve()} and load again"
+        ) from error
+    models = _member(content, "models", str(path))
+    if not isinstance(models, dict):
+        raise CheckpointError(f"{path}: 'models' must be an object of models, got {_show(models)}")
+    if name not in models:
+        raise ValueError(f"unknown model {name!r}; {path} has: {', '.join(models) or 'none'}")
+    return _model(name, models[name], f"{path}: models.{name}")
+
+
+def _no_constant(token: str) -> NoReturn:
+    raise ValueError(f"{token} is no JSON number")
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _member(entry: object, field: str, where: str) -> Any:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where} must be a JSON object, got {_show(entry)}")
+    if field not in entry:
+        raise CheckpointError(
+            f"{where} has no field {field!r}; it has: {', '.join(map(repr, entry)) or 'none'}"
+        )
+    return entry[field]
+
+
+def _model(name: str, entry: object, where: str) -> ModelConfig:
+    """`entry` checked field by field. All five fields are needed, as every published entry has
+    them: a temperature taken for granted would give wrong features without a word."""
+    weights = _member(entry, "weights", where)
+    tokens = _member(entry, "num_sparse_tokens", where)
+    layers = _member(entry, "num_decoder_layers", where)
+    temperature = _member(entry, "spatial_temp", where)
+    backbone = _member(entry, "backbone", where)
+    if not isinstance(weights, str) or not _stays_inside(weights):
+        raise CheckpointError(
+            f"{where}.weights must be the path of a file inside the repository, got "
+            f"{_show(weights)}"
+        )
+    if temperature is not None and (
+        isinstance(temperature, bool) or not isinstance(temperature, int | float)
+    ):
+        raise CheckpointError(
+            f"{where}.spatial_temp must be a positive number or null, got {_show(temperature)}"
+        )
+    try:
+        return ModelConfig(
+            name, BackboneConfig.resolve(backbone), tokens, layers, temperature, weights
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _stays_inside(path: str) -> bool:
+    """Whether a relative path names something below the folder it starts from, on every system."""
+    windows = PureWindowsPath(path)
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not windows.anchor and ".." not in windows.parts and "\0" not in path
+
+
+def _missing(path: Path, what: str) -> NoReturn:
+    folder = path.parent
+    if not folder.is_dir():
+        raise DownloadError(f"{path} is missing ({what}): there is no folder {folder}")
+    found = sorted(entry.name for entry in folder.iterdir())
+    listing = ", ".join(found[:10]) + (f", and {len(found) - 10} more" if len(found) > 10 else "")
+    raise DownloadError(f"{path} is missing ({what}); the folder has: {listing or 'nothing'}")
+
+
+def _local_folder(repo: PathLike) -> Path | None:
+    """`repo` as a folder, or None if it is the name of a Hub repository.
+
+    Raises:
+        DownloadError: it is a file, or a path where nothing is.
+    """
+    text = os.fspath(repo)
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        return path
+    if text and path.is_file():
+        raise DownloadError(
+            f"repo {text!r} is a file; give the folder with {CONFIG_FILE} and the weights, or a "
+            "Hub repository"
+        )
+    # A Hub name has one slash at most, between owner and repository.
+    looks = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
+    if not isinstance(repo, str) or looks or "\\" in text or path.is_absolute():
+        raise DownloadError(
+            f"repo {text!r} is a path, and there is no such folder (looked in {Path.cwd()}); give "
+            "a folder in the published layout or a Hub repository such as 'microsoft/STELLAR'"
+        )
+    return None
+
+
+def _fetch(
+    repo: str,
+    file: str,
+    revision: str | None,
+    *,
+    cache_dir: PathLike | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    """One file of a Hub repository: from the cache where it is up to date or the server is out of
+    reach, else downloaded."""
+    download = partial(
+        hf_hub_download, repo, file, revision=revision, cache_dir=cache_dir, token=token
+    )
+    try:
+        if local_files_only:
+            return Path(download(local_files_only=True))
+        if revision is not None and COMMIT.fullmatch(revision):
+            cached = _cached(download)  # a commit does not change: no need to ask
+            if cached is not None:
+                return cached
+        try:
+            _reach(
+                hf_hub_url(repo, file, revision=revision),
+                token,
+                stop=lambda: _cached(download) is not None,
+            )
+        except (HFValidationError, RevisionNotFoundError, EntryNotFoundError):
+            raise
+        except Exception:
+            cached = _cached(download)
+            if cached is None:
+                raise
+            return cached
+        return Path(download())
+    # Whatever the library and the three HTTP clients of its supported versions raise is the same
+    # to the caller: the file could not be had.
+    except Exception as error:
+        reason, remedy = _explain(error, repo, file, local_files_only)
+        shown = revision or constants.DEFAULT_REVISION
+        raise DownloadError(
+            f"cannot get {file!r} of Hub repository {repo!r} at revision {shown!r}: {reason}; "
+            f"{remedy}"
+        ) from error
+
+
+def _cached(download: partial[str]) -> Path | None:
+    try:
+        return Path(download(local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _reach(url: str, token: str | bool | None, stop: Callable[[], bool]) -> None:
+    """Asks the server for a file's metadata, again for failures that pass, unless `stop()`.
+
+    `hf_hub_download` asks again by itself, but with no option for how long.
+    """
+    start = time.monotonic()
+    for attempt in range(1, TRIES + 1):
+        try:
+            get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return
+        except Exception as error:
+            waited = time.monotonic() - start
+            if attempt == TRIES or waited > PATIENCE or not _passes(error) or stop():
+                raise
+            time.sleep(attempt)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_transport(error: BaseException) -> bool:
+    """Whether the connection failed, as opposed to the server answering with an error."""
+    client = type(error).__module__.split(".")[0] in HTTP_CLIENTS and _status(error) is None
+    return client or isinstance(error, ConnectionError | TimeoutError)
+
+
+def _passes(error: BaseException) -> bool:
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    return _is_transport(error) or _status(error) in TRANSIENT
+
+
+def _explain(error: BaseException, repo: str, file: str, local_files_only: bool) -> tuple[str, str]:
+    """One line each: why the file could not be had, and what to do."""
+    # The library hides the server's answer behind its own "not in the cache" error.
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    log_in = "pass token= or run `hf auth login`"
+    page = f"{constants.ENDPOINT}/{repo}"
+    status = _status(error)
+    answer = f"{constants.ENDPOINT} answered {status}"
+    if local_files_only and isinstance(error, LocalEntryNotFoundError):
+        return (
+            "it is not in the cache, and local_files_only=True forbids to download it",
+            "load once without it, or pass the cache_dir that has it",
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return (
+            "it is not in the cache, and HF_HUB_OFFLINE is set",
+            "unset HF_HUB_OFFLINE, or pass the cache_dir or a folder that has it",
+        )
+    if isinstance(error, HFValidationError):
+        return (
+            f"{repo!r} is no repository name ({_line(error)}), and no folder here",
+            "give 'owner/name' or an existing folder",
+        )
+    if isinstance(error, LocalTokenNotFoundError):
+        return "token=True, but no token is stored on this machine", log_in
+    if isinstance(error, GatedRepoError):
+        return f"{answer}: access to it is restricted", f"ask for access at {page}, then {log_in}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{answer}: there is no such revision", f"see {page}/tree/main for those there are"
+    if isinstance(error, EntryNotFoundError) and status is not None:
+        return f"{answer}: there is no such file", f"see {page}/tree/main for those there are"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{answer}: there is no such repository (and no folder of that name here), or it is "
+            "private",
+            f"check the name, or {log_in}",
+        )
+    if status in (401, 403):
+        return f"{answer}: no permission to read it", log_in
+    if status is not None:
+        return answer, "try again later, or use a folder that has the files"
+    if isinstance(error, HfHubHTTPError):
+        return _line(error), "try again later, or use a folder that has the files"
+    if isinstance(error, FileMetadataError):
+        return (
+            f"{constants.ENDPOINT} does not answer as a Hub does ({_line(error)})",
+            "check HF_ENDPOINT, the proxy, and whether the network wants a login",
+        )
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return f"no space left on the disk ({_line(error)})", "free some, or pass another cache_dir"
+    if isinstance(error, PermissionError):
+        return f"the cache cannot be written ({_line(error)})", "pass a cache_dir that can"
+    if isinstance(error, OSError) and "onsistency check failed" in str(error):
+        return f"the file arrived incomplete ({_line(error)})", "load again to download it anew"
+    if _is_transport(error):
+        return (
+            f"{constants.ENDPOINT} cannot be reached ({_line(error)}), and it is not in the cache",
+            "check the network and proxy, or pass a folder that has the files as repo",
+        )
+    return f"{type(error).__name__}: {_line(error)}", "load again, or pass a folder as repo"
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
