@@ -48,8 +48,12 @@ def eager(dtype: torch.dtype, images: Tensor) -> dict[str, Tensor]:
 class _Tuple(torch.nn.Module):
     """The reference with its outputs as a tuple, which model converters want."""
 
+    def __init__(self, model: STELLARModel) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        out = reference(torch.float32).encode(images)
+        out = self.model.encode(images)
         return tuple(out[name] for name in OUTPUTS)
 
 
@@ -59,7 +63,7 @@ def _openvino(precision: str) -> Callable[[Tensor], dict[str, Tensor]]:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         example = torch.zeros(BATCH, 3, 224, 224)
-        model = openvino.convert_model(_Tuple(), example_input=example)
+        model = openvino.convert_model(_Tuple(reference(torch.float32)), example_input=example)
     hints = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -30,7 +30,10 @@ def as_batch(images: Any, preset: str) -> tuple[Tensor, bool]:
     if isinstance(images, np.ndarray):
         images = _from_numpy(images)
     if isinstance(images, Tensor):
-        return _check_layout(images), images.dtype != torch.uint8
+        batch = _check_layout(images)
+        if batch.dtype.itemsize == 1 and batch.dtype != torch.uint8:
+            batch = batch.float()  # float8 has neither comparison nor arithmetic
+        return batch, batch.dtype != torch.uint8
     if _is_one_image(images):
         raise TypeError(
             f"encode takes a batch, got one {type(images).__name__}; put it into a list: "
@@ -116,8 +119,6 @@ def check_size(images: Tensor, patch_size: int) -> None:
 
 def check_range(images: Tensor) -> None:
     """Raises ValueError unless the floats `images`, at least one, lie in [0, 1]; NaN does not."""
-    if images.dtype.itemsize == 1:  # float8 has no comparison
-        images = images.float()
     low, high = (bound.item() for bound in images.aminmax())
     if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
         found = "NaN" if low != low or high != high else f"values from {low:.4g} to {high:.4g}"

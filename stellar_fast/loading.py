@@ -14,7 +14,6 @@ from . import checkpoint, hub, names, synthetic
 from .config import MODELS, ModelConfig
 from .engine import DTYPES, Engine, resolve_precision
 from .errors import CheckpointError
-from .hub import PUBLISHED_REPO
 from .weights import VQGANWeights, pack_decoder, pack_encoder, pack_vqgan
 
 if TYPE_CHECKING:
