@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 Scene = Callable[[int, int, np.random.Generator], np.ndarray]
-SIZES = ((1280, 960), (960, 1280), (1600, 1067), (1024, 1024), (1200, 800), (900, 1350))
+SIZES = ((960, 720), (720, 960), (1024, 683), (768, 768), (900, 600), (600, 900))
 JPEG_QUALITY = 90
 
 
@@ -80,6 +80,12 @@ def _blend(below: np.ndarray, colour: np.ndarray | tuple, cover: np.ndarray) -> 
     """`colour` over `below` (H, W, 3), `cover` (H, W) in [0, 1] of it."""
     cover = np.clip(cover, 0, 1)[:, :, None]
     return below * (1 - cover) + np.asarray(colour, np.float32) * cover
+
+
+def _columns(left: float, right: float, width: int, height: int) -> slice:
+    """The pixel columns from `left` to `right` (in picture heights), and a pixel more each way."""
+    first, last = int(left * height) - 1, int(right * height) + 2
+    return slice(min(max(first, 0), width), min(max(last, 0), width))
 
 
 def _edge(distance: np.ndarray, height: int) -> np.ndarray:
@@ -151,6 +157,7 @@ def _still_life(width: int, height: int, rng: np.random.Generator) -> np.ndarray
     wood = np.array([0.34, 0.17, 0.07], np.float32) * (1 + grain)[:, :, None] * light[:, :, None]
     scene = _blend(scene, wood, _edge(y - table, height))
     sun = np.array([-0.55, -0.65, 0.53], np.float32)  # towards the light: left, up, to the viewer
+    texture = _noise(width, height, 30, rng)
     count = int(rng.integers(3, 6))
     places = (np.arange(count) + rng.uniform(0.3, 0.7, count)) / count * width / height
     for centre_x in rng.permutation(places):
@@ -163,7 +170,7 @@ def _still_life(width: int, height: int, rng: np.random.Generator) -> np.ndarray
         lambert = np.clip(u * sun[0] + v * sun[1] + depth * sun[2], 0, 1)
         shine = np.clip(2 * lambert * depth - sun[2], 0, 1) ** 40
         fruit = rng.choice([(0.62, 0.05, 0.03), (0.75, 0.33, 0.02), (0.30, 0.42, 0.04)])
-        skin = fruit * (1 + 0.15 * _noise(width, height, 30, rng))[:, :, None]
+        skin = fruit * (1 + 0.15 * texture)[:, :, None]
         ball = skin * (0.08 + 1.15 * lambert)[:, :, None] + 0.8 * shine[:, :, None]
         scene = _blend(scene, ball, _edge(radius - np.hypot(x - centre_x, y - centre_y), height))
     return scene
@@ -186,11 +193,20 @@ def _street(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
         below * 0.025 - abs(x - middle), height
     )
     scene = _blend(scene, (0.8, 0.8, 0.76), dashes * (y > horizon + 0.02))
+    plaster = 1 + 0.15 * _noise(width, height, 50, rng)
     for side in (-1, 1):
         edge = 0.05
         while edge < middle + 0.2:
             reach = edge * rng.uniform(1.35, 1.8) + 0.06
-            scene = _house(scene, x, y, side, (edge, reach), (middle, horizon), rng)
+            ends = sorted((middle + side * edge, middle + side * reach))
+            strip = _columns(ends[0], ends[1], width, height)
+            scene[:, strip] = _house(
+                *(part[:, strip] for part in (scene, x, y, plaster)),
+                side,
+                (edge, reach),
+                (middle, horizon),
+                rng,
+            )
             edge = reach
     return scene
 
@@ -199,6 +215,7 @@ def _house(
     scene: np.ndarray,
     x: np.ndarray,
     y: np.ndarray,
+    plaster: np.ndarray,
     side: int,
     span: tuple[float, float],
     vanishing: tuple[float, float],
@@ -216,7 +233,7 @@ def _house(
     stone = rng.choice(
         [(0.42, 0.20, 0.13), (0.50, 0.43, 0.33), (0.30, 0.32, 0.36), (0.55, 0.5, 0.4)]
     )
-    shade = (0.55 if side > 0 else 1.0) * (1 + 0.15 * _noise(x.shape[1], height, 50, rng))
+    shade = (0.55 if side > 0 else 1.0) * plaster
     wall = stone * shade[:, :, None]
     columns = (along * rng.uniform(0.9, 1.4) * 3 * span[1] + rng.uniform()) % 1
     rows = (up * rng.integers(3, 6) + 0.2) % 1
@@ -281,16 +298,17 @@ def _night(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     for _ in range(26):
         left, wide = rng.uniform(-0.1, 1.1) * width / height, rng.uniform(0.05, 0.16)
         roof = horizon - rng.uniform(0.08, 0.42)
-        inside = np.minimum.reduce([x - left, left + wide - x, y - roof, horizon - y])
+        strip = _columns(left, left + wide, width, height)
+        u, v = x[:, strip] - left, y[:, strip] - roof  # from the tower's upper left corner
+        inside = np.minimum.reduce([u, wide - u, v, horizon - roof - v])
         dark = np.array([0.02, 0.022, 0.03], np.float32) * rng.uniform(0.5, 1.5)
-        scene = _blend(scene, dark, _edge(inside, height))
+        tower = _blend(scene[:, strip], dark, _edge(inside, height))
         lamps = rng.uniform(size=(60, 30)) < 0.35
-        row, column = ((y - roof) / 0.018).astype(int), ((x - left) / 0.014).astype(int)
-        within = inside > 0.004
-        lit = lamps[np.clip(row, 0, 59), np.clip(column, 0, 29)] & within
-        frame = (((y - roof) / 0.018) % 1 < 0.6) & (((x - left) / 0.014) % 1 < 0.6)
+        row, column = v / 0.018, u / 0.014
+        lit = lamps[np.clip(row, 0, 59).astype(int), np.clip(column, 0, 29).astype(int)]
+        lit &= (row % 1 < 0.6) & (column % 1 < 0.6) & (inside > 0.004)
         lamp = np.array([1.0, 0.72, 0.32], np.float32) * rng.uniform(0.5, 1.3)
-        scene = np.where((lit & frame)[:, :, None], lamp, scene)
+        scene[:, strip] = np.where(lit[:, :, None], lamp, tower)
     moon = np.hypot(x - rng.uniform(0.2, 0.8) * width / height, y - 0.14)
     craters = 1 + 0.2 * _noise(width, height, 40, rng)
     scene = scene + np.exp(-moon * 14)[:, :, None] * 0.12
