@@ -3,8 +3,9 @@
 `decode` gives 8-bit RGB, whatever the file holds:
 
 1. Formats: `FORMATS`, told by content and not by suffix. Nothing that starts another program (EPS).
-2. Size: width times height of the header is checked before any pixel is decoded, and again after.
-   Pillow's own limit of twice `PIL.Image.MAX_IMAGE_PIXELS` holds too.
+2. Size: width times height of the header is checked against `max_pixels` before any pixel is
+   decoded, and again after. Pillow's limit for a whole picture plays no part, nor does its warning;
+   what its decoders check themselves (WebP, frames of GIF, tiles of TIFF) still holds.
 3. Truncated or damaged pixels: an error. A half-decoded photograph is never returned.
 4. Orientation: the EXIF (or XMP) orientation is applied, for PIL images as well as for files, so
    that a photograph looks as a viewer shows it. Unreadable metadata count as "upright".
@@ -17,9 +18,9 @@
 8. 16 bits a channel: the high byte (Pillow's own conversion of greyscale clips to white). 32-bit
    integers are taken as 16-bit values and refused outside 0..65535; floats are refused, as they
    have no agreed range.
-9. Pillow's warnings (damaged metadata, a large picture) do not change the result and reach Python's
-   `warnings` as they are: the filters belong to the whole process, and other threads may be
-   decoding. Under an "error" filter such a picture is an `ImageError` with the warning's text.
+9. Pillow's warnings (damaged metadata) never decide. They reach Python's `warnings` as they are,
+   which shows each of them once: the filters belong to the whole process, and other threads may be
+   decoding. Only where a filter turns one into an error is the picture decoded again without them.
 
 No global state of Pillow is changed. Everything here may be called from many threads.
 """
@@ -28,13 +29,16 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
+import threading
+import warnings
 from collections.abc import Sequence
 from functools import cache
-from io import BytesIO
+from io import BytesIO, UnsupportedOperation
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from .errors import ImageError
 
@@ -52,6 +56,10 @@ EVAL_SIDE = 256
 EVAL_MAX_PIXELS = EVAL_SIDE * EVAL_SIDE * 256
 BACKGROUND = (255, 255, 255, 255)
 REASON_LENGTH = 300
+
+# Held where this module changes the process's warning filters, so that its threads restore them in
+# turn.
+_WITHOUT_WARNINGS = threading.Lock()
 
 _TRANSPOSE = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -80,13 +88,12 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"max_pixels must be positive, got {max_pixels}")
     name = describe(source)
     try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(source, max_pixels)
-        if isinstance(source, str | os.PathLike):
-            return _decode_path(source, max_pixels)
-        if isinstance(source, bytes | bytearray | memoryview):
-            source = BytesIO(source)
-        return _decode_file(source, max_pixels)
+        try:
+            return _decode_any(source, max_pixels)
+        except Warning:  # rule 9
+            with _WITHOUT_WARNINGS, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _decode_any(source, max_pixels)
     except ImageError as error:
         raise ImageError(name, error.reason) from None
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, RuntimeError
@@ -99,7 +106,8 @@ def apply_preset(image: Image.Image, preset: str) -> Tensor:
     "card": the whole picture squeezed to 224x224 by Pillow's antialiased bicubic, uint8
     (3, 224, 224). "eval": the published evaluation transform: pixels / 255, shorter side to 256 by
     bicubic without antialiasing and with aligned corners, the longer side cut to a whole number;
-    centre crop of 224; float32 (3, 224, 224), which overshoots [0, 1] a little and is not clamped.
+    centre crop of 224, a plain slice as in kornia's CenterCrop(224), whose default is not to warp;
+    float32 (3, 224, 224), which overshoots [0, 1] a little and is not clamped.
 
     Raises:
         ValueError: unknown preset, or an image of another mode.
@@ -111,7 +119,7 @@ def apply_preset(image: Image.Image, preset: str) -> Tensor:
     if preset == "card":
         return _to_tensor(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
-    from torch import contiguous_format as contiguous
+    from torch import empty
     from torch.nn.functional import interpolate
 
     width, height = image.size
@@ -120,10 +128,14 @@ def apply_preset(image: Image.Image, preset: str) -> Tensor:
         raise ImageError(
             "<PIL image>", f"{width}x{height} is too long and narrow for the preset 'eval'"
         )
-    pixels = _to_tensor(image)[None].float() / 255
-    resized = interpolate(pixels, size=(rows, columns), mode="bicubic", align_corners=True)
     top, left = (rows - SIZE) // 2, (columns - SIZE) // 2
-    return resized[0, :, top : top + SIZE, left : left + SIZE].clone(memory_format=contiguous)
+    result = empty(3, SIZE, SIZE)
+    for channel, cropped in zip(_to_tensor(image), result, strict=True):
+        # One at a time: in float32, a picture of many pixels is gigabytes.
+        pixels = channel[None, None].float().div_(255)
+        resized = interpolate(pixels, size=(rows, columns), mode="bicubic", align_corners=True)
+        cropped.copy_(resized[0, 0, top : top + SIZE, left : left + SIZE])
+    return result
 
 
 def load_image(source: Source, preset: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -182,6 +194,16 @@ def describe(source: Source) -> str:
     )
 
 
+def _decode_any(source: Source, max_pixels: int) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, max_pixels)
+    if isinstance(source, str | os.PathLike):
+        return _decode_path(source, max_pixels)
+    if isinstance(source, bytes | bytearray | memoryview):
+        source = BytesIO(source)
+    return _decode_file(source, max_pixels)
+
+
 def _decode_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
@@ -196,8 +218,33 @@ def _decode_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
 
 
 def _decode_file(file: IO[bytes], max_pixels: int) -> Image.Image:
-    with Image.open(file, formats=_formats()) as image:
+    with _open(file) as image:
         return _to_rgb(image, max_pixels)
+
+
+def _open(file: IO[bytes]) -> Image.Image:
+    """`PIL.Image.open` for `FORMATS`, without its own limit of pixels, which warns of pictures that
+    `max_pixels` allows."""
+    try:
+        file.seek(0)
+    except (AttributeError, UnsupportedOperation):
+        file = BytesIO(file.read())
+    start = file.read(16)
+    if not start:
+        raise ImageError("", "empty file")
+    reason = f"not an image in a format that is read ({', '.join(_formats())})"
+    for name in _formats():
+        opener, accepts = Image.OPEN[name]
+        accepted = accepts(start) if accepts is not None else True
+        if isinstance(accepted, str):  # the format is known, but this Pillow was built without it
+            reason = accepted
+        elif accepted:
+            file.seek(0)
+            try:
+                return opener(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:
+                reason = f"damaged {name} file: {_one_line(error) or type(error).__name__}"
+    raise ImageError("", reason)
 
 
 @cache
@@ -233,6 +280,8 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
+    except Warning:  # rule 9
+        raise
     except Exception:  # rule 4: the pixels are whole, only the metadata are not
         return None
 
@@ -284,13 +333,17 @@ def _eval_size(height: int, width: int) -> tuple[int, int]:
 
 def _reason(error: Exception) -> str:
     """One line for what Pillow, the file system or the memory raised."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"not an image in a format that is read ({', '.join(_formats())})"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
-    text = " ".join(str(error).split())[:REASON_LENGTH]
+    text = _one_line(error)
     if isinstance(error, MemoryError):
         return f"out of memory{': ' if text else ''}{text}"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if text and isinstance(error, OSError | SyntaxError | Image.DecompressionBombError):
+        return text  # Pillow's own words for a reader: "image file is truncated"
+    return f"cannot be decoded ({type(error).__name__}{': ' if text else ''}{text})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:REASON_LENGTH]

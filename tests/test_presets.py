@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import kornia
 import numpy as np
 import pytest
 import torch
+from kornia.augmentation.random_generator import ResizeGenerator
 from pictures import photograph
 from PIL import Image
 
@@ -33,7 +35,6 @@ def test_card_is_pillows_antialiased_bicubic():
     ],
 )
 def test_eval_is_the_published_transform(size):
-    kornia = pytest.importorskip("kornia", reason="the published transform is kornia's")
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
     picture = Image.fromarray(noise)
     found = images.apply_preset(picture, "eval")
@@ -48,7 +49,24 @@ def test_eval_is_the_published_transform(size):
         assert found.min() < 0 < 1 < found.max(), "the overshoot must not be clamped"
 
 
-@pytest.mark.parametrize("side", [(3, 4000), (4000, 3)])
+def test_eval_sizes_are_kornias():
+    rng = np.random.default_rng(0)
+    sizes = [(1, 1), *rng.integers(1, 4000, (300, 2)).tolist()]
+    sizes += [(side, side + extra) for side in range(190, 320) for extra in (-1, 0, 1)]
+    for height, width in sizes:
+        output = ResizeGenerator(256, side="short")(torch.Size((1, 3, height, width)))
+        expected = tuple(output["output_size"][0].tolist())
+        assert images._eval_size(height, width) == expected, (height, width)
+
+
+def test_a_strip_at_the_limit_and_one_beyond(tmp_path):
+    """What eval makes of it is bounded: 256 by 65536."""
+    assert images.apply_preset(Image.new("RGB", (256, 1)), "eval").shape == (3, 224, 224)
+    with pytest.raises(ImageError, match="257x1 is too long"):
+        images.apply_preset(Image.new("RGB", (257, 1)), "eval")
+
+
+@pytest.mark.parametrize("side", [(1, 60000), (3, 4000), (4000, 3)])
 def test_eval_refuses_what_would_become_a_bomb(side, tmp_path):
     path = tmp_path / "strip.png"
     Image.new("RGB", side).save(path)
