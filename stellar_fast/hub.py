@@ -13,12 +13,17 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -229,30 +234,30 @@ def _fetch(
 ) -> Path:
     """One file of a Hub repository: from the cache where it is up to date or the server is out of
     reach, else downloaded."""
-    download = partial(
-        hf_hub_download, repo, file, revision=revision, cache_dir=cache_dir, token=token
-    )
+    folder = None if cache_dir is None else Path(cache_dir).expanduser().resolve()
+    cached = partial(_cached, repo, file, revision, folder)
     try:
-        if local_files_only:
-            return Path(download(local_files_only=True))
-        if revision is not None and COMMIT.fullmatch(revision):
-            cached = _cached(download)  # a commit does not change: no need to ask
-            if cached is not None:
-                return cached
+        # A commit does not change: what the cache has of it needs no question.
+        if local_files_only or (revision is not None and COMMIT.fullmatch(revision)):
+            path = cached()
+            if path is not None:
+                return path
+            if local_files_only:
+                raise LocalEntryNotFoundError("not in the cache")
         try:
             _reach(
                 hf_hub_url(repo, file, revision=revision),
                 token,
-                stop=lambda: _cached(download) is not None,
+                stop=lambda: cached() is not None,
             )
         except (HFValidationError, RevisionNotFoundError, EntryNotFoundError):
             raise
         except Exception:
-            cached = _cached(download)
-            if cached is None:
+            path = cached()
+            if path is None:
                 raise
-            return cached
-        return Path(download())
+            return path
+        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=folder, token=token))
     # Whatever the library and the three HTTP clients of its supported versions raise is the same
     # to the caller: the file could not be had.
     except Exception as error:
@@ -264,11 +269,11 @@ def _fetch(
         ) from error
 
 
-def _cached(download: partial[str]) -> Path | None:
-    try:
-        return Path(download(local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+def _cached(repo: str, file: str, revision: str | None, cache_dir: Path | None) -> Path | None:
+    # Not `hf_hub_download(local_files_only=True)`, which may still ask the server for its list of
+    # coding agents to describe itself to it.
+    path = try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _reach(url: str, token: str | bool | None, stop: Callable[[], bool]) -> None:
@@ -346,8 +351,6 @@ def _explain(error: BaseException, repo: str, file: str, local_files_only: bool)
         return f"{answer}: no permission to read it", log_in
     if status is not None:
         return answer, "try again later, or use a folder that has the files"
-    if isinstance(error, HfHubHTTPError):
-        return _line(error), "try again later, or use a folder that has the files"
     if isinstance(error, FileMetadataError):
         return (
             f"{constants.ENDPOINT} does not answer as a Hub does ({_line(error)})",
@@ -355,8 +358,6 @@ def _explain(error: BaseException, repo: str, file: str, local_files_only: bool)
         )
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return f"no space left on the disk ({_line(error)})", "free some, or pass another cache_dir"
-    if isinstance(error, PermissionError):
-        return f"the cache cannot be written ({_line(error)})", "pass a cache_dir that can"
     if isinstance(error, OSError) and "onsistency check failed" in str(error):
         return f"the file arrived incomplete ({_line(error)})", "load again to download it anew"
     if _is_transport(error):
@@ -364,6 +365,8 @@ def _explain(error: BaseException, repo: str, file: str, local_files_only: bool)
             f"{constants.ENDPOINT} cannot be reached ({_line(error)}), and it is not in the cache",
             "check the network and proxy, or pass a folder that has the files as repo",
         )
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"the cache cannot be used ({_line(error)})", "pass another cache_dir"
     return f"{type(error).__name__}: {_line(error)}", "load again, or pass a folder as repo"
 
 
