@@ -155,19 +155,24 @@ def test_max_pixels_alone_decides(monkeypatch):
             assert distance(images.decode(data, max_pixels=960), photograph()) == 0
 
 
-def with_damaged_exif() -> bytes:
-    """A JPEG of orientation 6 (a quarter turn) of whose metadata the last entry is cut off."""
+EXACT = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}}
+
+
+def with_damaged_exif(format: str) -> bytes:
+    """A file of orientation 6 (a quarter turn) of whose metadata the last entry is cut off."""
     entries = struct.pack("<HHHII", 2, 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x010E, 2, 99, 9999)
     exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries
-    return saved(photograph(), "JPEG", exif=exif, quality=95, subsampling=0)
+    return saved(photograph(), format, exif=exif, **EXACT[format])
 
 
-def test_warnings_never_decide():
-    data = with_damaged_exif()
+@pytest.mark.parametrize("format", EXACT)  # JPEG reads its metadata at open, the others later
+def test_warnings_never_decide(format):
+    data = with_damaged_exif(format)
     upright = photograph().transpose(Image.Transpose.ROTATE_270)
     with pytest.warns(UserWarning):  # or this test shows nothing
         assert distance(images.decode(data), upright) < 30
-    with pytest.warns(UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         lazy = Image.open(BytesIO(data))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -175,8 +180,8 @@ def test_warnings_never_decide():
         for source in (data, BytesIO(data), lazy):
             assert distance(images.decode(source), upright) < 30
         assert list(warnings.filters) == before
-        with pytest.raises(ImageError, match="truncated"):
-            images.decode(data[:-200])
+        with pytest.raises(ImageError):
+            images.decode(data[: len(data) // 2])
 
 
 def test_files_are_closed(tmp_path):
