@@ -201,7 +201,10 @@ def _street(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
             ends = sorted((middle + side * edge, middle + side * reach))
             strip = _columns(ends[0], ends[1], width, height)
             scene[:, strip] = _house(
-                *(part[:, strip] for part in (scene, x, y, plaster)),
+                scene[:, strip],
+                x[:, strip],
+                y[:, strip],
+                plaster[:, strip],
                 side,
                 (edge, reach),
                 (middle, horizon),
