@@ -40,9 +40,10 @@ def engine_of(
     pixel_head: bool = False,
     max_batch: int = 16,
     output_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Engine:
     """An engine with the weights of a golden file's metadata."""
-    config, dtype, device = config_of(meta), DTYPES[precision], torch.device("cpu")
+    config, dtype, device = config_of(meta), DTYPES[precision], torch.device(device)
     shapes = names.encode_shapes(config)
     if purpose == "reconstruct":
         shapes |= names.reconstruct_shapes(config, pixel_head=pixel_head)
