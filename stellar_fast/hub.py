@@ -205,7 +205,7 @@ def _local_folder(repo: PathLike) -> Path | None:
         DownloadError: it is a file, or a path where nothing is.
     """
     text = os.fspath(repo)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if text and path.is_dir():
         return path
     if text and path.is_file():
@@ -362,8 +362,9 @@ def _explain(error: BaseException, repo: str, file: str, local_files_only: bool)
         return f"the file arrived incomplete ({_line(error)})", "load again to download it anew"
     if _is_transport(error):
         return (
-            f"{constants.ENDPOINT} cannot be reached ({_line(error)}), and it is not in the cache",
-            "check the network and proxy, or pass a folder that has the files as repo",
+            f"the connection to {constants.ENDPOINT} failed ({_line(error)}), and it is not in the "
+            "cache",
+            "check the network and proxy and load again, or pass a folder that has the files",
         )
     if isinstance(error, OSError) and error.errno is not None:
         return f"the cache cannot be used ({_line(error)})", "pass another cache_dir"

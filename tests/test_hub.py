@@ -41,9 +41,13 @@ def contents(row: dict) -> bytes:
     return Path(row["weights"]).read_bytes()
 
 
-def leftovers(home: Path) -> list[Path]:
-    """Files of the cache that hold an unfinished download."""
-    return [path for path in home.rglob("*") if path.name.endswith(".incomplete")]
+def weights_in(home: Path) -> list[Path]:
+    """Weights that the cache would give out, and whole blobs; older versions of the library keep
+    what is unfinished beside them, to resume it."""
+    blobs = [path for path in home.rglob("blobs/*") if path.suffix != ".incomplete"]
+    return [path for path in blobs if b"weights" in path.read_bytes()[:16]] + list(
+        home.rglob("*.safetensors")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -161,18 +165,7 @@ def test_a_renamed_repository_is_followed(server, home):
 # --- Downloads that break
 
 
-def test_a_cut_download_is_resumed(server, home):
-    # The library writes 10 MiB at a time, and resumes after the last whole write.
-    weights = bytes(range(256)) * (12 * 2**20 // 256)
-    repo = server.add("org/cut", files(weights), large=("small.safetensors",))
-    repo.on_body = _once(repo, 11 * 2**20)
-    (row,) = locate_in_process([case("org/cut")], server.endpoint, home)
-    assert contents(row) == weights
-    ranges = [r.headers.get("range") for r in server.asked("org/cut", "GET") if r.host == "cdn"]
-    assert ranges == [None, f"bytes={10 * 2**20}-"]
-
-
-def _once(repo, cut: int):
+def cut_once(repo, cut: int):
     """Cuts the first body of the weights after `cut` bytes."""
 
     def on_body(file: str) -> None:
@@ -183,23 +176,37 @@ def _once(repo, cut: int):
     return on_body
 
 
-def test_a_body_of_the_wrong_size_is_no_file(server, home):
-    for name, large in (("org/short", ()), ("org/short-large", ("small.safetensors",))):
-        repo = server.add(name, files(), large=large)
-        repo.on_body = lambda file, repo=repo: setattr(repo, "extra", 5)
-        broken, cached = locate_in_process(
-            [case(name), case(name, local_files_only=True)], server.endpoint, home
-        )
-        assert broken["error"] == cached["error"] == "DownloadError"
-        for part in ("'small.safetensors'", repr(name), "incomplete", "size 16", "size 11"):
-            assert part in broken["message"]
-        assert "load again" in broken["message"] and "\n" not in broken["message"]
-        assert "'small.safetensors'" in cached["message"] and "not in the" in cached["message"]
-        assert not leftovers(home)
+def test_a_cut_download_is_resumed(server, home):
+    # The library writes 10 MiB at a time, and resumes after the last whole write.
+    weights = bytes(range(256)) * (12 * 2**20 // 256)
+    repo = server.add("org/cut", files(weights), large=("small.safetensors",))
+    repo.on_body = cut_once(repo, 11 * 2**20)
+    # Versions before 2.0 need a second call for it.
+    *_, row = locate_in_process([case("org/cut")] * 2, server.endpoint, home)
+    assert contents(row) == weights
+    ranges = [r.headers.get("range") for r in server.asked("org/cut", "GET") if r.host == "cdn"]
+    assert ranges == [None, f"bytes={10 * 2**20}-"]
 
-        repo.extra, repo.on_body = 0, lambda file: None
-        (again,) = locate_in_process([case(name)], server.endpoint, home)
-        assert contents(again) == b"the weights"
+
+@pytest.mark.parametrize("large", [(), ("small.safetensors",)])
+def test_a_body_of_the_wrong_size_is_no_file(server, home, large):
+    name = f"org/short-{len(large)}"
+    repo = server.add(name, files(), large=large)
+    repo.on_body = lambda file: setattr(repo, "extra", 5)
+    broken, cached = locate_in_process(
+        [case(name), case(name, local_files_only=True)], server.endpoint, home
+    )
+    assert broken["error"] == cached["error"] == "DownloadError"
+    for part in ("'small.safetensors'", repr(name), "incomplete", "size 16", "size 11"):
+        assert part in broken["message"]
+    assert "load again" in broken["message"] and "\n" not in broken["message"]
+    assert "'small.safetensors'" in cached["message"] and "not in the" in cached["message"]
+    assert not weights_in(home)
+
+    repo.extra, repo.on_body = 0, lambda file: None
+    (again,) = locate_in_process([case(name)], server.endpoint, home)
+    assert contents(again) == b"the weights"
+    assert weights_in(home)
 
 
 def test_a_connection_that_is_always_cut_ends(server, home):
@@ -213,7 +220,7 @@ def test_a_connection_that_is_always_cut_ends(server, home):
     assert broken["error"] == cached["error"] == "DownloadError"
     assert "'small.safetensors'" in broken["message"] and "network" in broken["message"]
     assert broken["seconds"] < 20
-    assert not leftovers(home)
+    assert not weights_in(home)
 
 
 def test_html_for_a_config_and_its_remedy(server, home):
@@ -277,12 +284,12 @@ def test_one_error_says_what_where_and_what_to_do(failures, failure):
     for part in [asked["repo"], *parts]:
         assert part in row["message"]
     assert "\n" not in row["message"]
-    assert row["seconds"] < 8
+    assert row["seconds"] < (30 if failure == "too-many" else 8)  # old versions wait out a 429
 
 
 def test_failures_leave_no_weights(failures):
     _, home = failures
-    assert not list(home.rglob("*.safetensors")) and not leftovers(home)
+    assert not weights_in(home)
 
 
 def test_a_failure_that_passes_is_waited_for(server, home):
@@ -326,7 +333,7 @@ def test_no_server_ends_soon_and_the_cache_still_serves(server, home):
     for hit, miss in (rows[:2], rows[2:]):
         assert hit["weights"] == first["weights"] and hit["seconds"] < 5
         assert miss["error"] == "DownloadError"
-        for part in ("'config.json'", "'org/unseen'", "'main'", f":{port} cannot be reached"):
+        for part in ("'config.json'", "'org/unseen'", "'main'", f":{port} failed"):
             assert part in miss["message"]
         assert "check the network" in miss["message"] and "folder" in miss["message"]
         assert miss["seconds"] < 12
@@ -351,7 +358,7 @@ def test_a_server_out_of_order_leaves_the_cache_in_use(server, home):
             PermissionError(errno.EACCES, "Permission denied", "/c"),
             ["cache cannot be used", "'/c'"],
         ),
-        (ConnectionResetError("reset\nby peer"), ["cannot be reached (reset by peer)"]),
+        (ConnectionResetError("reset\nby peer"), ["failed (reset by peer)", "check the network"]),
         (RuntimeError("Data processing error"), ["RuntimeError: Data processing error"]),
     ],
 )
