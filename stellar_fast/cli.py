@@ -8,6 +8,7 @@ torch and all that needs it are imported inside the commands, so that help is qu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """The console script."""
+    # Pillow warns of damaged metadata that change no pixel, in the middle of the progress bar.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     app(prog_name="stellar-fast")
 
 
@@ -135,7 +138,9 @@ def extract(
     features: Annotated[
         str, typer.Option(help="Some of sparse,cls,spatial,dense, with commas.")
     ] = "sparse,cls",
-    dtype: Annotated[str, typer.Option(help="Of the files: float16 or float32.")] = "float16",
+    dtype: Annotated[
+        str, typer.Option(help="Of the files: float32; or float16, half the space.")
+    ] = "float32",
     batch_size: Annotated[
         int | None, typer.Option(help="Images encoded at once; 16 on a CPU, 256 on a GPU.")
     ] = None,
@@ -207,13 +212,13 @@ def maps(
 ) -> None:
     """The spatial maps of the sparse tokens, drawn over a photograph (extra viz)."""
     with _reported(debug):
-        from .images import load_image
+        from .images import check_preset, decode
         from .pictures import check_viz, save_spatial
 
         check_viz()
+        check_preset(preset)
         _check_picture(output)
-
-        pixels = load_image(image, preset)
+        photograph = decode(image)
         engine = _load(
             model,
             repo=repo,
@@ -223,7 +228,8 @@ def maps(
             revision=revision,
             local_files_only=local_files_only,
         )
-        save_spatial(output, engine, pixels, f"{engine.config.name}, {image.name}")
+        title = f"{engine.config.name}: {image.name}"
+        save_spatial(output, engine, photograph, preset, title)
         typer.echo(f"{output}: {engine.config.num_sparse_tokens} maps")
 
 

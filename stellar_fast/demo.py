@@ -9,7 +9,7 @@ from pathlib import Path
 from . import photos
 from .extract import plan, run
 from .extract.folder import check_output, staged
-from .images import load_image
+from .images import decode
 from .loading import load
 from .pictures import has_viz, save_spatial
 
@@ -29,6 +29,8 @@ def demo(out: Path, model: str, say: Callable[[str], None]) -> None:
         StellarError: `out` cannot be written.
     """
     out = out.resolve()
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty; choose another folder with --out, or remove this one")
     check_output(out, overwrite=False)
     say(
         f"{model} with SYNTHETIC weights: random numbers, nothing was learned and nothing was "
@@ -45,15 +47,13 @@ def demo(out: Path, model: str, say: Callable[[str], None]) -> None:
 
         job = plan(folder / "photographs", folder / "features")
         summary = run(job, engine, facts={"input": str(out / "photographs")})
-        say(
-            f"  features     {summary.seconds['total']:6.2f} s  {', '.join(job.features)}: {summary}"
-        )
+        seconds = summary.seconds["total"]
+        say(f"  features     {seconds:6.2f} s  {', '.join(job.features)} of {summary}")
 
         start = time.perf_counter()
         if has_viz():
-            pixels = load_image(files[0], job.preset)
             title = f"{model}, synthetic weights: {files[0].name}"
-            save_spatial(folder / "maps.png", engine, pixels, title)
+            save_spatial(folder / "maps.png", engine, decode(files[0]), job.preset, title)
             say(f"  maps         {_since(start)}  {engine.config.num_sparse_tokens} spatial maps")
         else:
             say("  maps         left out: pip install 'stellar-fast[viz]' to draw spatial maps")

@@ -37,7 +37,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     Raises:
         ValueError: no such device on this machine.
     """
-    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:  # a type that torch does not know, or no index
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
     if wanted.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = (

@@ -44,20 +44,25 @@ def save_picture(path: Path, pixels: Tensor) -> None:
         to_picture(pixels).save(temporary, "PNG")
 
 
-def save_spatial(path: Path, engine: Engine, pixels: Tensor, title: str) -> None:
-    """Encodes one image and writes its K spatial maps, drawn over it, as a PNG.
+def save_spatial(
+    path: Path, engine: Engine, photograph: Image.Image, preset: str, title: str
+) -> None:
+    """Encodes one photograph and writes its K spatial maps, drawn over it, as a PNG.
 
     Args:
-        pixels: (3, H, W), as a preset gives them.
+        photograph: as `images.decode` gives it.
+        preset: how the model sees it; the picture keeps the photograph's own proportions.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
         StellarError: the file cannot be written.
     """
-    from .plots import save_maps
+    from .images import apply_preset
+    from .plots import save_maps, seen
 
-    out = engine.encode(pixels[None], outputs=("spatial",), check_range=False)
+    pixels = apply_preset(photograph, preset)
+    out = engine.encode(pixels[None], outputs=("spatial",), check_range=preset != "eval")
     patch = engine.config.backbone.patch_size
     grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
     with replacing(path) as temporary:
-        save_maps(temporary, to_picture(pixels), out["spatial"][0], grid, title)
+        save_maps(temporary, seen(photograph, preset), out["spatial"][0], grid, title)

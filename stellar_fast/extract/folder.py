@@ -78,39 +78,55 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _make_temporary(output: Path, stack: ExitStack) -> Path:
-    """A new locked folder beside `output`; those of dead runs are removed."""
+    """A new folder beside `output`, locked until `stack` unwinds; those of dead runs are removed.
+
+    It is made before the others are looked at: of two runs that start at once, one at least sees
+    the other.
+    """
     prefix = f".{output.name}.partial-"
-    parent = os.open(output.parent, os.O_RDONLY)
-    try:
-        # Under the parent's lock, or a folder could be taken for dead before its run locks it.
-        locks_work = _lock(parent, wait=True) is not None
-        for stale in output.parent.glob(f"{glob.escape(prefix)}*") if locks_work else ():
-            _remove_dead(stale, output)
+    while True:
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+        descriptor = stack.enter_context(_opened(temporary))
+        locked = _lock(descriptor)
+        # Until it was locked, another run may have taken it for dead.
+        if locked is not False and temporary.exists():
+            break
+    try:
+        if locked:  # without locks, the dead cannot be told from the living
+            for other in output.parent.glob(f"{glob.escape(prefix)}*"):
+                if other != temporary:
+                    _remove_dead(other, output)
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would be the finished output's
-        descriptor = os.open(temporary, os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        _lock(descriptor, wait=False)
-        return temporary
-    finally:
-        os.close(parent)
+    except BaseException:
+        temporary.rmdir()
+        raise
+    return temporary
 
 
-def _remove_dead(folder: Path, output: Path) -> None:
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if _lock(descriptor, wait=False) is False:
-            raise StellarError(f"{output}: another run is writing this output, in {folder}")
-        shutil.rmtree(folder)
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, *, wait: bool) -> bool | None:
-    """Locks a folder until it is closed; False if another process has it, None where the file
-    system has no locks."""
+def _remove_dead(folder: Path, output: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        with _opened(folder) as descriptor:
+            if _lock(descriptor) is False:
+                raise StellarError(f"{output}: another run is writing this output, in {folder}")
+            shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass  # the other run was done, or removed it too
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Locks a folder until it is closed; False if another run has it, None where the file system
+    has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
