@@ -81,6 +81,7 @@ class Repo:
             stays if `broken`.
         extra: bytes that are promised for a file beyond those there are.
         cuts: bytes after which the connection breaks, one for each body sent.
+        etag: of every file, whatever is in it.
         portal: answers come from a login page, not from a Hub.
         moved_to: the repository's new name.
         on_body: called with the file's name before its body is sent.
@@ -95,6 +96,7 @@ class Repo:
     broken: bool = False
     extra: int = 0
     cuts: list[int] = field(default_factory=list)
+    etag: str | None = None
     portal: bool = False
     moved_to: str | None = None
     on_body: Callable[[str], None] = lambda file: None
@@ -200,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._file(repo, file, commit, content)
 
     def _file(self, repo: Repo, file: str, commit: str, content: bytes) -> None:
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        etag = f'"{repo.etag or hashlib.sha256(content).hexdigest()}"'
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if file in repo.large and self.host == "hub":
             linked = {
