@@ -32,6 +32,23 @@ for case in json.load(sys.stdin):
     print(json.dumps(row | {"seconds": time.monotonic() - start}), flush=True)
 """
 
+ENTRY = {
+    "weights": "small.safetensors",
+    "num_sparse_tokens": 8,
+    "num_decoder_layers": 2,
+    "spatial_temp": 0.1,
+    "backbone": "facebook/vit-mae-base",
+}
+
+
+def index(**changes: Any) -> bytes:
+    """A `config.json` with one model, "small"."""
+    return json.dumps({"models": {"small": ENTRY | changes}}).encode()
+
+
+def files(weights: bytes = b"the weights") -> dict[str, bytes]:
+    return {"config.json": index(), "small.safetensors": weights}
+
 
 def locate_in_process(
     cases: list[dict[str, Any]], endpoint: str, home: Path, **settings: str

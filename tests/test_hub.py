@@ -1,35 +1,16 @@
-"""`hub.locate` against a server that speaks the Hub's HTTP, and on local folders."""
+"""`hub.locate` against a server that speaks the Hub's HTTP."""
 
 import errno
-import json
-import os
 import socket
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer, locate_in_process
+from hub_server import HubServer, files, index, locate_in_process
 
 from stellar_fast import hub
-from stellar_fast.config import BACKBONES, ModelConfig
-from stellar_fast.errors import CheckpointError, DownloadError
+from stellar_fast.errors import DownloadError
 
-ENTRY = {
-    "weights": "small.safetensors",
-    "num_sparse_tokens": 8,
-    "num_decoder_layers": 2,
-    "spatial_temp": 0.1,
-    "backbone": "facebook/vit-mae-base",
-}
-CONFIG = ModelConfig("small", BACKBONES["facebook/vit-mae-base"], 8, 2, 0.1, "small.safetensors")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-
-
-def index(**changes) -> bytes:
-    return json.dumps({"models": {"small": ENTRY | changes}}).encode()
-
-
-def files(weights: bytes = b"the weights") -> dict[str, bytes]:
-    return {"config.json": index(), "small.safetensors": weights}
 
 
 def case(repo: str, **arguments) -> dict:
@@ -60,9 +41,6 @@ def server():
 @pytest.fixture
 def home(tmp_path):
     return tmp_path / "home"
-
-
-# --- Downloads and the cache
 
 
 def test_a_download_is_kept_and_found_without_the_network(server, home, tmp_path):
@@ -163,9 +141,6 @@ def test_a_renamed_repository_is_followed(server, home):
     assert contents(row) == b"the weights"
 
 
-# --- Downloads that break
-
-
 def cut_once(repo, cut: int):
     """Cuts the first body of the weights after `cut` bytes."""
 
@@ -240,8 +215,6 @@ def test_html_for_a_config_and_its_remedy(server, home):
     (row,) = locate_in_process([case("org/html")], server.endpoint, home)
     assert contents(row) == b"the weights"
 
-
-# --- Answers that are errors
 
 FAILURES = {
     "no-repo": (case("org/absent"), ["'config.json'", "404", "no such repository", "token="]),
@@ -318,9 +291,6 @@ def test_unknown_names_cost_no_weights(server, home):
     assert asked and all(request.path == "/org/names/resolve/main/config.json" for request in asked)
 
 
-# --- No server
-
-
 def test_no_server_ends_soon_and_the_cache_still_serves(server, home):
     server.add("org/kept", files())
     (first,) = locate_in_process([case("org/kept")], server.endpoint, home)
@@ -352,9 +322,6 @@ def test_a_server_out_of_order_leaves_the_cache_in_use(server, home):
     assert second["weights"] == first["weights"] and second["seconds"] < 5
 
 
-# --- Failures of this machine
-
-
 @pytest.mark.parametrize(
     ("error", "parts"),
     [
@@ -379,123 +346,3 @@ def test_a_failure_while_writing(monkeypatch, tmp_path, error, parts):
     for part in ("'config.json'", "'org/name'", "'v1'", *parts):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-# --- Local folders
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name, content in files().items():
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
-
-
-def test_local_folder(folder, monkeypatch):
-    expected = hub.Located(CONFIG, folder / "small.safetensors")
-    assert hub.locate("small", repo=folder) == hub.locate("small", repo=str(folder)) == expected
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert hub.locate("small", repo=f"~/{folder.name}") == expected
-    # A folder wins over a Hub repository of the same name, the published one included.
-    (folder / "microsoft").mkdir()
-    (folder / "microsoft/STELLAR").symlink_to(folder)
-    monkeypatch.chdir(folder)
-    located = hub.locate("small", repo=hub.PUBLISHED_REPO)
-    assert located.weights == Path("microsoft/STELLAR/small.safetensors")
-
-
-def test_local_folder_without_its_files(folder):
-    (folder / "small.safetensors").rename(folder / "smal.safetensors")
-    with pytest.raises(DownloadError, match=r"small\.safetensors.*config\.json, smal\.safeten"):
-        hub.locate("small", repo=folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(DownloadError, match=r"config\.json is missing.*has: smal\.safetensors"):
-        hub.locate("small", repo=folder)
-    with pytest.raises(DownloadError, match="is a file; give the folder"):
-        hub.locate("small", repo=folder / "smal.safetensors")
-
-
-@pytest.mark.parametrize("repo", ["/absent/x", "./x", "~/absent-x", "a/b/c", "absent/", "a\\b"])
-def test_a_path_where_nothing_is(repo, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DownloadError, match="is a path, and there is no such folder"):
-        hub.locate("small", repo=repo)
-    with pytest.raises(DownloadError, match="is a path, and there is no such folder"):
-        hub.locate("small", repo=Path("absent"))
-
-
-def test_unknown_name_in_a_folder(folder):
-    with pytest.raises(ValueError, match=r"'stellar-b16'.*has: small") as caught:
-        hub.locate("stellar-b16", repo=folder)
-    assert not isinstance(caught.value, CheckpointError)
-
-
-def test_backbone_objects_and_no_temperature(folder):
-    backbone = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 100,
-        "patch_size": 16,
-    }
-    content = index(backbone=backbone, spatial_temp=None, weights="deep/er.bin", note="ours")
-    (folder / "config.json").write_bytes(content)
-    config = hub.read_config(folder / "config.json", "small")
-    assert config.backbone.hidden_size == 64 and config.backbone.image_size == 224
-    assert config.spatial_temp is None and config.weights == "deep/er.bin"
-
-
-@pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        (b"", ["is not JSON", "b''"]),
-        (b'{"models": {', ["is not JSON", "delete"]),
-        (b"\xff\xfe\xff", ["is not JSON"]),
-        (b"[" * 100_000, ["is not JSON"]),
-        (index(spatial_temp=float("nan")), ["is not JSON", "NaN"]),
-        (index(spatial_temp=float("inf")), ["is not JSON", "Infinity"]),
-        (b"[1]", ["must be a JSON object", "[1]"]),
-        (b'{"model": 1}', ["no field 'models'", "'model'"]),
-        (b'{"models": ["small"]}', ["'models' must be an object", '["small"]']),
-        (b'{"models": {"small": 3}}', ["models.small must be a JSON object", "3"]),
-        *[
-            (
-                json.dumps({"models": {"small": {k: v for k, v in ENTRY.items() if k != field}}}),
-                [f"models.small has no field {field!r}"],
-            )
-            for field in ENTRY
-        ],
-        *[
-            (index(weights=path), ["models.small.weights must be the path of a file inside"])
-            for path in (
-                "/etc/passwd",
-                "../x",
-                "a/../../x",
-                "",
-                ".",
-                "C:\\x",
-                "..\\x",
-                "\\x",
-                3,
-                None,
-            )
-        ],
-        (index(spatial_temp="0.06"), ["spatial_temp must be", '"0.06"']),
-        (index(spatial_temp=True), ["spatial_temp must be", "true"]),
-        (index(spatial_temp=-1), ["spatial_temp must be positive"]),
-        (index(num_sparse_tokens="16"), ["num_sparse_tokens must be a positive integer, got '16'"]),
-        (index(num_sparse_tokens=True), ["num_sparse_tokens must be a positive integer"]),
-        (index(num_decoder_layers=2.0), ["num_decoder_layers must be a positive integer"]),
-        (index(backbone="vit-base"), ["models.small: unknown backbone 'vit-base'"]),
-        (index(backbone=7), ["backbone must be a name or an object"]),
-        (index(backbone={"hidden_size": 64}), ["missing fields", "patch_size"]),
-    ],
-)
-def test_configs_that_are_not_in_the_published_layout(folder, content, parts):
-    path = folder / "config.json"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(CheckpointError) as caught:
-        hub.locate("small", repo=folder)
-    for part in [os.fspath(path), *parts]:
-        assert part in str(caught.value)
-    assert len(str(caught.value)) < 400 + len(os.fspath(path)) * 2
