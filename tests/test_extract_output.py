@@ -142,12 +142,20 @@ def test_a_full_disk_in_mid_write_is_one_clear_error(photographs, tmp_path, engi
 
     def open_full(path, mode="r", *arguments, **named):
         return opened(
-            Path("/dev/full") if path.name == "cls.npy" else path, mode, *arguments, **named
+            Path("/dev/full") if path.name == "dense.npy" else path, mode, *arguments, **named
         )
 
+    batches = []
+
+    def encode(images, **arguments):
+        batches.append(len(images))
+        return engine.encode(images, **arguments)
+
     monkeypatch.setattr(Path, "open", open_full)
-    with pytest.raises(StellarError, match=r"cls\.npy: cannot be written: No space left"):
-        run(plan(photographs, tmp_path / "out"), engine)
+    counted = Wrapped(engine, encode)
+    with pytest.raises(StellarError, match=r"dense\.npy: cannot be written: No space left"):
+        run(plan(photographs, tmp_path / "out", features=("dense",), batch_size=2), counted)
+    assert batches == [0, 2]  # at the first rows, not at the end
     assert os.listdir(tmp_path) == []
 
 
