@@ -123,7 +123,7 @@ def plan(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = _cores()
     if workers < 1:
         raise ValueError(f"at least 1 worker must decode, got {workers}")
     if source.resolve().is_relative_to(output):
@@ -169,6 +169,13 @@ def run(job: Job, engine: Encoder, *, facts: Mapping[str, Any] | None = None) ->
         write_run(folder, {**_facts(job, engine, summary), "features": features, **(facts or {})})
         write_index(folder, [item.path for item in job.items], reasons)
     return summary
+
+
+def _cores() -> int:
+    """Cores that this process may use; all there are where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Timer:
