@@ -70,10 +70,12 @@ def within_budget(
 
     No figure is written for a result that fails this.
     """
-    for name in found:
+    for name in exact:
+        assert name in found, f"{name}: no such output"
         error = relative_error(found[name], exact[name])
         budget = 2 * relative_error(plain[name], exact[name])
-        assert error <= budget, f"{name}: error {error:.2e} exceeds its budget {budget:.2e}"
+        if not error <= budget:  # nor is NaN
+            raise AssertionError(f"{name}: error {error:.2e} exceeds its budget {budget:.2e}")
 
 
 def processor() -> dict[str, object]:
