@@ -31,7 +31,7 @@ def test_a_wrong_result_gets_no_figure():
     harness.within_budget(plain, plain, exact)
     wrong = {"dense": plain["dense"].clone()}
     wrong["dense"][7] += 0.1
-    with pytest.raises(AssertionError, match="dense: error .* exceeds its budget"):
+    with pytest.raises(AssertionError, match=r"dense: error .* exceeds its budget"):
         harness.within_budget(wrong, plain, exact)
     wrong["dense"][7] = float("nan")
     with pytest.raises(AssertionError, match="exceeds its budget"):
