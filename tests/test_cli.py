@@ -134,8 +134,14 @@ def test_the_20_broken_files_are_lines_with_reasons(extracted):
 def test_an_interrupted_command_leaves_nothing(extracted, repo, tmp_path):
     photographs, _, _, _ = extracted
     arguments = ("extract", photographs, tmp_path / "out", *small(repo), "--batch-size", 1)
+    # A background job of a shell, and so what it starts, would ignore SIGINT.
+    listening = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from stellar_fast.cli import main; main()"
+    )
+    started = [sys.executable, "-P", "-c", listening, *map(str, arguments)]
     with subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         while process.poll() is None and not list(tmp_path.glob(".out.partial-*/sparse.npy")):
             time.sleep(0.005)
@@ -228,6 +234,7 @@ def test_outputs_are_refused_before_any_model_is_loaded(picture, tmp_path):
     refused(invoke("extract", tmp_path, tmp_path / "out", *nowhere), "not empty")
     refused(invoke("maps", picture, tmp_path / "no" / "out.png", *nowhere), "there is no folder")
     refused(invoke("maps", picture, tmp_path / "out.gif", *nowhere), "PNG")
+    refused(invoke("reconstruct", picture, tmp_path / "out.gif", *nowhere), "PNG")
     refused(invoke("reconstruct", picture, tmp_path / "out.png", *nowhere), "no-such-folder")
 
 
@@ -284,7 +291,8 @@ def test_a_broken_image_is_one_line(repo, tmp_path):
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(repo, picture, tmp_path, monkeypatch):
-    def full(*arguments, **named):
+    def full(image, path, *arguments):
+        Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     (tmp_path / "out.png").write_bytes(b"earlier")
