@@ -22,6 +22,8 @@ from .names import Shapes, canonical
 
 PathLike = str | os.PathLike[str]
 MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
+# Narrower floats mean nothing without scales, which the published layout has no place for.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES_SHOWN = 5
 
 
@@ -40,8 +42,8 @@ def read_state(path: PathLike, *, inside: str | None = None) -> dict[str, Tensor
         CheckpointError: the file is something else, or damaged; the message says what was found.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "it is a folder" if path.is_dir() else "there is no such file"
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        found = "it is a folder" if os.path.isdir(path) else "there is no such file"
         raise DownloadError(f"{path}: expected a weights file, but {found}; check the path")
     try:
         with path.open("rb") as file:
@@ -58,22 +60,30 @@ def read_state(path: PathLike, *, inside: str | None = None) -> dict[str, Tensor
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def _again(path: Path) -> str:
+    """The remedy for a damaged file. While it is there, the Hub's cache gives it out again, and
+    `path` is only a link to it."""
+    resolved = path.resolve()
+    name = "it" if resolved == path else resolved
+    return f"if it was downloaded, delete {name} and download it again"
+
+
 def _refuse_what_is_no_weights_file(path: Path, head: bytes) -> None:
-    again = "download it again"
     if not head:
-        raise CheckpointError(f"{path}: expected weights, found an empty file; {again}")
+        raise CheckpointError(f"{path}: expected weights, found an empty file; {_again(path)}")
     if head.startswith(b"version https://git-lfs"):
-        size = next((line[5:] for line in head.split(b"\n") if line.startswith(b"size ")), b"?")
+        fields = dict(
+            line.split(" ", 1) for line in head.decode(errors="replace").splitlines() if " " in line
+        )
         raise CheckpointError(
-            f"{path}: expected weights, found a Git-LFS pointer to "
-            f"{size.decode(errors='replace')} bytes; run "
-            "'git lfs pull' in its repository, or download the file itself"
+            f"{path}: expected weights, found a Git-LFS pointer to {fields.get('size', '?')} bytes "
+            f"(oid {fields.get('oid', '?')}); run 'git lfs pull' in its repository, or download "
+            "the file itself"
         )
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise CheckpointError(
             f"{path}: expected weights, found an HTML page, such as a login or an error page; "
-            f"{again} "
-            "from its direct address"
+            f"{_again(path)} from its direct address"
         )
 
 
@@ -83,7 +93,7 @@ def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
     if len(head) < 9 or head[8:9] != b"{" or length > MAX_HEADER:
         raise CheckpointError(
             f"{path}: expected safetensors or a torch pickle, found {size} bytes that begin "
-            f"{head[:16]!r}"
+            f"{head[:16]!r}; {_again(path)}"
         )
     if 8 + length > size:
         raise CheckpointError(_truncated(path, size, 8 + length, "its header alone"))
@@ -91,29 +101,23 @@ def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
         with path.open("rb") as file:
             file.seek(8)
             entries = json.loads(file.read(length))
-        data = max(
-            (e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0
-        )
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        ends = (e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__")
+        end = 8 + length + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: the safetensors header is damaged ({error!r}); download it again"
+            f"{path}: the safetensors header is damaged ({error!r}); {_again(path)}"
         ) from error
-    if 8 + length + data > size:
-        raise CheckpointError(_truncated(path, size, 8 + length + data, "its header"))
+    if end > size:
+        raise CheckpointError(_truncated(path, size, end, "its header"))
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: damaged safetensors ({error}); download it again"
-        ) from error
+        raise CheckpointError(f"{path}: damaged safetensors ({error}); {_again(path)}") from error
 
 
 def _truncated(path: Path, size: int, expected: int, by: str) -> str:
-    return (
-        f"{path}: truncated, {size} bytes where {by} promises {expected}; download it again "
-        "(an interrupted download can be resumed)"
-    )
+    return f"{path}: truncated, {size} bytes where {by} promises {expected}; {_again(path)}"
 
 
 def _read_pickle(path: Path, inside: str | None) -> dict[str, Tensor]:
@@ -128,9 +132,14 @@ def _read_pickle(path: Path, inside: str | None) -> dict[str, Tensor]:
             "save it as safetensors, or as torch.save({name: tensor, ...})"
         ) from error
     except Exception as error:  # torch.load documents no set of errors for a damaged file
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                f"{path}: expected a state dict {{name: tensor}}, found a TorchScript archive, "
+                "which is a program; save its state_dict() alone"
+            ) from error
         raise CheckpointError(
             f"{path}: damaged or truncated torch pickle of {path.stat().st_size} bytes "
-            f"({_first_line(error)}); download it again"
+            f"({_first_line(error)}); {_again(path)}"
         ) from error
     if inside is not None and isinstance(state, Mapping) and isinstance(state.get(inside), Mapping):
         state = state[inside]
@@ -139,18 +148,27 @@ def _read_pickle(path: Path, inside: str | None) -> dict[str, Tensor]:
             f"{path}: expected a state dict {{name: tensor}}, found a {type(state).__name__}"
         )
     strange = [
-        key
-        for key, value in state.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor))
+        key for key, value in state.items() if not (isinstance(key, str) and _is_plain(value))
     ]
     if strange:
         nested = next((key for key in strange if isinstance(state[key], Mapping)), None)
         remedy = f"; if {nested!r} is the state dict, save that alone" if nested is not None else ""
         raise CheckpointError(
-            f"{path}: expected a plain state dict {{name: tensor}}, found other entries: "
+            f"{path}: expected a plain state dict {{name: dense tensor}}, found other entries: "
             f"{_some(strange)}{remedy}"
         )
-    return dict(state)
+    # Saved parameters would take the engine's weights into a graph of gradients.
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor with values of its own: not sparse, nested, or on the meta device."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.device.type == "cpu"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -169,7 +187,8 @@ def check_tensors(
     where: str,
     ignored: Collection[str] = (),
 ) -> None:
-    """Every expected tensor is there, of its shape, floating point and finite; none is unknown.
+    """Every expected tensor is there, of its shape, of 16, 32 or 64 bit floats, and finite; none is
+    unknown.
 
     Args:
         state: under canonical names.
@@ -196,8 +215,11 @@ def check_tensors(
         )
     for name in tqdm(expected, desc=f"Checking {Path(where).name}", unit="tensor", disable=None):
         tensor = state[name]
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{where}: {name} must be floating point, found {tensor.dtype}")
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{where}: {name} must be floating point of 16, 32 or 64 bits, found "
+                f"{tensor.dtype}; save it in one of these"
+            )
         bounds = torch.stack(tensor.float().aminmax()) if tensor.numel() else tensor
         if not bounds.isfinite().all():
             raise CheckpointError(

@@ -19,6 +19,10 @@ def written(path, content: bytes):
     return path
 
 
+def header(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
 @pytest.fixture
 def safetensors(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
@@ -61,6 +65,19 @@ def test_a_missing_file_and_a_folder(tmp_path):
         read_state(tmp_path / "gone.safetensors")
     with pytest.raises(DownloadError, match="is a folder"):
         read_state(tmp_path)
+    for name in ("long" * 5000, "nul\0"):
+        with pytest.raises(DownloadError, match="no such file"):
+            read_state(tmp_path / name)
+
+
+def test_the_remedy_for_a_damaged_file_names_what_a_link_leads_to(tmp_path):
+    """As in the Hub's cache, which gives out a damaged file until the file itself is deleted."""
+    blob = written(tmp_path / "blob", b"\0" * 100)
+    (tmp_path / "m.safetensors").symlink_to(blob)
+    with pytest.raises(CheckpointError, match=f"delete {blob} and download it again"):
+        read_state(tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="delete it and download it again"):
+        read_state(blob)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +88,9 @@ def test_a_missing_file_and_a_folder(tmp_path):
         (b"\n  <HTML><body>404", "HTML page"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 347930428\n",
-            "Git-LFS pointer to 347930428 bytes.*git lfs pull",
+            r"Git-LFS pointer to 347930428 bytes \(oid sha256:ab\).*git lfs pull",
         ),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"pointer to \? bytes \(oid \?\)"),
         (b"not weights at all, just text", "found 29 bytes that begin b'not weights"),
         (b'{"error": "Entry not found"}', "expected safetensors or a torch pickle"),
         (b"\x00" * 64, "expected safetensors"),
@@ -80,6 +98,10 @@ def test_a_missing_file_and_a_folder(tmp_path):
         (struct.pack("<Q", 20) + b'{"a": 1}' + b" " * 12, "header is damaged"),
         (struct.pack("<Q", 4) + b"{]  ", "header is damaged"),
         (struct.pack("<Q", 4) + b"[1] ", "expected safetensors"),
+        (header('{"a": {"data_offsets": ["0", "8"]}}'), "header is damaged"),
+        (header('{"a": {"data_offsets": [0, 8.5]}}') + b"\0" * 9, "damaged safetensors"),
+        (header('{"a": {"data_offsets": [0]}}'), "header is damaged"),
+        (header('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"), "header is damaged"),
         (b"PK\x03\x04" + b"\x00" * 40, "damaged or truncated torch pickle of 44 bytes"),
         (b"\x80\x02", "damaged or truncated torch pickle"),
     ],
@@ -150,12 +172,35 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
         ({"state_dict": STATE, "epoch": 3}, "state_dict, epoch; if 'state_dict' is the state dict"),
         ({"a": torch.ones(1), "step": 5}, "other entries: step"),
         ({1: torch.ones(1)}, "other entries: 1"),
+        ({"a": torch.ones(1), "s": torch.eye(2).to_sparse()}, "dense tensor.*other entries: s$"),
+        ({"a": torch.ones(1), "m": torch.ones(2, device="meta")}, "other entries: m$"),
     ],
 )
 def test_a_pickle_that_is_no_plain_state_dict(tmp_path, content, message):
     torch.save(content, tmp_path / "train.ckpt")
     with pytest.raises(CheckpointError, match=message):
         read_state(tmp_path / "train.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit")
+def test_a_torchscript_archive_is_called_by_its_name(tmp_path):
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(tmp_path / "m.pt"))
+    with pytest.raises(CheckpointError, match=r"m\.pt.*TorchScript archive.*state_dict"):
+        read_state(tmp_path / "m.pt")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused(tmp_path):
+    rows = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"a": torch.ones(1), "rows": rows}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"other entries: rows$"):
+        read_state(tmp_path / "m.pt")
+
+
+def test_parameters_come_without_gradients(tmp_path):
+    torch.save({"a": torch.nn.Parameter(torch.ones(2))}, tmp_path / "m.pt")
+    found = read_state(tmp_path / "m.pt")["a"]
+    assert type(found) is torch.Tensor and not found.requires_grad
 
 
 def test_tensors_are_checked_by_name_and_shape():
@@ -183,7 +228,8 @@ def test_weights_must_be_finite(value):
         check_tensors(state, SHAPES, where="m")
 
 
-def test_weights_must_be_floats():
-    state = STATE | {"b.bias": torch.ones(4, dtype=torch.int8)}
-    with pytest.raises(CheckpointError, match=r"b\.bias must be floating point, found torch\.int8"):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_weights_must_be_floats_of_16_bits_or_more(dtype):
+    state = STATE | {"b.bias": torch.ones(4).to(dtype)}
+    with pytest.raises(CheckpointError, match=f"b.bias must be floating point of 16.*{dtype}"):
         check_tensors(state, SHAPES, where="m")
