@@ -2,7 +2,10 @@
 
 import torch
 
+import stellar_fast
+from stellar_fast import photos
 from stellar_fast.config import MODELS
+from stellar_fast.images import apply_preset
 from stellar_fast.names import encode_shapes, vqgan_decoder_shapes
 from stellar_fast.synthetic import synthetic_state
 
@@ -27,3 +30,16 @@ def test_shapes_dtypes_and_magnitudes():
     assert torch.equal(state["dense_proj.weight"], state["sparse_proj.weight"])
     assert not torch.equal(state["dense_proj.bias"], state["sparse_proj.bias"])
     assert abs(state["encoder.layernorm.weight"].mean() - 1) < 0.05
+
+
+def test_spatial_maps_of_a_photograph_are_peaked_and_have_regions():
+    photograph = photos.draw(next(iter(photos.SCENES)), 300, 300, 1)
+    engine = stellar_fast.load("stellar-b16", weights="synthetic", device="cpu", precision="fp32")
+    out = engine.encode(apply_preset(photograph, "card")[None])
+    assert out["spatial"].amax(-1).mean() > 4 / 16
+    owner = out["spatial"][0].argmax(-1).view(14, 14)
+    assert owner.unique().numel() >= 4
+    alike = [owner[1:] == owner[:-1], owner[:, 1:] == owner[:, :-1]]
+    assert torch.cat([pairs.flatten() for pairs in alike]).float().mean() > 1 / 3
+    tokens = torch.nn.functional.normalize(out["sparse"][0], dim=-1)
+    assert (tokens @ tokens.T).fill_diagonal_(0).mean() < 0.6  # blocks leave them different
