@@ -84,7 +84,7 @@ def locate(
         DownloadError: a file cannot be had.
         CheckpointError: `config.json` is not in the published layout.
     """
-    folder = _local_folder(repo)
+    folder = local_folder(repo)
     if folder is not None:
         config = read_config(folder / CONFIG_FILE, name)
         weights = folder / config.weights
@@ -198,7 +198,7 @@ def _missing(path: Path, what: str) -> NoReturn:
     raise DownloadError(f"{path} is missing ({what}); the folder has: {listing or 'nothing'}")
 
 
-def _local_folder(repo: PathLike) -> Path | None:
+def local_folder(repo: PathLike) -> Path | None:
     """`repo` as a folder, or None if it is the name of a Hub repository.
 
     Raises:

@@ -197,8 +197,14 @@ def load_stellar(
 def _local_config(name: str, repo: PathLike) -> ModelConfig:
     """The geometry to draw synthetic weights for: a local folder's if `repo` is one, else the
     published."""
-    if Path(repo).is_dir():
-        return hub.read_config(Path(repo) / hub.CONFIG_FILE, name)
+    folder = hub.local_folder(repo)
+    if folder is not None:
+        return hub.read_config(folder / hub.CONFIG_FILE, name)
+    if repo != PUBLISHED_REPO:
+        raise ValueError(
+            f"synthetic weights are drawn without the network, so the geometry in {repo!r} cannot "
+            "be looked up; give a local folder as repo, or leave it out"
+        )
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
     return MODELS[name]

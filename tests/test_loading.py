@@ -328,6 +328,17 @@ def test_bad_arguments_are_one_clear_error(folder, arguments, error, message):
         stellar_fast.load("narrow", **{"repo": folder, "device": "cpu"} | arguments)
 
 
+def test_synthetic_weights_never_take_another_geometry_in_silence(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    home = f"~/{folder.name}"
+    engine = stellar_fast.load("narrow", repo=home, weights="synthetic", device="cpu")
+    assert engine.config.backbone.hidden_size == 64
+    with pytest.raises(DownloadError, match="no such folder"):
+        stellar_fast.load("stellar-b16", repo="./absent/folder", weights="synthetic")
+    with pytest.raises(ValueError, match="'other/repository' cannot be looked up"):
+        stellar_fast.load("stellar-b16", repo="other/repository", weights="synthetic")
+
+
 def test_an_unknown_model_lists_the_known(folder):
     with pytest.raises(ValueError, match="stellar-b16"):
         stellar_fast.load("stellar-b17", weights="synthetic")
