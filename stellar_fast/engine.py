@@ -13,31 +13,15 @@ from torch import Tensor
 
 from . import decoder, encoder, torch_ops
 from .config import ModelConfig
+from .devices import DTYPES, resolve_device
 from .encoder import OUTPUTS
 from .errors import ForkError, StellarError
 from .inputs import as_batch, check_size
 from .inputs import check_range as check_pixel_range
-from .weights import DecoderWeights, EncoderWeights, position_code
+from .weights import DecoderWeights, EncoderWeights, map_nodes, position_code
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TYPICAL_BATCH = 8  # images in the product that weights are laid out for
 TABLES_CACHED = 32  # position tables kept, one for each image size
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "auto" -> bf16 where the device has bf16 matrix units (AMX, sm_80 and later), else fp32.
-
-    Raises:
-        ValueError: unknown precision.
-    """
-    if precision == "auto":
-        if device.type == "cuda":
-            matrix_units = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            matrix_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        return "bf16" if matrix_units else "fp32"
-    if precision not in DTYPES:
-        raise ValueError(f"unknown precision {precision!r}; known: auto, {', '.join(DTYPES)}")
-    return precision
 
 
 def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
@@ -97,19 +81,26 @@ class Engine:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         self.config = config
-        self.device = device
         self.precision = precision
         self.output_dtype = output_dtype
         self.max_batch = max_batch
         self.weights = weights
         self._ops = torch_ops
-        rows = min(max_batch, 8) * config.sequence_length
-        self._encoder = self._ops.prepare(encoder_weights, rows)
-        self._decoder = None
-        if decoder_weights is not None:
-            self._decoder = self._ops.prepare(decoder_weights, rows)
-        self._table = lru_cache(TABLES_CACHED)(encoder_weights.table.table)
+        self._place(encoder_weights, decoder_weights, device)
         self._pid = os.getpid()
+
+    def _place(
+        self,
+        encoder_weights: EncoderWeights,
+        decoder_weights: DecoderWeights | None,
+        device: torch.device,
+    ) -> None:
+        """Takes weights that are on `device`."""
+        rows = min(self.max_batch, TYPICAL_BATCH) * self.config.sequence_length
+        self.device = device
+        self._encoder: EncoderWeights = self._ops.prepare(encoder_weights, rows)
+        self._decoder: DecoderWeights | None = self._ops.prepare(decoder_weights, rows)
+        self._table = lru_cache(TABLES_CACHED)(self._encoder.table.table)
 
     def __repr__(self) -> str:
         return f"Engine({self.config.name!r}, {self.precision}, {self.device}, {self.weights!r})"
@@ -223,6 +214,21 @@ class Engine:
     def eval(self) -> Engine:
         """This engine, which is always in evaluation mode; for code written for the published
         module."""
+        return self
+
+    def to(self, device: str | torch.device) -> Engine:
+        """Moves the weights, as a module's `to` does, and returns this engine.
+
+        No thread may be encoding meanwhile.
+
+        Raises:
+            ValueError: no such device on this machine.
+        """
+        target = resolve_device(device)
+        if target != self.device:
+            weights = self._ops.restore((self._encoder, self._decoder))
+            encode, decode = map_nodes(weights, Tensor, lambda tensor: tensor.to(target))
+            self._place(encode, decode, target)
         return self
 
     def _check_process(self) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import checkpoint, hub, names, synthetic
 from .config import MODELS, ModelConfig
-from .engine import DTYPES, Engine, resolve_precision
+from .devices import DTYPES, resolve_device, resolve_precision
+from .engine import Engine
 from .errors import CheckpointError
 from .weights import VQGANWeights, pack_decoder, pack_encoder, pack_vqgan
 
@@ -29,32 +30,6 @@ PUBLISHED_TRAINING = {"masking_ratio": 0.8}
 VQ_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
 
 PathLike = str | os.PathLike[str]
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or "cuda" where there is one, with its index.
-
-    Raises:
-        ValueError: no such device on this machine.
-    """
-    try:
-        wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:  # a type that torch does not know, or no index
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
-    if wanted.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = (
-            wanted.index if wanted.index is not None or not count else torch.cuda.current_device()
-        )
-        if (index or 0) >= count:
-            raise ValueError(
-                f"device {str(wanted)!r} asked for, but this machine has {count} usable CUDA "
-                "devices"
-            )
-        return torch.device("cuda", index)
-    if wanted.type != "cpu":
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {str(wanted)!r}")
-    return wanted
 
 
 def load(

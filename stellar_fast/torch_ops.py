@@ -8,6 +8,8 @@ the spatial map are float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,12 +32,12 @@ def _onednn_runs(weight: Tensor) -> bool:
     return False
 
 
-def prepare(weights, rows: int):
+def prepare(weights: Any, rows: int) -> Any:
     """`weights` with every linear layer in the layout that this machine's matrix product reads
     without repacking.
 
     Args:
-        weights: a dataclass of `weights.py`.
+        weights: a dataclass of `weights.py`, or None.
         rows: rows that a product will typically have; a hint for the layout, any number stays
             right.
     """
@@ -46,6 +48,16 @@ def prepare(weights, rows: int):
         return Linear(torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows), layer.bias)
 
     return map_nodes(weights, Linear, pack)
+
+
+def restore(weights: Any) -> Any:
+    """`weights` as they were before `prepare`."""
+
+    def unpack(layer: Linear) -> Linear:
+        weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
+        return Linear(weight, layer.bias)
+
+    return map_nodes(weights, Linear, unpack)
 
 
 def patch_embed(

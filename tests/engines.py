@@ -6,7 +6,8 @@ from checkpoints import synthetic
 
 from stellar_fast import names, weights
 from stellar_fast.config import BackboneConfig, ModelConfig
-from stellar_fast.engine import DTYPES, Engine
+from stellar_fast.devices import DTYPES
+from stellar_fast.engine import Engine
 
 SMALL = {
     "hidden_size": 64,

@@ -8,8 +8,9 @@ import torch
 from engines import image, small_engine
 
 from stellar_fast import encoder, torch_ops
+from stellar_fast.devices import resolve_precision
 from stellar_fast.encoder import OUTPUTS
-from stellar_fast.engine import Engine, resolve_precision
+from stellar_fast.engine import Engine
 from stellar_fast.errors import ForkError, StellarError
 
 
@@ -305,6 +306,21 @@ def test_auto_precision_asks_the_processor(monkeypatch):
         assert resolve_precision("auto", torch.device("cpu")) == expected
     with pytest.raises(ValueError, match="fp8"):
         resolve_precision("fp8", torch.device("cpu"))
+
+
+def test_to_is_a_modules_to(monkeypatch):
+    engine = small_engine(purpose="reconstruct")
+    features = engine.encode(image(1, 224, 224))
+    expected = engine.reconstruct(features)
+    assert engine.to("cpu") is engine.to(torch.device("cpu")) is engine
+    with pytest.raises(ValueError, match="usable CUDA devices"):
+        engine.to("cuda:99")
+    # A move without a second device: what is done on the way must give the weights back.
+    engine.device = torch.device("meta")
+    assert engine.to("cpu") is engine
+    assert engine.device == torch.device("cpu")
+    assert_same(engine.encode(image(1, 224, 224)), features)
+    assert_same(engine.reconstruct(features), expected)
 
 
 def test_an_engine_is_not_pickled_by_accident(engine):

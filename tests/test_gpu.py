@@ -7,7 +7,7 @@ from engines import engine_of, image, small_engine
 from test_engine_parity import ENCODE, assert_within_budget, reference_of
 
 import stellar_fast
-from stellar_fast.engine import DTYPES, resolve_precision
+from stellar_fast.devices import DTYPES, resolve_precision
 
 pytestmark = pytest.mark.gpu
 
@@ -67,6 +67,14 @@ def test_load_takes_the_gpu_and_its_precision():
     expected = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
     assert engine.precision == expected == resolve_precision("auto", engine.device)
     assert stellar_fast.load_stellar("stellar-b8", weights="synthetic").precision == "fp32"
+
+
+def test_an_engine_moves_there_and_back():
+    engine, x = small_engine(), image(2, 96, 96)
+    before = engine.encode(x)["dense"]
+    assert engine.to("cuda") is engine
+    assert engine.encode(x)["dense"].device.type == "cuda"
+    assert torch.equal(engine.to("cpu").encode(x)["dense"], before)
 
 
 def test_images_on_either_device_and_pinned_give_the_same():

@@ -69,7 +69,7 @@ def test_the_backends_have_the_oracles_names_and_signatures():
         }
 
     backend = public(torch_ops)
-    del backend["prepare"]
+    del backend["prepare"], backend["restore"]
     assert backend == public(ops)
 
 
