@@ -124,8 +124,8 @@ def test_spellings_prefix_and_extra_tensors_change_nothing(folder, name):
 @pytest.mark.parametrize("name", ["narrow", "patch-14"])
 def test_reconstruct_as_the_reference(folder, name, file):
     model = reference(folder, name, do_recon=True, vq_model=folder / file)
-    engine = stellar_fast.load(
-        name, purpose="reconstruct", vq_model=folder / file, repo=folder, device="cpu"
+    engine = stellar_fast.load_stellar(
+        name, "reconstruct", folder / file, repo=folder, device="cpu"
     )
     x = images(1, 224, 224, seed=4)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_reconstruct_as_the_reference(folder, name, file):
 
 def test_the_pixel_head_is_found_by_its_shape(folder):
     model = reference(folder, "pixels", do_recon=True)
-    engine = stellar_fast.load("pixels", purpose="reconstruct", repo=folder, device="cpu")
+    engine = stellar_fast.load_stellar("pixels", "reconstruct", repo=folder, device="cpu")
     x = images(2, 128, 128, seed=4)
     with torch.no_grad():
         expected = model.reconstruct(model.encode(x))["reconstruction"]
