@@ -1,6 +1,4 @@
-"""Triton kernels, one file per op, each with its twin of the same name and signature in
-`reference/ops.py`.
+"""Triton kernels, one file for each op of `reference/ops.py`, under the same name and signature.
 
-Empty until the first kernel lands; nothing imports this package unless a Triton backend is asked
-for.
+Empty until the first kernel lands; nothing imports this package yet.
 """

@@ -1,8 +1,7 @@
 """The published STELLAR model: encode, reconstruct, and the forward pass for training.
 
 Shapes: B images, P patches, K sparse tokens, D encoder width. Formulas: arXiv 2602.01905 and the
-    code published with
-it, whose constructor arguments, defaults and state-dict names these are.
+code published with it, whose constructor arguments, defaults and state-dict names these are.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The ops of STELLAR's forward pass in plain PyTorch: one function per kernel, same names, same
-signatures.
+"""The ops of STELLAR's forward pass in plain PyTorch, one function for each kernel.
 
-These are the oracles. They compute in the dtype of their inputs, as the published modules do, fuse
-nothing, and take any device and any strides. Shapes: B images, P patches, K sparse tokens, S = 1 +
-P + K, D channels, h heads.
+These are the oracles of the kernels, which have the same names and signatures. They compute in the
+dtype of their inputs, as the published modules do, fuse nothing, and take any device and strides.
+Shapes: B images, P patches, K sparse tokens, S = 1 + P + K, D channels.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ def patch_embed(
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) * weight + bias` over the last dimension: LayerNorm of rows whose
-    mean is 0.
+    """LayerNorm of rows whose mean is 0: `x / sqrt(mean(x²) + eps) * weight + bias`.
 
     Args:
         x: (..., D).

@@ -1,8 +1,7 @@
 """stellar-fast: an inference engine for the STELLAR vision transformer.
 
-`load(name).encode(batch)` gives sparse tokens and spatial maps; `load_stellar` is the published
-loader's twin. Importing this package imports neither torch nor Triton: that happens with the first
-`load`.
+`load(name).encode(batch)` gives sparse tokens and spatial maps; `load_stellar` stands in for the
+published loader. Importing this package does not import torch: the first `load` does.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -28,8 +28,7 @@ NAMES_SHOWN = 5
 
 
 def read_state(path: PathLike, *, inside: str | None = None) -> dict[str, Tensor]:
-    """Every tensor of a weights file, on the CPU, in the file's own dtypes, under its canonical
-    name.
+    """Every tensor of a weights file: on the CPU, in the file's dtype, by canonical name.
 
     Safetensors are mapped into memory: a tensor's bytes are read when they are first used.
 

@@ -1,5 +1,4 @@
-"""Model geometry: the three ViT backbones, the five published models, and every shape derived from
-them."""
+"""Model geometry: the three ViT backbones, the five published models, and what follows."""
 
 from __future__ import annotations
 
@@ -74,8 +73,8 @@ class BackboneConfig:
         if isinstance(backbone, str):
             if backbone not in BACKBONES:
                 raise ValueError(
-                    f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}, or give its "
-                    "fields as an object"
+                    f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}, or give "
+                    "its fields as an object"
                 )
             return BACKBONES[backbone]
         if not isinstance(backbone, Mapping):
@@ -126,8 +125,7 @@ class ModelConfig:
 
     @property
     def decoder(self) -> BackboneConfig:
-        """The reconstruction decoder's ViT: width and depth apart, the same in every published
-        model."""
+        """The ViT of the reconstruction decoder, whose depth alone a checkpoint may choose."""
         return BackboneConfig(512, self.num_decoder_layers, 8, 2048, 16)
 
     @property

@@ -24,9 +24,8 @@ def square_grid(patches: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
-            f"reconstruct needs features of a square grid of patches, got {patches} patches an "
-            "image; "
-            "encode square images"
+            f"reconstruct needs features of a square grid of patches, got {patches} patches "
+            "an image; encode square images"
         )
     return side
 

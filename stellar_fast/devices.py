@@ -24,8 +24,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         )
         if (index or 0) >= count:
             raise ValueError(
-                f"device {str(wanted)!r} asked for, but this machine has {count} usable CUDA "
-                "devices"
+                f"device {str(wanted)!r} was asked for, but this machine has {count} usable "
+                "CUDA devices"
             )
         return torch.device("cuda", index)
     if wanted.type != "cpu":

@@ -212,8 +212,7 @@ class Engine:
         return out
 
     def eval(self) -> Engine:
-        """This engine, which is always in evaluation mode; for code written for the published
-        module."""
+        """This engine, always in evaluation mode; for code written for the published module."""
         return self
 
     def to(self, device: str | torch.device) -> Engine:
@@ -234,9 +233,8 @@ class Engine:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise ForkError(
-                "this Engine was made in the parent of a forked process and cannot be used in "
-                "the child; start "
-                "workers with 'spawn' or 'forkserver', or load the engine in the child"
+                "this Engine was made in the parent of a forked process and cannot be used in the "
+                "child; start workers with 'spawn' or 'forkserver', or load the engine there"
             )
 
     def _scope(self) -> AbstractContextManager[Any]:
@@ -323,8 +321,7 @@ class Engine:
         inputs: tuple[Tensor, ...],
         out: dict[str, Tensor],
     ) -> None:
-        """Fills `out` from `function` over chunks of `inputs`; halves the chunk whenever memory
-        runs out."""
+        """Fills `out` from `function` over chunks of `inputs`, halved when memory runs out."""
         total, start, size = len(inputs[0]), 0, self.max_batch
         while start < total:
             stop = min(start + size, total)

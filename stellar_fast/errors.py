@@ -1,5 +1,4 @@
-"""Every error that this package raises on purpose, beside plain `ValueError` and `TypeError` for
-arguments."""
+"""The errors that this package raises, beside `ValueError` and `TypeError` for arguments."""
 
 
 class StellarError(Exception):

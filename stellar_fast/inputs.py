@@ -15,8 +15,7 @@ RANGE_SLACK = 1e-3
 
 
 def as_batch(images: Any, preset: str) -> tuple[Tensor, bool]:
-    """Images in any accepted form -> ((B, 3, H, W) uint8 or float tensor, whether its range needs a
-    check).
+    """Images in any accepted form as a tensor, and whether its range is still to be checked.
 
     Args:
         images: a float or uint8 tensor or NumPy array (B, 3, H, W), uint8 also (B, H, W, 3); or a

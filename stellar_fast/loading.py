@@ -170,8 +170,7 @@ def load_stellar(
 
 
 def _local_config(name: str, repo: PathLike) -> ModelConfig:
-    """The geometry to draw synthetic weights for: a local folder's if `repo` is one, else the
-    published."""
+    """The geometry of synthetic weights: a local folder's if `repo` is one, else the published."""
     folder = hub.local_folder(repo)
     if folder is not None:
         return hub.read_config(folder / hub.CONFIG_FILE, name)
@@ -206,8 +205,7 @@ def _read_model(path: Path, config: ModelConfig, purpose: str) -> Mapping[str, T
 
 
 def _has_pixel_head(state: Mapping[str, Tensor]) -> bool:
-    """Whether the checkpoint was trained without a tokenizer: its head is a convolution's, with 4
-    dimensions."""
+    """Whether it was trained without a tokenizer: its head is then a convolution's, 4 dimensions."""
     head = state.get("reconstruction_head.weight")
     return head is not None and head.dim() == 4
 

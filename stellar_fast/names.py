@@ -1,5 +1,4 @@
-"""Names and shapes of every tensor of a published checkpoint, and the translation of the other
-spelling into them.
+"""Names and shapes of every tensor of a published checkpoint, in either of its spellings.
 
 The ViT module that trained the published weights was renamed between major versions of its library,
 so two spellings of its blocks are in the wild; the older, published one is the canonical one here.
@@ -59,8 +58,8 @@ def canonical(state: Mapping[str, T]) -> dict[str, T]:
         other = names.setdefault(canonical_name(name), name)
         if other != name:
             raise CheckpointError(
-                f"tensors {other!r} and {name!r} are the same parameter in two spellings; keep "
-                "one of them"
+                f"tensors {other!r} and {name!r} are the same parameter in two spellings; "
+                "keep one of them"
             )
     return {new: state[old] for new, old in names.items()}
 
@@ -104,8 +103,7 @@ def cluster_head_shapes(name: str, width: int) -> Shapes:
 
 
 def encode_shapes(config: ModelConfig) -> Shapes:
-    """What `encode` reads: the encoder without its pooler, the sparse tokens and the two
-    projections."""
+    """What `encode` reads: the encoder less its pooler, the sparse tokens, both projections."""
     width = config.backbone.hidden_size
     shapes = {
         name: shape
@@ -121,8 +119,7 @@ def encode_shapes(config: ModelConfig) -> Shapes:
 
 
 def reconstruct_shapes(config: ModelConfig, *, pixel_head: bool = False) -> Shapes:
-    """What `reconstruct` reads beyond `encode_shapes`; the decoder's embeddings and pooler are
-    never used."""
+    """What `reconstruct` reads beyond `encode_shapes`: the decoder less embeddings and pooler."""
     shapes = {
         name: shape
         for name, shape in vit_shapes(config.decoder, "decoder").items()

@@ -1,5 +1,4 @@
-"""The ops of the torch backend: names and signatures of `reference.ops`, PyTorch's fused inference
-paths inside.
+"""The ops of the torch backend: those of `reference.ops`, by PyTorch's fused inference paths.
 
 On CPUs with oneDNN the linear layers carry bias, erf-GELU and residual add in the matrix product,
 on weights laid out once for the machine's vector or matrix units (`prepare`). Softmax and norms of
@@ -33,8 +32,7 @@ def _onednn_runs(weight: Tensor) -> bool:
 
 
 def prepare(weights: Any, rows: int) -> Any:
-    """`weights` with every linear layer in the layout that this machine's matrix product reads
-    without repacking.
+    """`weights` with every linear layer laid out as this machine's matrix product reads it.
 
     Args:
         weights: a dataclass of `weights.py`, or None.
@@ -90,8 +88,7 @@ def patch_embed(
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`reference.ops.norm`, as a LayerNorm: the rows' mean is 0 but for rounding, which it takes
-    out."""
+    """`reference.ops.norm` as a LayerNorm, which also takes out what rounding left of the mean."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

@@ -151,8 +151,7 @@ class DecoderWeights:
 
 
 def map_nodes(node: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """`node`, a dataclass of this module or a tuple of them, with `function` applied to every
-    `kind` in it."""
+    """A dataclass of this module, or a tuple, with `function` applied to every `kind` in it."""
     if isinstance(node, kind):
         return function(node)
     if isinstance(node, tuple):
@@ -232,7 +231,7 @@ def _split_query(block: Block) -> LastBlock:
 def pack_encoder(
     state: State, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> EncoderWeights:
-    """Weights of `encode` from a state dict in the published spelling (`names.encode_shapes`).
+    """Weights of `encode` from a state dict with the tensors of `names.encode_shapes`.
 
     Args:
         dtype: of the matrices and of what the kernels add to them; position tables stay float32.
@@ -276,8 +275,7 @@ def pack_decoder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> DecoderWeights:
-    """Weights of `reconstruct` from a state dict in the published spelling
-    (`names.reconstruct_shapes`).
+    """Weights of `reconstruct` from a state dict with the tensors of `names.reconstruct_shapes`.
 
     Args:
         vqgan: the tokenizer's decoder; None where the checkpoint has the pixel head.

@@ -1,5 +1,4 @@
-"""Extraction of features from many images: which images, the loop that encodes them, what is
-written."""
+"""Features of many images: which images to read, the loop, and what is written."""
 
 from .reader import Item, discover
 from .runner import DEFAULT_FEATURES, DTYPES, Job, Summary, plan, run

@@ -1,5 +1,4 @@
-"""What an output folder holds: one `.npy` per feature, `run.json`, and `index.parquet`, the last
-one written."""
+"""What an output folder holds: a `.npy` for each feature, `run.json`, and last `index.parquet`."""
 
 from __future__ import annotations
 
