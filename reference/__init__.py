@@ -1,4 +1,4 @@
-"""The published STELLAR model in plain PyTorch: the oracle of the engine, and the module to train."""
+"""The published STELLAR model in plain PyTorch: the engine's oracle, and the module to train."""
 
 from .model import STELLARModel
 

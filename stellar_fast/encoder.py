@@ -14,7 +14,7 @@ OUTPUTS = ("sparse", "spatial", "dense", "lowrank", "cls")
 
 
 def wanted_rows(outputs: Collection[str], patches: int, tokens: int) -> dict[str, slice]:
-    """What of the sequence [CLS | patches | sparse] `outputs` need from the last block, in order."""
+    """What of the sequence [CLS | patches | sparse] `outputs` need of the last block, in order."""
     parts = {
         "cls": slice(0, 1),
         "dense": slice(1, 1 + patches),

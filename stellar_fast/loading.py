@@ -205,7 +205,7 @@ def _read_model(path: Path, config: ModelConfig, purpose: str) -> Mapping[str, T
 
 
 def _has_pixel_head(state: Mapping[str, Tensor]) -> bool:
-    """Whether it was trained without a tokenizer: its head is then a convolution's, 4 dimensions."""
+    """Whether it was trained without a tokenizer: the head is then a convolution's, of 4 axes."""
     head = state.get("reconstruction_head.weight")
     return head is not None and head.dim() == 4
 
