@@ -211,8 +211,8 @@ class STELLARModel(nn.Module):
         """[0, 1] pixels (B, 3, H, W) to the encoder's input, in the wider of the two dtypes."""
         if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
-                "images must be floating point (B, 3, H, W) in [0, 1], "
-                f"got {images.dtype} of shape {tuple(images.shape)}"
+                f"images must be floating point (B, 3, H, W) in [0, 1], got {images.dtype} of "
+                f"shape {tuple(images.shape)}"
             )
         images = images.to(torch.promote_types(images.dtype, self.sparse_tokens.dtype))
         mean, std = (images.new_tensor(stats).view(3, 1, 1) for stats in (IMAGE_MEAN, IMAGE_STD))
@@ -318,8 +318,7 @@ class STELLARModel(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Here, and not in load_state_dict, so that a module that holds this one loads the same
-        # files.
+        # Not in load_state_dict: a module that holds this one must load the same files.
         own = {name[len(prefix) :]: name for name in state_dict if name.startswith(prefix)}
         state = canonical({name: state_dict.pop(full) for name, full in own.items()})
         other_head = take_out_other_head(self, state)
@@ -371,7 +370,7 @@ def _side(patches: Tensor) -> int:
     side = math.isqrt(patches.shape[1])
     if side * side != patches.shape[1]:
         raise ValueError(
-            "reconstruction needs a square grid of patches, and "
-            f"{patches.shape[1]} is no square number"
+            f"reconstruction needs a square grid of patches, and {patches.shape[1]} is no square "
+            "number"
         )
     return side

@@ -173,8 +173,7 @@ class ResBlock(nn.Module):
         """(B, inner, h, w) -> (B, outer, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        # The published weights were trained with the shortcut on the block's own output, not on its
-        # input.
+        # The published weights were trained with the shortcut on the block's own output.
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
 
 

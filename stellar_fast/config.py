@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-IMAGE_MEAN = (
-    0.485,
-    0.456,
-    0.406,
-)  # ImageNet RGB statistics on [0, 1] pixels, applied inside the model
+# ImageNet RGB statistics on [0, 1] pixels, applied inside the model.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 LAYER_NORM_EPS = 1e-12  # the ViT-MAE backbones' value, for encoder and decoder alike
 NORMALIZE_EPS = 1e-7  # floor of the l2 norm before the spatial-map logits
-CODEBOOK_SIZE = 1024
-CODE_DIM = 256
+CODEBOOK_SIZE = 1024  # codes of the MaskGIT-VQGAN tokenizer
+CODE_DIM = 256  # channels of a code
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "auto" -> bf16 where the device has bf16 matrix units (AMX, sm_80 and later), else fp32.
+    """`precision`; for "auto" bf16 where the device has bf16 matrix units (AMX, sm_80), else fp32.
 
     Raises:
         ValueError: unknown precision.

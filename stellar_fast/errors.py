@@ -26,9 +26,8 @@ class ImageError(StellarError, ValueError):
         self.path = str(path)
         self.reason = reason
 
-    def __reduce__(
-        self,
-    ):  # worker processes send these back, and Exception pickles its message alone
+    def __reduce__(self):
+        # Worker processes send these back, and Exception pickles its message alone.
         return type(self), (self.path, self.reason)
 
 

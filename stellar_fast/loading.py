@@ -222,8 +222,7 @@ def _vqgan(
         if vq_model is not None:
             raise CheckpointError(
                 "the checkpoint's reconstruction head makes pixels itself; "
-                f"vq_model={str(vq_model)!r} has no "
-                "part in it, leave it out"
+                f"vq_model={str(vq_model)!r} has no part in it, leave it out"
             )
         return None
     shapes = names.vqgan_decoder_shapes()
@@ -277,9 +276,8 @@ def _load_pretrain(
         *names.published_shapes(config, teacher=True),
         *(key for key in state if key.startswith("tokenizer.")),
     }
-    if not any(
-        key.startswith("teacher_") for key in state
-    ):  # a published file: the teacher starts as the student
+    # A published file has no teacher: it starts as the student.
+    if not any(key.startswith("teacher_") for key in state):
         trained = {key: shape for key, shape in trained.items() if not key.startswith("teacher_")}
     checkpoint.check_tensors(state, trained, where=where, ignored=known)
     model.load_state_dict({key: state[key] for key in trained}, strict=False)

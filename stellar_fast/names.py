@@ -16,6 +16,7 @@ from .errors import CheckpointError
 T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
 
+# Of the published clustering heads: prototypes, the MLP's hidden channels, prototype channels.
 CLUSTERS = 16384
 HEAD_HIDDEN = 2048
 PROTOTYPE_DIM = 256
@@ -91,10 +92,12 @@ def vit_shapes(config: BackboneConfig, tree: str) -> Shapes:
 
 
 def linear_shapes(name: str, out_features: int, in_features: int) -> Shapes:
+    """Weight and bias of a linear layer."""
     return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
 
 
 def cluster_head_shapes(name: str, width: int) -> Shapes:
+    """Tensors of one published clustering head over tokens of `width` channels."""
     return {
         **linear_shapes(f"{name}.predictor.layers.0", HEAD_HIDDEN, width),
         **linear_shapes(f"{name}.predictor.layers.2", PROTOTYPE_DIM, HEAD_HIDDEN),
@@ -171,14 +174,8 @@ def _res_block_shapes(name: str, inner: int, outer: int) -> Shapes:
     return shapes
 
 
-VQGAN_CHANNELS = (
-    128,
-    128,
-    256,
-    256,
-    512,
-)  # hidden 128 times (1, 1, 2, 2, 4), level 0 is the finest
-VQGAN_BLOCKS = 2
+VQGAN_CHANNELS = (128, 128, 256, 256, 512)  # 128 times (1, 1, 2, 2, 4), level 0 is the finest
+VQGAN_BLOCKS = 2  # residual blocks a level
 
 
 def vqgan_decoder_shapes() -> Shapes:

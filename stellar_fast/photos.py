@@ -33,8 +33,7 @@ def draw(scene: str, width: int, height: int, seed: int) -> Image.Image:
 
 
 def write(folder: Path, count: int) -> list[Path]:
-    """Writes `count` JPEG files of varied scenes and sizes into `folder`, and returns their
-    paths."""
+    """Writes `count` JPEG files of varied scenes and sizes into `folder`: their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index in range(count):

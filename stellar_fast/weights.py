@@ -115,7 +115,7 @@ class EncoderWeights:
 
 @dataclass(frozen=True)
 class ResBlock:
-    """Two 3x3 convolutions of the VQGAN; its shortcut is folded into conv2 (see `_res_block`)."""
+    """Two 3x3 convolutions of the VQGAN; its shortcut is folded into conv2 (`_res_block`)."""
 
     norm1: Norm
     conv1: Tensor
