@@ -186,8 +186,7 @@ def check_tensors(
     where: str,
     ignored: Collection[str] = (),
 ) -> None:
-    """Every expected tensor is there, of its shape, of 16, 32 or 64 bit floats, and finite; none is
-    unknown.
+    """Every expected tensor is there, of its shape, in floats of 16 to 64 bits, and finite.
 
     Args:
         state: under canonical names.
@@ -196,7 +195,8 @@ def check_tensors(
         ignored: names that may be there too.
 
     Raises:
-        CheckpointError: naming all tensors that are missing, unknown or of another shape.
+        CheckpointError: tensors are missing, unknown or of another shape, which names them; or one
+            is not of `WEIGHT_DTYPES`, or holds NaN or infinity.
     """
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected and name not in ignored]

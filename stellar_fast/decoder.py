@@ -40,9 +40,9 @@ def reconstruct(
         code: (P, 512), the grid's position code in `lowrank`'s dtype.
 
     Returns:
-        With the tokenizer: reconstruction (B, 3, 16 h, 16 w), tokens (B, P) int64, logits (B, P,
-            1024).
-        With the pixel head: reconstruction (B, 3, p h, p w) alone.
+        With the tokenizer: reconstruction (B, 3, 16 h, 16 h) in [0, 1], tokens (B, P) int64,
+            logits (B, P, 1024); h = sqrt(P).
+        With the pixel head: reconstruction (B, 3, p h, p h) alone, not clamped.
     """
     side = square_grid(lowrank.shape[1])
     x = ops.linear(lowrank, weights.decoder_proj.weight, weights.decoder_proj.bias)

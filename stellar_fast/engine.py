@@ -127,15 +127,14 @@ class Engine:
                 dropped. B may be 0.
             outputs: the features wanted, of sparse, spatial, dense, lowrank, cls; all by default.
                 Only what they need is computed.
-            preset: how listed images are resized: "card" (224x224) or "eval" (256, centre crop
-                224).
+            preset: how listed images are resized: "card" (224x224) or "eval" (shorter side 256,
+                centre crop 224).
             check_range: refuse floats outside [0, 1] and NaN. Off, the values are taken as they
                 come, such as the overshoot of a bicubic resize.
 
         Returns:
-            `output_dtype` tensors on the engine's device: sparse (B, K, D), spatial (B, P, K) with
-            rows that sum to 1, dense (B, P, D), lowrank (B, P, D) = spatial @ sparse, cls (B, 1,
-            D).
+            `output_dtype` tensors on the engine's device: sparse (B, K, D); spatial (B, P, K), rows
+            that sum to 1; dense (B, P, D); lowrank (B, P, D) = spatial @ sparse; cls (B, 1, D).
 
         Raises:
             TypeError, ValueError: `images` is something else; the message says what was found.
@@ -182,8 +181,11 @@ class Engine:
             head leaves it.
 
         Raises:
+            TypeError: `features` is neither a mapping nor a tensor.
             ValueError: the engine was loaded without the decoder, or features are missing or of the
                 wrong shape.
+            ForkError: called in a forked child.
+            StellarError: not even one image fits into memory.
         """
         self._check_process()
         if self._decoder is None:
