@@ -53,10 +53,9 @@ def _is_one_image(images: Any) -> bool:
 
 
 def _from_list(images: Sequence[Any], preset: str) -> Tensor:
-    from .images import PRESETS, load_batch
+    from .images import SIZE, check_preset, load_batch
 
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    check_preset(preset)
     for index, image in enumerate(images):
         if not _is_one_image(image):
             raise TypeError(
@@ -64,7 +63,7 @@ def _from_list(images: Sequence[Any], preset: str) -> Tensor:
                 "(stack tensors or arrays into one batch)"
             )
     if not images:
-        return torch.zeros((0, 3, 224, 224), dtype=torch.uint8)
+        return torch.zeros((0, 3, SIZE, SIZE), dtype=torch.uint8)
     return load_batch(images, preset)
 
 
