@@ -121,10 +121,12 @@ def commit() -> str:
 
 def write_result(device: str, name: str, rows: list[dict], **facts: object) -> Path:
     """Writes `results/<device>/<date>-<commit>-<name>.json` and returns its path."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    now = datetime.datetime.now(datetime.UTC)
+    today = now.date().isoformat()
     result = {
         "name": name,
         "date": today,
+        "time": now.time().isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
         **facts,

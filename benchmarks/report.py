@@ -22,7 +22,7 @@ def newest(device: str, name: str) -> tuple[Path, dict]:
         FileNotFoundError: it was never measured.
     """
     found = [
-        (result["date"], path, result)
+        ((result["date"], result.get("time", "")), path, result)
         for path in sorted((RESULTS / device).glob(f"*-{name}.json"))
         for result in [json.loads(path.read_text())]
     ]

@@ -293,6 +293,8 @@ class Engine:
             raise TypeError(
                 f"reconstruct takes a features dict or tensors, got {type(features).__name__}"
             )
+        elif spatial is not None:
+            raise ValueError("spatial goes with sparse tokens, the features dict has its own")
         names = ("lowrank",) if "lowrank" in features else ("spatial", "sparse")
         missing = [name for name in names if name not in features]
         if missing:
@@ -304,6 +306,8 @@ class Engine:
         expected = {"lowrank": ("P", width), "spatial": ("P", tokens), "sparse": (tokens, width)}
         parts = tuple(features[name] for name in names)
         for name, part in zip(names, parts, strict=True):
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(part).__name__}")
             want = expected[name]
             fits = part.dim() == 3 and part.is_floating_point() and part.shape[2] == want[1]
             if (

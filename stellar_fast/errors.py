@@ -42,7 +42,8 @@ class MissingExtraError(StellarError, ImportError):
         super().__init__(
             f"{feature} needs an optional dependency: pip install 'stellar-fast[{extra}]'"
         )
+        self.feature = feature
         self.extra = extra
 
     def __reduce__(self):
-        return RuntimeError, (str(self),)
+        return type(self), (self.feature, self.extra)

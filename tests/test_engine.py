@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 
+import numpy as np
 import pytest
 import torch
 from engines import image, small_engine
@@ -11,7 +12,7 @@ from stellar_fast import encoder, torch_ops
 from stellar_fast.devices import resolve_precision
 from stellar_fast.encoder import OUTPUTS
 from stellar_fast.engine import Engine
-from stellar_fast.errors import ForkError, StellarError
+from stellar_fast.errors import ForkError, ImageError, MissingExtraError, StellarError
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +294,24 @@ def test_reconstruct_takes_each_form_of_features(decoding_engine):
 def test_bad_features_are_one_clear_error(decoding_engine, features, spatial, message):
     with pytest.raises(ValueError, match=message):
         decoding_engine.reconstruct(features, spatial)
+
+
+def test_features_that_are_no_tensors_or_given_twice(decoding_engine):
+    array = np.zeros((1, 196, 64), np.float32)
+    with pytest.raises(TypeError, match="lowrank must be a tensor, got ndarray"):
+        decoding_engine.reconstruct({"lowrank": array})
+    with pytest.raises(TypeError, match="takes a features dict or tensors, got ndarray"):
+        decoding_engine.reconstruct(array)
+    with pytest.raises(ValueError, match="has its own"):
+        decoding_engine.reconstruct({"lowrank": torch.zeros(1, 196, 64)}, torch.zeros(1, 196, 8))
+
+
+def test_errors_survive_the_way_between_processes():
+    import pickle
+
+    for error in (MissingExtraError("a picture", "viz"), ImageError("a.jpg", "empty file")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_reconstruct_without_the_decoder_says_how_to_load_it(engine):

@@ -36,3 +36,7 @@ def test_the_newest_file_wins(tmp_path, monkeypatch):
         path = tmp_path / "cpu" / f"{date}-abc-encode.json"
         path.write_text(json.dumps({"date": date}))
     assert report.newest("cpu", "encode")[1]["date"] == "2026-11-10"
+    for commit, time in (("b", "09:30:00"), ("a", "10:00:00"), ("c", "09:59:59")):
+        path = tmp_path / "cpu" / f"2026-11-10-{commit}-encode.json"
+        path.write_text(json.dumps({"date": "2026-11-10", "time": time}))
+    assert report.newest("cpu", "encode")[1]["time"] == "10:00:00"
