@@ -1,4 +1,4 @@
-"""Triton kernels, one file for each op of `reference/ops.py`, under the same name and signature.
+"""Triton kernels, one op a file, with the names and signatures of `reference.ops`.
 
-Empty until the first kernel lands; nothing imports this package yet.
+Installed as `stellar_fast.kernels`. Imported only where a Triton backend is asked for.
 """

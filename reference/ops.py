@@ -3,15 +3,35 @@
 These are the oracles of the kernels, which have the same names and signatures. They compute in the
 dtype of their inputs, as the published modules do, fuse nothing, and take any device and strides.
 Shapes: B images, P patches, K sparse tokens, S = 1 + P + K, D channels.
+
+Rows of the residual stream have mean 0, so a LayerNorm needs of them only Σx². Ops that write the
+stream return it too, as `sums` (T, B, S): T partial sums for each row, in float32 at least.
+
+FP8 is e4m3. A quantized matrix stands for `weight * weight_scale`, one scale for each output
+channel, and quantized rows for `x * x_scale`; a static scale of x is part of `weight_scale`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import NORMALIZE_EPS
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
+
+def _sums(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1)[None]
+
+
+def _quantize(x: Tensor, scale: float | Tensor) -> Tensor:
+    """x / scale in e4m3, held within its range."""
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def patch_embed(
@@ -21,7 +41,7 @@ def patch_embed(
     sparse_tokens: Tensor,
     patch_size: int,
     centre: float = 0.0,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The sequence [CLS | patches | sparse] that enters the first block.
 
     Args:
@@ -33,7 +53,7 @@ def patch_embed(
         centre: subtracted from every pixel, before the pixels are rounded to `weight`'s dtype.
 
     Returns:
-        (B, 1 + P + K, D).
+        x (B, 1 + P + K, D) in `weight`'s dtype, and its sums.
     """
     batch, _, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
@@ -44,20 +64,49 @@ def patch_embed(
         tiles = tiles.to(torch.promote_types(tiles.dtype, torch.float32)) - centre
     tiles = tiles.to(weight.dtype)
     cls = table[:1].expand(batch, -1, -1)
-    return torch.cat(
+    x = torch.cat(
         [cls, F.linear(tiles, weight) + table[1:], sparse_tokens.expand(batch, -1, -1)], dim=1
-    )
+    ).to(weight.dtype)
+    return x, _sums(x)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    lengths: Sequence[int],
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
     """LayerNorm of rows whose mean is 0: `x / sqrt(mean(x²) + eps) * weight + bias`.
 
     Args:
-        x: (..., D).
+        x: (B, S, D).
         weight: (D,).
         bias: (D,).
+        lengths: the sequence is cut into parts of these lengths, S in all.
+
+    Returns:
+        (B, length, D) in `out_dtype` for each of `lengths`.
     """
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight + bias
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight + bias
+    return y.to(out_dtype).split(list(lengths), dim=1)
+
+
+def quantize_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows divided by `sqrt(mean(x²) + eps)`, in FP8 with a scale for each row.
+
+    Args:
+        x: (B, S, D).
+
+    Returns:
+        e4m3 (B, S, D), its largest magnitude in each row 448; and scale (B, S) float32.
+    """
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    rms = torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+    quantized = _quantize(x, torch.where(largest > 0, largest / FP8_MAX, 1.0))
+    return quantized, (largest / FP8_MAX / rms)[..., 0]
 
 
 def linear(
@@ -66,39 +115,82 @@ def linear(
     bias: Tensor,
     *,
     norm_eps: float | None = None,
+    sums: Tensor | None = None,
     gelu: bool = False,
-    residual: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> Tensor:
-    """`act(rms(x) @ weightᵀ + bias) + residual`, each of rms, act and residual only when asked for.
+    """`act(rms(x) @ weightᵀ + bias)`, with rms and act only when asked for.
 
     Args:
-        x: (..., I).
+        x: (B, S, I).
         weight: (O, I).
         bias: (O,).
         norm_eps: when given, rows of x are first divided by `sqrt(mean(x²) + norm_eps)`.
+        sums: of x, from the op that wrote it; without it a backend takes them itself.
         gelu: apply the exact (erf) GELU.
-        residual: (..., O), added last.
+        x_scale: (B, S) float32, of quantized rows.
+        weight_scale: (O,) float32, of a quantized weight.
+        out_scale: when given, the result is quantized with this static scale.
 
     Returns:
-        (..., O).
+        (B, S, O) in `bias`'s dtype, or e4m3 with `out_scale`.
     """
+    if weight_scale is not None:
+        x, weight = _dequantized(x, weight, x_scale, weight_scale, bias.dtype)
     if norm_eps is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
     y = F.linear(x, weight, bias)
     if gelu:
         y = F.gelu(y)
-    return y if residual is None else y + residual
+    return y if out_scale is None else _quantize(y, out_scale)
 
 
-def attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`x @ weightᵀ + bias + residual`: what writes to the residual stream.
+
+    Args:
+        x: (B, S, I), weight: (O, I), bias: (O,), residual: (B, S, O).
+        weight_scale: (O,) float32, of a quantized weight and the static scale of a quantized x.
+
+    Returns:
+        (B, S, O) in `residual`'s dtype, and its sums.
+    """
+    if weight_scale is not None:
+        x, weight = _dequantized(x, weight, None, weight_scale, bias.dtype)
+    y = F.linear(x, weight, bias) + residual
+    return y, _sums(y)
+
+
+def _dequantized(
+    x: Tensor, weight: Tensor, x_scale: Tensor | None, weight_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    if x_scale is not None:
+        x = x * x_scale[..., None]
+    return x.to(dtype), (weight.to(x.dtype) * weight_scale[:, None]).to(dtype)
+
+
+def attention(
+    query: Tensor, key_value: Tensor, num_heads: int, *, out_scale: float | None = None
+) -> Tensor:
     """Softmax attention without a mask, scaled by `head_dim**-0.5`.
 
     Args:
         query: (B, Q, D), heads side by side in D.
         key_value: (B, S, 2 D): keys, then values. Both arguments may be views into one packed qkv.
+        out_scale: when given, the result is quantized with this static scale.
 
     Returns:
-        (B, Q, D).
+        (B, Q, D) in `query`'s dtype, or e4m3 with `out_scale`.
     """
     batch, rows, width = query.shape
     head = (num_heads, width // num_heads)
@@ -106,7 +198,8 @@ def attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
     k = key_value[..., :width].unflatten(-1, head).transpose(1, 2)
     v = key_value[..., width:].unflatten(-1, head).transpose(1, 2)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, rows, width)
+    y = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, rows, width)
+    return y if out_scale is None else _quantize(y, out_scale)
 
 
 def spatial_map(
@@ -117,7 +210,9 @@ def spatial_map(
     sparse_weight: Tensor,
     sparse_bias: Tensor,
     temperature: float | None,
-) -> Tensor:
+    *,
+    lowrank: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Which sparse token each patch belongs to: a softmax over the K tokens, so rows sum to 1.
 
     Args:
@@ -126,17 +221,20 @@ def spatial_map(
         dense_weight, sparse_weight: (D, D); dense_bias, sparse_bias: (D,).
         temperature: divisor of the cosine similarities; None takes plain dot products over
             `sqrt(D)`.
+        lowrank: whether to return `reassemble(spatial, sparse)` too.
 
     Returns:
-        (B, P, K).
+        spatial (B, P, K), and lowrank (B, P, D) or None; in `dense`'s dtype, which may be wider
+        than the weights', in which the products are taken.
     """
-    d = F.linear(dense, dense_weight, dense_bias)
-    s = F.linear(sparse, sparse_weight, sparse_bias)
+    d = F.linear(dense.to(dense_weight.dtype), dense_weight, dense_bias)
+    s = F.linear(sparse.to(sparse_weight.dtype), sparse_weight, sparse_bias)
     if temperature is None:
         temperature = d.shape[-1] ** 0.5
     else:
         d, s = F.normalize(d, dim=-1, eps=NORMALIZE_EPS), F.normalize(s, dim=-1, eps=NORMALIZE_EPS)
-    return (d @ s.transpose(-2, -1) / temperature).softmax(dim=-1)
+    spatial = (d @ s.transpose(-2, -1) / temperature).softmax(dim=-1).to(dense.dtype)
+    return spatial, reassemble(spatial, sparse) if lowrank else None
 
 
 def reassemble(spatial: Tensor, sparse: Tensor) -> Tensor:

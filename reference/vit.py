@@ -120,7 +120,8 @@ class Embeddings(nn.Module):
         weight = self.patch_embeddings.projection.weight.flatten(1)
         if extra is None:
             extra = weight.new_empty(0, weight.shape[0])
-        return ops.patch_embed(images, weight, self.table(rows, columns), extra, patch)
+        x, _ = ops.patch_embed(images, weight, self.table(rows, columns), extra, patch)
+        return x
 
 
 class PatchProjection(nn.Module):
@@ -183,14 +184,17 @@ class QueryKeyValue(nn.Module):
 
 
 class Dense(nn.Module):
-    """`ops.linear` with the parameters of `dense`."""
+    """`ops.linear`, or with a residual `ops.linear_residual`, with the parameters of `dense`."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, out_features)
 
     def forward(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
-        return ops.linear(x, self.dense.weight, self.dense.bias, gelu=gelu, residual=residual)
+        if residual is None:
+            return ops.linear(x, self.dense.weight, self.dense.bias, gelu=gelu)
+        y, _ = ops.linear_residual(x, self.dense.weight, self.dense.bias, residual)
+        return y
 
 
 def _initialise(module: nn.Module) -> None:

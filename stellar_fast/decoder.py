@@ -45,11 +45,14 @@ def reconstruct(
         With the pixel head: reconstruction (B, 3, p h, p h) alone, not clamped.
     """
     side = square_grid(lowrank.shape[1])
-    x = ops.linear(lowrank, weights.decoder_proj.weight, weights.decoder_proj.bias)
-    x = x + code
+    project = weights.decoder_proj
+    x, sums = ops.linear_residual(
+        lowrank, project.weight, project.bias, code.expand(len(lowrank), -1, -1)
+    )
     for block in weights.blocks:
-        x = run_block(ops, block, x, config.decoder.num_attention_heads)
-    x = ops.norm(x, weights.norm.weight, weights.norm.bias, LAYER_NORM_EPS)
+        x, sums = run_block(ops, block, x, sums, config.decoder.num_attention_heads)
+    norm = weights.norm
+    (x,) = ops.norm(x, norm.weight, norm.bias, LAYER_NORM_EPS, (x.shape[1],), x.dtype)
     if weights.vqgan is None:
         grid = x.transpose(1, 2).unflatten(2, (side, side))
         pixels = F.conv_transpose2d(

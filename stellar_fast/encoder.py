@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from .config import LAYER_NORM_EPS, ModelConfig
-from .weights import PIXEL_CENTRE, PIXEL_CENTRE_UINT8, Block, EncoderWeights, LastBlock
+from .weights import (
+    PIXEL_CENTRE,
+    PIXEL_CENTRE_UINT8,
+    Block,
+    EncoderWeights,
+    Fp8Block,
+    LastBlock,
+)
 
 OUTPUTS = ("sparse", "spatial", "dense", "lowrank", "cls")
 
@@ -26,27 +33,68 @@ def wanted_rows(outputs: Collection[str], patches: int, tokens: int) -> dict[str
     return {name: part for name, part in parts.items() if name in needed}
 
 
-def run_block(ops, block: Block, x: Tensor, num_heads: int) -> Tensor:
-    """One ViT block: (B, S, D) -> (B, S, D)."""
+def run_block(
+    ops, block: Block, x: Tensor, sums: Tensor | None, num_heads: int
+) -> tuple[Tensor, Tensor | None]:
+    """One ViT block: x (B, S, D) and the sums of squares of its rows -> the same."""
     width = x.shape[-1]
-    qkv = ops.linear(x, block.qkv.weight, block.qkv.bias, norm_eps=LAYER_NORM_EPS)
+    qkv = ops.linear(x, block.qkv.weight, block.qkv.bias, norm_eps=LAYER_NORM_EPS, sums=sums)
     a = ops.attention(qkv[..., :width], qkv[..., width:], num_heads)
-    x = ops.linear(a, block.proj.weight, block.proj.bias, residual=x)
-    h = ops.linear(x, block.fc1.weight, block.fc1.bias, norm_eps=LAYER_NORM_EPS, gelu=True)
-    return ops.linear(h, block.fc2.weight, block.fc2.bias, residual=x)
+    x, sums = ops.linear_residual(a, block.proj.weight, block.proj.bias, x)
+    h = ops.linear(
+        x, block.fc1.weight, block.fc1.bias, norm_eps=LAYER_NORM_EPS, sums=sums, gelu=True
+    )
+    return ops.linear_residual(h, block.fc2.weight, block.fc2.bias, x)
+
+
+def run_fp8_block(ops, block: Fp8Block, x: Tensor, num_heads: int) -> tuple[Tensor, Tensor | None]:
+    """`run_block` with FP8 products: rows are quantized behind each norm, what attention and GELU
+    give by the block's static scales."""
+    width = x.shape[-1]
+    qkv, proj, fc1, fc2 = block.qkv, block.proj, block.fc1, block.fc2
+    rows, scale = ops.quantize_rows(x, LAYER_NORM_EPS)
+    packed = ops.linear(rows, qkv.weight, qkv.bias, x_scale=scale, weight_scale=qkv.scale)
+    a = ops.attention(
+        packed[..., :width], packed[..., width:], num_heads, out_scale=block.attended_scale
+    )
+    x, _ = ops.linear_residual(a, proj.weight, proj.bias, x, weight_scale=proj.scale)
+    rows, scale = ops.quantize_rows(x, LAYER_NORM_EPS)
+    h = ops.linear(
+        rows,
+        fc1.weight,
+        fc1.bias,
+        gelu=True,
+        x_scale=scale,
+        weight_scale=fc1.scale,
+        out_scale=block.hidden_scale,
+    )
+    return ops.linear_residual(h, fc2.weight, fc2.bias, x, weight_scale=fc2.scale)
 
 
 def run_last_block(
-    ops, block: LastBlock, x: Tensor, rows: Iterable[slice], num_heads: int
+    ops,
+    block: LastBlock,
+    x: Tensor,
+    sums: Tensor | None,
+    rows: Collection[slice],
+    num_heads: int,
 ) -> Tensor:
     """The last block on `rows` alone, attending to all: (B, S, D) -> (B, wanted rows, D)."""
-    key_value = ops.linear(x, block.key_value.weight, block.key_value.bias, norm_eps=LAYER_NORM_EPS)
-    x = torch.cat([x[:, part] for part in rows], dim=1)
-    query = ops.linear(x, block.query.weight, block.query.bias, norm_eps=LAYER_NORM_EPS)
+    key_value = ops.linear(
+        x, block.key_value.weight, block.key_value.bias, norm_eps=LAYER_NORM_EPS, sums=sums
+    )
+    if sum(part.stop - part.start for part in rows) < x.shape[1]:
+        x = torch.cat([x[:, part] for part in rows], dim=1)
+        if sums is not None:
+            sums = torch.cat([sums[:, :, part] for part in rows], dim=2)
+    query = ops.linear(x, block.query.weight, block.query.bias, norm_eps=LAYER_NORM_EPS, sums=sums)
     a = ops.attention(query, key_value, num_heads)
-    x = ops.linear(a, block.proj.weight, block.proj.bias, residual=x)
-    h = ops.linear(x, block.fc1.weight, block.fc1.bias, norm_eps=LAYER_NORM_EPS, gelu=True)
-    return ops.linear(h, block.fc2.weight, block.fc2.bias, residual=x)
+    x, sums = ops.linear_residual(a, block.proj.weight, block.proj.bias, x)
+    h = ops.linear(
+        x, block.fc1.weight, block.fc1.bias, norm_eps=LAYER_NORM_EPS, sums=sums, gelu=True
+    )
+    x, _ = ops.linear_residual(h, block.fc2.weight, block.fc2.bias, x)
+    return x
 
 
 def encode(
@@ -56,35 +104,44 @@ def encode(
     images: Tensor,
     table: Tensor,
     outputs: Collection[str],
+    out_dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """What of `OUTPUTS` is asked for, and no more.
 
     Args:
         images: (B, 3, H, W), uint8 or floats in [0, 1].
         table: (1 + P, D) float32, `weights.table.table(H // patch, W // patch)`.
+        out_dtype: of the features; spatial and lowrank may come wider.
 
     Returns:
         sparse (B, K, D), spatial (B, P, K), dense (B, P, D), lowrank (B, P, D), cls (B, 1, D); they
         may be views of one another's memory.
     """
     backbone = config.backbone
-    patches, tokens = table.shape[0] - 1, config.num_sparse_tokens
+    heads, tokens = backbone.num_attention_heads, config.num_sparse_tokens
+    patches = table.shape[0] - 1
     rows = wanted_rows(outputs, patches, tokens)
     if images.dtype == torch.uint8:
         patch, centre = weights.patch_uint8, PIXEL_CENTRE_UINT8
     else:
         patch, centre = weights.patch, PIXEL_CENTRE
 
-    x = ops.patch_embed(images, patch, table, weights.sparse_tokens, backbone.patch_size, centre)
+    x, sums = ops.patch_embed(
+        images, patch, table, weights.sparse_tokens, backbone.patch_size, centre
+    )
     for block in weights.blocks:
-        x = run_block(ops, block, x, backbone.num_attention_heads)
-    x = run_last_block(ops, weights.last, x, rows.values(), backbone.num_attention_heads)
-    x = ops.norm(x, weights.norm.weight, weights.norm.bias, LAYER_NORM_EPS)
+        if isinstance(block, Fp8Block):
+            x, sums = run_fp8_block(ops, block, x, heads)
+        else:
+            x, sums = run_block(ops, block, x, sums, heads)
+    x = run_last_block(ops, weights.last, x, sums, rows.values(), heads)
 
     lengths = [part.stop - part.start for part in rows.values()]
-    features = dict(zip(rows, x.split(lengths, dim=1), strict=True))
+    norm = weights.norm
+    parts = ops.norm(x, norm.weight, norm.bias, LAYER_NORM_EPS, lengths, out_dtype)
+    features = dict(zip(rows, parts, strict=True))
     if "spatial" in outputs or "lowrank" in outputs:
-        features["spatial"] = ops.spatial_map(
+        features["spatial"], features["lowrank"] = ops.spatial_map(
             features["dense"],
             features["sparse"],
             weights.dense_proj.weight,
@@ -92,7 +149,6 @@ def encode(
             weights.sparse_proj.weight,
             weights.sparse_proj.bias,
             config.spatial_temp,
+            lowrank="lowrank" in outputs,
         )
-    if "lowrank" in outputs:
-        features["lowrank"] = ops.reassemble(features["spatial"], features["sparse"])
     return {name: features[name] for name in OUTPUTS if name in outputs}

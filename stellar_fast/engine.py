@@ -153,7 +153,9 @@ class Engine:
         def encode_chunk(chunk: Tensor) -> dict[str, Tensor]:
             chunk = chunk.to(self.device)
             table = self._grid_table(*chunk.shape[2:])
-            return encoder.encode(self._ops, self._encoder, self.config, chunk, table, wanted)
+            return encoder.encode(
+                self._ops, self._encoder, self.config, chunk, table, wanted, self.output_dtype
+            )
 
         with self._scope():
             out = {

@@ -2,11 +2,13 @@
 
 On CPUs with oneDNN the linear layers carry bias, erf-GELU and residual add in the matrix product,
 on weights laid out once for the machine's vector or matrix units (`prepare`). Softmax and norms of
-the spatial map are float32.
+the spatial map are float32. There is no FP8 here, and no sums of squares are passed on: these paths
+take their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +67,7 @@ def patch_embed(
     sparse_tokens: Tensor,
     patch_size: int,
     centre: float = 0.0,
-) -> Tensor:
+) -> tuple[Tensor, None]:
     """`reference.ops.patch_embed`."""
     batch, _, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
@@ -84,12 +86,20 @@ def patch_embed(
     # The table is float32 whatever the model's dtype: the sum is rounded once.
     torch.add(F.linear(tiles, weight), table[1:], out=x[:, 1 : 1 + patches])
     x[:, 1 + patches :] = sparse_tokens
-    return x
+    return x, None
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    lengths: Sequence[int],
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
     """`reference.ops.norm` as a LayerNorm, which also takes out what rounding left of the mean."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return y.to(out_dtype).split(list(lengths), dim=1)
 
 
 def linear(
@@ -98,23 +108,26 @@ def linear(
     bias: Tensor,
     *,
     norm_eps: float | None = None,
+    sums: Tensor | None = None,
     gelu: bool = False,
-    residual: Tensor | None = None,
 ) -> Tensor:
     """`reference.ops.linear`; `weight` may be one that `prepare` laid out."""
     if norm_eps is not None:
         x = F.layer_norm(x, x.shape[-1:], None, None, norm_eps)
-    if not weight.is_mkldnn:
-        y = F.linear(x, weight, bias)
-        y = F.gelu(y) if gelu else y
-        return y if residual is None else y.add_(residual)
-    if residual is None:
+    if weight.is_mkldnn:
         post = "gelu" if gelu else "none"
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], "none")
-    if gelu:
-        x = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-        return x.add_(residual)
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
+
+
+def linear_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
+) -> tuple[Tensor, None]:
+    """`reference.ops.linear_residual`; `weight` may be one that `prepare` laid out."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add"), None
+    return F.linear(x, weight, bias).add_(residual), None
 
 
 def attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
@@ -135,21 +148,25 @@ def spatial_map(
     sparse_weight: Tensor,
     sparse_bias: Tensor,
     temperature: float | None,
-) -> Tensor:
-    """`reference.ops.spatial_map`; logits and softmax in float32, which the result keeps.
+    *,
+    lowrank: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.ops.spatial_map`; logits and softmax in float32, which `spatial` keeps.
 
     A temperature of 0.06 multiplies an error of the cosine by 16.7, and bfloat16 logits near 16
     step by 0.125.
     """
-    d = linear(dense, dense_weight, dense_bias).float()
-    s = linear(sparse, sparse_weight, sparse_bias).float()
+    d = linear(dense.to(dense_bias.dtype), dense_weight, dense_bias).float()
+    s = linear(sparse.to(sparse_bias.dtype), sparse_weight, sparse_bias).float()
     if temperature is None:
-        return torch.baddbmm(
+        spatial = torch.baddbmm(
             d.new_zeros(()), d, s.transpose(1, 2), beta=0, alpha=d.shape[-1] ** -0.5
         ).softmax(-1)
-    scale = torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(NORMALIZE_EPS) * temperature
-    s = F.normalize(s, dim=-1, eps=NORMALIZE_EPS)
-    return (torch.bmm(d, s.transpose(1, 2)) / scale).softmax(-1)
+    else:
+        scale = torch.linalg.vector_norm(d, dim=-1, keepdim=True).clamp_min(NORMALIZE_EPS)
+        s = F.normalize(s, dim=-1, eps=NORMALIZE_EPS)
+        spatial = (torch.bmm(d, s.transpose(1, 2)) / (scale * temperature)).softmax(-1)
+    return spatial, reassemble(spatial, sparse) if lowrank else None
 
 
 def reassemble(spatial: Tensor, sparse: Tensor) -> Tensor:

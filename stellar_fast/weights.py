@@ -60,6 +60,28 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Fp8Linear:
+    """weight (O, I) e4m3, bias (O,), scale (O,) float32: the channel's own, times the static scale
+    of what enters where that has one."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Fp8Block:
+    """A block with FP8 products; static scales of what attention and the MLP's GELU give."""
+
+    qkv: Fp8Linear
+    proj: Fp8Linear
+    fc1: Fp8Linear
+    fc2: Fp8Linear
+    attended_scale: float
+    hidden_scale: float
+
+
+@dataclass(frozen=True)
 class LastBlock:
     """The last block, its query apart, so that it can run on the wanted rows alone."""
 
@@ -106,7 +128,7 @@ class EncoderWeights:
     patch_uint8: Tensor
     table: PatchTable
     sparse_tokens: Tensor
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block | Fp8Block, ...]
     last: LastBlock
     norm: Norm
     dense_proj: Linear

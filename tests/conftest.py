@@ -1,12 +1,17 @@
-"""Settings that must be made before torch is imported."""
+"""Settings that must be made before torch and Triton are imported."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has about one core; more threads than cores make every worker slower.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+if not Path("/dev/nvidiactl").exists():
+    # No GPU: kernels run in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -68,9 +68,18 @@ def test_the_backends_have_the_oracles_names_and_signatures():
             and not name.startswith("_")
         }
 
-    backend = public(torch_ops)
-    del backend["prepare"], backend["restore"]
-    assert backend == public(ops)
+    def without_fp8(signature: inspect.Signature) -> list[tuple]:
+        return [
+            (parameter.name, parameter.kind, parameter.default)
+            for parameter in signature.parameters.values()
+            if parameter.name not in ("x_scale", "weight_scale", "out_scale")
+        ]
+
+    oracles, backend = public(ops), public(torch_ops)
+    del oracles["quantize_rows"], backend["prepare"], backend["restore"]
+    assert {name: without_fp8(found) for name, found in backend.items()} == {
+        name: without_fp8(found) for name, found in oracles.items()
+    }
 
 
 def test_no_file_grows_without_a_cap():

@@ -20,25 +20,37 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     return wide[..., 1:-2]
 
 
+def tensors(result) -> list[torch.Tensor]:
+    """What of an op's result is tensors; the sums of squares are checked by themselves."""
+    return [result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]
+
+
 def assert_within_budget(name: str, *arguments, dtype: torch.dtype, **keywords) -> None:
     """Error against float64 at most twice the oracle's own at `dtype`, plus the rounding of one."""
 
-    def cast(value):
+    def cast(value, dtype: torch.dtype):
+        if isinstance(value, torch.dtype):
+            return dtype
         return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
-    low = [cast(value) for value in arguments], {k: cast(v) for k, v in keywords.items()}
-    exact = getattr(ops, name)(
-        *(v.double() if isinstance(v, torch.Tensor) else v for v in low[0]),
-        **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in low[1].items()},
-    )
-    plain = getattr(ops, name)(*low[0], **low[1])
-    ours = getattr(torch_ops, name)(*low[0], **low[1])
-    assert ours.shape == exact.shape
-    assert ours.isfinite().all()
-    if exact.numel():
-        scale = exact.norm()
-        budget = 2 * ((plain - exact).norm() / scale + torch.finfo(dtype).eps / 4)
-        assert (ours - exact).norm() / scale <= budget
+    def run(module, dtype: torch.dtype) -> list[torch.Tensor]:
+        # Float64 sees the numbers after they were rounded to the dtype under test.
+        return tensors(
+            getattr(module, name)(
+                *(cast(cast(v, low), dtype) for v in arguments),
+                **{k: cast(cast(v, low), dtype) for k, v in keywords.items()},
+            )
+        )
+
+    low = dtype
+    results = run(torch_ops, low), run(ops, torch.float64), run(ops, low)
+    for ours, exact, plain in zip(*results, strict=False):
+        assert ours.shape == exact.shape
+        assert ours.isfinite().all()
+        if exact.numel():
+            scale = exact.norm()
+            budget = 2 * ((plain - exact).norm() / scale + torch.finfo(dtype).eps / 4)
+            assert (ours - exact).norm() / scale <= budget
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,38 +58,44 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [0, 1, 3])
-@pytest.mark.parametrize(
-    "flags", [{}, {"norm_eps": 1e-12}, {"gelu": True}, {"residual": True}, "all"]
-)
+@pytest.mark.parametrize("flags", [{}, {"norm_eps": 1e-12}, {"gelu": True}, "all"])
 def test_linear(dtype, batch, flags):
     x, weight, bias = draw(batch, 13, 48), draw(72, 48) / 7, draw(72)
     x = x - x.mean(-1, keepdim=True)
     if flags == "all":
-        flags = {"norm_eps": 1e-12, "gelu": True, "residual": True}
-    keywords = {**flags, "residual": draw(batch, 13, 72, seed=5)} if "residual" in flags else flags
-    assert_within_budget("linear", x, weight, bias, dtype=dtype, **keywords)
+        flags = {"norm_eps": 1e-12, "gelu": True}
+    assert_within_budget("linear", x, weight, bias, dtype=dtype, **flags)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", [{}, {"gelu": True}, {"residual": True}, "all"])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_linear_residual(dtype, batch):
+    arguments = draw(batch, 13, 48), draw(72, 48) / 7, draw(72), draw(batch, 13, 72, seed=5)
+    assert_within_budget("linear_residual", *arguments, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flags", [{}, {"gelu": True}, {"residual": True}])
 def test_linear_on_a_prepared_weight(dtype, flags):
-    if flags == "all":
-        flags = {"gelu": True, "residual": True}
     x, weight, bias = (t.to(dtype) for t in (draw(2, 13, 48), draw(72, 48) / 7, draw(72)))
-    residual = draw(2, 13, 72, seed=5).to(dtype) if "residual" in flags else None
-    keywords = {"gelu": flags.get("gelu", False), "residual": residual}
-    kept = None if residual is None else residual.clone()
     layer = torch_ops.prepare(Linear(weight, bias), rows=26)
     if torch.backends.mkldnn.is_available() and dtype == torch.float32:
         assert layer.weight.is_mkldnn
-    ours = torch_ops.linear(strided(x), layer.weight, layer.bias, **keywords)
-    double = {"gelu": keywords["gelu"], "residual": None if residual is None else residual.double()}
-    exact = ops.linear(x.double(), weight.double(), bias.double(), **double)
-    plain = ops.linear(x, weight, bias, **keywords)
+    if "residual" in flags:
+        residual = draw(2, 13, 72, seed=5).to(dtype)
+        kept = residual.clone()
+        ours, _ = torch_ops.linear_residual(strided(x), layer.weight, layer.bias, residual)
+        assert torch.equal(kept, residual), "the residual's memory belongs to the caller"
+        exact, _ = ops.linear_residual(
+            x.double(), weight.double(), bias.double(), residual.double()
+        )
+        plain, _ = ops.linear_residual(x, weight, bias, residual)
+    else:
+        ours = torch_ops.linear(strided(x), layer.weight, layer.bias, **flags)
+        exact = ops.linear(x.double(), weight.double(), bias.double(), **flags)
+        plain = ops.linear(x, weight, bias, **flags)
     budget = 2 * ((plain - exact).norm() / exact.norm() + torch.finfo(dtype).eps / 4)
     assert (ours - exact).norm() / exact.norm() <= budget
-    if kept is not None:
-        assert torch.equal(kept, residual), "the residual's memory belongs to the caller"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,16 +128,20 @@ def test_spatial_map(dtype, batch, tokens, temperature):
         draw(width, seed=1),
         temperature,
     )
-    assert_within_budget("spatial_map", *arguments, dtype=dtype)
+    assert_within_budget("spatial_map", *arguments, dtype=dtype, lowrank=True)
     low = [v.to(dtype) if isinstance(v, torch.Tensor) else v for v in arguments]
-    rows = torch_ops.spatial_map(*low).sum(-1)
+    spatial, lowrank = torch_ops.spatial_map(*low, lowrank=False)
+    assert lowrank is None
+    rows = spatial.sum(-1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
 
 
 def test_spatial_map_of_zero_rows_is_finite():
     zero = torch.zeros(1, 5, 16)
     weight, bias = torch.eye(16), torch.zeros(16)
-    out = torch_ops.spatial_map(zero, zero[:, :3], weight, bias, weight, bias, 0.06)
+    out, _ = torch_ops.spatial_map(
+        zero, zero[:, :3], weight, bias, weight, bias, 0.06, lowrank=False
+    )
     torch.testing.assert_close(out, torch.full((1, 5, 3), 1 / 3))
 
 
@@ -128,7 +150,7 @@ def test_spatial_map_of_zero_rows_is_finite():
 def test_norm_reassemble_and_patch_embed(dtype, batch):
     x = draw(batch, 7, 48)
     x = x - x.mean(-1, keepdim=True)
-    assert_within_budget("norm", x, draw(48), draw(48, seed=1), 1e-12, dtype=dtype)
+    assert_within_budget("norm", x, draw(48), draw(48, seed=1), 1e-12, (3, 4), dtype, dtype=dtype)
     spatial = draw(batch, 37, 8).softmax(-1)
     assert_within_budget("reassemble", spatial, draw(batch, 8, 48), dtype=dtype)
     pixels, weight = draw(batch, 3, 37, 50).sigmoid(), draw(48, 3 * 64) / 14

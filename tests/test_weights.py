@@ -34,12 +34,12 @@ def packed(state, config):
 
 def residual_stream(packed, config, x, table):
     """The rows after the embedding and after each block but the last."""
-    x = ops.patch_embed(
+    x, sums = ops.patch_embed(
         x, packed.patch, table, packed.sparse_tokens, config.backbone.patch_size, 0.5
     )
     yield x
     for block in packed.blocks:
-        x = encoder.run_block(ops, block, x, config.backbone.num_attention_heads)
+        x, sums = encoder.run_block(ops, block, x, sums, config.backbone.num_attention_heads)
         yield x
 
 
@@ -49,7 +49,7 @@ def test_the_whole_fold_is_exact_in_float64(packed, state, config, size):
     model.load_state_dict(dict(state), strict=False)
     x = images(2, *size, 3).double()
     table = packed.table.table(size[0] // 16, size[1] // 16).double()
-    ours = encoder.encode(ops, packed, config, x, table, encoder.OUTPUTS)
+    ours = encoder.encode(ops, packed, config, x, table, encoder.OUTPUTS, torch.float64)
     with torch.no_grad():
         exact = model.encode(x)
     for name in exact:  # what is left is the position table, which is float32
@@ -67,8 +67,8 @@ def test_uint8_and_float_pixels_enter_alike(packed, config):
     pixels = (images(1, 224, 224, 3) * 255).round()
     table = packed.table.table(14, 14).double()
     sparse, patch = packed.sparse_tokens, config.backbone.patch_size
-    floats = ops.patch_embed(pixels.double() / 255, packed.patch, table, sparse, patch, 0.5)
-    bytes_ = ops.patch_embed(pixels.byte(), packed.patch_uint8, table, sparse, patch, 127.5)
+    floats, _ = ops.patch_embed(pixels.double() / 255, packed.patch, table, sparse, patch, 0.5)
+    bytes_, _ = ops.patch_embed(pixels.byte(), packed.patch_uint8, table, sparse, patch, 127.5)
     assert relative_error(bytes_, floats) < 1e-12
 
 

@@ -1,0 +1,215 @@
+"""How kernels are launched: which tiles, on which part, and the one place that launches them.
+
+Tiles are a pure function of the part, the op, its dtypes and its shape, so they can be tested and
+compiled without a GPU. Within one part and op every choice has the same rows a tile, the same warps
+and the same matrix instruction: a row is computed by the same sums whatever the batch around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # largest finite e4m3 number
+SUM_BLOCK = 64  # columns in one partial sum of squares, whatever the tile
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the launch table knows of a GPU generation.
+
+    Attributes:
+        arch: compute capability times ten, as the compiler counts.
+        processors: streaming multiprocessors of its usual product; steers tile sizes only.
+        shared: bytes of shared memory that one program may have.
+        descriptors: whether matrices are read and written through TMA descriptors.
+    """
+
+    arch: int
+    processors: int
+    shared: int
+    descriptors: bool
+
+
+PARTS = {
+    80: Part(80, 108, 166_912, descriptors=False),
+    89: Part(89, 142, 101_376, descriptors=False),
+    90: Part(90, 132, 232_448, descriptors=True),
+    100: Part(100, 148, 232_448, descriptors=True),
+    120: Part(120, 170, 101_376, descriptors=True),
+}
+INTERPRETED = PARTS[90]  # the part whose kernels the interpreter runs, unless told otherwise
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program of a matrix kernel: block_m x block_n outputs, in steps of block_k.
+
+    Attributes:
+        slices: column slices in which the epilogue finishes the accumulator.
+        promote: whether fp8 products are added up in float32 at every step of block_k.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    slices: int = 1
+    promote: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a hook sees it: the kernel, its arguments by name, and compiler options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Override:
+    part: Part | None
+    hook: Callable[[Launch], None] | None
+
+
+_override: ContextVar[_Override] = ContextVar("kernel_launches", default=_Override(None, None))
+
+
+@contextlib.contextmanager
+def on_part(arch: int, hook: Callable[[Launch], None] | None = None) -> Iterator[None]:
+    """Within it, kernels are chosen for `arch`; with `hook`, launches go to it and nothing runs.
+
+    With a hook, tensors may be on the meta device: that is how the audit sees every launch that an
+    engine would make on a part that is not there.
+    """
+    token = _override.set(_Override(PARTS[arch], hook))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def part_of_capability(major: int, minor: int) -> Part:
+    """The table's part for a compute capability.
+
+    Raises:
+        ValueError: older than sm_80.
+    """
+    capability = 10 * major + minor
+    if capability < 80:
+        raise ValueError(
+            f"the Triton kernels need compute capability 8.0 or later, this device has "
+            f"{major}.{minor}; load with backend='torch'"
+        )
+    if capability == 80:
+        return PARTS[80]
+    known = {8: 89, 9: 90, 10: 100, 11: 100}
+    return PARTS[known.get(major, 120)]
+
+
+def part_of(tensor: Tensor) -> Part:
+    """The part that kernels on `tensor` are chosen for."""
+    override = _override.get()
+    if override.part is not None:
+        return override.part
+    if tensor.device.type == "cuda":
+        return part_of_capability(*torch.cuda.get_device_capability(tensor.device))
+    return INTERPRETED
+
+
+def is_interpreted() -> bool:
+    """Whether Triton was told to run kernels on CPU tensors (TRITON_INTERPRET=1)."""
+    return bool(knobs.runtime.interpret)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    device: torch.device,
+    options: dict[str, Any],
+    **arguments: Any,
+) -> None:
+    """Runs `kernel` on the caller's current stream of `device`.
+
+    Args:
+        grid: programs along each axis; nothing runs if one is 0.
+        options: num_warps, num_stages and other options of the compiler.
+        arguments: the kernel's, by name.
+
+    Raises:
+        ValueError: CPU tensors while kernels are compiled for a GPU.
+    """
+    options = {"enable_fp_fusion": True, **options}
+    hook = _override.get().hook
+    if hook is not None:
+        hook(Launch(kernel, arguments, options, grid))
+        return
+    if 0 in grid:
+        return
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, **options)
+        return
+    if device.type != "cpu" or not is_interpreted():
+        raise ValueError(
+            f"Triton kernels run on CUDA tensors, got {device}; set TRITON_INTERPRET=1 before "
+            "Triton is imported to interpret them on the CPU"
+        )
+    kernel[grid](**arguments, **options)
+
+
+def describable(*matrices: Tensor) -> bool:
+    """Whether TMA can address these 2-D or 3-D tensors: rows at multiples of 16 bytes."""
+    return all(
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(step * tensor.element_size() % 16 == 0 for step in tensor.stride()[:-1])
+        for tensor in matrices
+    )
+
+
+def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of `tensor` for blocks of the shape `block`."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def linear_tile(part: Part, x: torch.dtype, rows: int, columns: int, depth: int) -> Tile:
+    """The tile of a matrix product (rows, depth) x (depth, columns).
+
+    Wide tiles while they give every processor one, narrower ones for small products. All have the
+    same rows, warps and instruction: see the module's text.
+    """
+    if x == torch.float32:
+        return Tile(128, 64, 16, num_warps=8, num_stages=2)
+    deep = 128 if x == FP8 else 64
+    promote = x == FP8 and depth > 2048
+    if part.shared < 200_000:
+        # Half the shared memory, and accumulators in registers: no 256-wide tile.
+        wide = Tile(128, 128, deep // 2, num_warps=8, num_stages=3, slices=2, promote=promote)
+        narrow = Tile(128, 64, deep // 2, num_warps=8, num_stages=4, promote=promote)
+        choices = [wide, narrow]
+    else:
+        choices = [
+            Tile(128, 128, deep, num_warps=8, num_stages=4, slices=2, promote=promote),
+            Tile(128, 64, deep, num_warps=8, num_stages=4, promote=promote),
+        ]
+        if not promote:  # a second accumulator would not fit into the registers
+            choices.insert(0, Tile(128, 256, deep, num_warps=8, num_stages=3, slices=2))
+    tiles = -(-rows // 128)
+    for tile in choices:
+        if tiles * -(-columns // tile.block_n) >= part.processors:
+            return tile
+    return choices[-1]

@@ -1,0 +1,182 @@
+"""`act(rms(x) @ weightᵀ + bias) + residual` in one launch.
+
+x (M, K), weight (N, K), out (M, N). rms is the row's factor 1 / sqrt(mean(x²) + eps), applied to
+the finished product; its Σx² comes in partial sums from the launch that wrote x, and this launch
+writes those of its own output where that is a residual stream. Persistent: a program goes on to its
+next tile while the last one is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import (
+    FP8,
+    FP8_MAX,
+    SUM_BLOCK,
+    Tile,
+    describable,
+    descriptor,
+    launch,
+    linear_tile,
+    part_of,
+)
+from .pieces import gelu_erf, halves, row_sums, square_sums, to_fp8
+
+
+@triton.jit
+def _finish(
+    acc,  # (BLOCK_M, WIDTH) float32: columns first_column... of the tile
+    row_factor,  # (BLOCK_M,)
+    first_row,
+    first_column,
+    out,
+    bias_ptr,
+    weight_scale_ptr,
+    residual_ptr,
+    out_sums_ptr,
+    out_factor,
+    M,
+    N,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, WIDTH)
+    mask_n = columns < N
+    mask = (rows < M)[:, None] & mask_n[None, :]
+    if SCALE_ROWS:
+        acc = acc * row_factor[:, None]
+    if SCALE_COLUMNS:
+        acc = acc * tl.load(weight_scale_ptr + columns, mask=mask_n, other=0.0)[None, :]
+    acc = acc + tl.load(bias_ptr + columns, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        acc = gelu_erf(acc)
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if RESIDUAL:
+        acc = acc + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if QUANTIZE:
+        y = to_fp8(acc * out_factor, FP8_MAX)
+    elif DESCRIPTORS:
+        y = acc.to(out.dtype)
+    else:
+        y = acc.to(out.dtype.element_ty)
+    if DESCRIPTORS:
+        out.store([first_row, first_column], y)
+    else:
+        tl.store(out + offsets, y, mask=mask)
+    if RESIDUAL:
+        # Of what was stored: the next launch reads the rounded numbers.
+        stored = tl.where(mask_n[None, :], y.to(tl.float32), 0.0)
+        sums = square_sums(stored, BLOCK_M, WIDTH, SUM_BLOCK)
+        parts = first_column // SUM_BLOCK + tl.arange(0, WIDTH // SUM_BLOCK)
+        mask_s = (rows < M)[:, None] & (parts * SUM_BLOCK < N)[None, :]
+        at = parts.to(tl.int64)[None, :] * M + rows[:, None]
+        tl.store(out_sums_ptr + at, sums, mask=mask_s)
+
+
+@triton.jit
+def _linear_kernel(
+    x,  # (M, K): pointer, or descriptor of (BLOCK_M, BLOCK_K)
+    weight,  # (N, K): pointer, or descriptor of (BLOCK_N, BLOCK_K)
+    out,  # (M, N): pointer, or descriptor of (BLOCK_M, BLOCK_N // SLICES)
+    bias_ptr,  # (N,)
+    weight_scale_ptr,  # (N,) float32
+    residual_ptr,  # (M, N)
+    sums_ptr,  # (PARTS, M) float32: partial Σx²
+    row_scale_ptr,  # (M,) float32
+    out_sums_ptr,  # (ceil(N / SUM_BLOCK), M) float32
+    out_factor,  # 1 / scale of a quantized output
+    eps,
+    M,
+    N,
+    K,
+    parts,
+    RMS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        # Tiles that run at the same time share GROUP_M rows of x and few columns of weight.
+        group = tile // (GROUP_M * tiles_n)
+        group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        first_row = (group * GROUP_M + (tile % (GROUP_M * tiles_n)) % group_rows) * BLOCK_M
+        first_column = ((tile % (GROUP_M * tiles_n)) // group_rows) * BLOCK_N
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(tl.cdiv(K, BLOCK_K)):
+            if DESCRIPTORS:
+                a = x.load([first_row, step * BLOCK_K])
+                b = weight.load([first_column, step * BLOCK_K])
+            else:
+                # Rows past the end read the last one; what comes of them is not stored.
+                rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+                columns = tl.minimum(first_column + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+                ks = step * BLOCK_K + tl.arange(0, BLOCK_K)
+                a_ptrs = x + rows[:, None] * K + ks[None, :]
+                b_ptrs = weight + columns[:, None] * K + ks[None, :]
+                if EVEN_K:
+                    a = tl.load(a_ptrs)
+                    b = tl.load(b_ptrs)
+                else:
+                    a = tl.load(a_ptrs, mask=(ks < K)[None, :], other=0.0)
+                    b = tl.load(b_ptrs, mask=(ks < K)[None, :], other=0.0)
+            if PROMOTE:
+                acc += tl.dot(a, b.T, out_dtype=tl.float32)
+            else:
+                acc = tl.dot(a, b.T, acc, input_precision="ieee")
+
+        rows = first_row + tl.arange(0, BLOCK_M)
+        if RMS:
+            mean = row_sums(sums_ptr, rows, M, parts, BLOCK_M) / K
+            row_factor = tl.rsqrt(mean + eps)
+        elif SCALE_ROWS:
+            row_factor = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
+        else:
+            row_factor = rows
+        WIDTH: tl.constexpr = BLOCK_N // SLICES
+        if SLICES == 2:
+            left, right = halves(acc, BLOCK_M, BLOCK_N)
+            _finish(
+                left, row_factor, first_row, first_column, out, bias_ptr, weight_scale_ptr,
+                residual_ptr, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
+                GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK, FP8_MAX,
+            )  # fmt: skip
+            _finish(
+                right, row_factor, first_row, first_column + WIDTH, out, bias_ptr,
+                weight_scale_ptr, residual_ptr, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS,
+                SCALE_COLUMNS, GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK,
+                FP8_MAX,
+            )  # fmt: skip
+        else:
+            _finish(
+                acc, row_factor, first_row, first_column, out, bias_ptr, weight_scale_ptr,
+                residual_ptr, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
+                GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK, FP8_MAX,
+            )  # fmt: skip
