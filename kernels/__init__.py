@@ -2,3 +2,8 @@
 
 Installed as `stellar_fast.kernels`. Imported only where a Triton backend is asked for.
 """
+
+from .attention import attention
+from .linear import linear, linear_residual
+
+__all__ = ["attention", "linear", "linear_residual"]

@@ -80,11 +80,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Override:
-    part: Part | None
+    part: Part
     hook: Callable[[Launch], None] | None
 
 
-_override: ContextVar[_Override] = ContextVar("kernel_launches", default=_Override(None, None))
+_override: ContextVar[_Override | None] = ContextVar("kernel_launches", default=None)
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def part_of_capability(major: int, minor: int) -> Part:
 def part_of(tensor: Tensor) -> Part:
     """The part that kernels on `tensor` are chosen for."""
     override = _override.get()
-    if override.part is not None:
+    if override is not None:
         return override.part
     if tensor.device.type == "cuda":
         return part_of_capability(*torch.cuda.get_device_capability(tensor.device))
@@ -153,9 +153,9 @@ def launch(
         ValueError: CPU tensors while kernels are compiled for a GPU.
     """
     options = {"enable_fp_fusion": True, **options}
-    hook = _override.get().hook
-    if hook is not None:
-        hook(Launch(kernel, arguments, options, grid))
+    override = _override.get()
+    if override is not None and override.hook is not None:
+        override.hook(Launch(kernel, arguments, options, grid))
         return
     if 0 in grid:
         return
@@ -213,3 +213,37 @@ def linear_tile(part: Part, x: torch.dtype, rows: int, columns: int, depth: int)
         if tiles * -(-columns // tile.block_n) >= part.processors:
             return tile
     return choices[-1]
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """One step of an attention program: block_q query rows against block_k keys.
+
+    Attributes:
+        resident: whether all keys and values of a head stay in shared memory.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    resident: bool
+
+
+def attention_tile(
+    part: Part, dtype: torch.dtype, length: int, head_dim: int, descriptors: bool
+) -> AttentionTile:
+    """The tile of attention over `length` keys.
+
+    Keys and values stay in shared memory only where TMA brings them there: through registers, as
+    pointers would, they spill.
+    """
+    if dtype == torch.float32:
+        return AttentionTile(32, 32, num_warps=4, num_stages=1, resident=False)
+    kept = -(-length // 64) * 64 * head_dim * 2 * 2
+    if descriptors and kept <= part.shared // 2:
+        if part.arch == 90 and head_dim > 64:
+            return AttentionTile(128, 64, num_warps=8, num_stages=2, resident=True)
+        warps = 8 if head_dim > 64 else 4
+        return AttentionTile(64, 64, num_warps=warps, num_stages=2, resident=True)
+    return AttentionTile(64, 64, num_warps=4, num_stages=2, resident=False)

@@ -17,7 +17,6 @@ from .launch import (
     FP8,
     FP8_MAX,
     SUM_BLOCK,
-    Tile,
     describable,
     descriptor,
     launch,
@@ -25,6 +24,8 @@ from .launch import (
     part_of,
 )
 from .pieces import gelu_erf, halves, row_sums, square_sums, to_fp8
+
+GROUP_M = 8  # tiles of rows that share a column tile of weight in the cache
 
 
 @triton.jit
@@ -155,7 +156,7 @@ def _linear_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         if RMS:
             mean = row_sums(sums_ptr, rows, M, parts, BLOCK_M) / K
-            row_factor = tl.rsqrt(mean + eps)
+            row_factor = tl.where(rows < M, tl.rsqrt(mean + eps), 0.0)
         elif SCALE_ROWS:
             row_factor = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
         else:
@@ -180,3 +181,147 @@ def _linear_kernel(
                 residual_ptr, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
                 GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK, FP8_MAX,
             )  # fmt: skip
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, weight_scale: Tensor | None) -> None:
+    if x.dim() != 3 or weight.dim() != 2 or x.shape[2] != weight.shape[1]:
+        raise ValueError(
+            f"x must be (B, S, I) and weight (O, I), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
+    if (weight.dtype == FP8) != (weight_scale is not None):
+        raise ValueError(f"weight_scale goes with an e4m3 weight, got {weight.dtype}")
+
+
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    *,
+    norm_eps: float | None = None,
+    sums: Tensor | None = None,
+    gelu: bool = False,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    out_scale: float | None = None,
+    residual: Tensor | None = None,
+    out_sums: Tensor | None = None,
+) -> None:
+    """Writes `out` (B, S, O), and the sums of its rows where `out_sums` is given."""
+    columns, depth = weight.shape
+    rows = x.shape[0] * x.shape[1]
+    x, y, weight = x.reshape(rows, depth), out.view(rows, columns), weight.contiguous()
+    if sums is not None:
+        sums = sums.reshape(-1, rows)
+    part = part_of(x)
+    tile = linear_tile(part, x.dtype, rows, columns, depth)
+    descriptors = part.descriptors and rows > 0 and describable(x, weight, y)
+    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    launch(
+        _linear_kernel,
+        (min(tiles, part.processors) if descriptors else tiles,),
+        device=x.device,
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),
+        weight=descriptor(weight, [tile.block_n, tile.block_k]) if descriptors else weight,
+        out=descriptor(y, [tile.block_m, tile.block_n // tile.slices]) if descriptors else y,
+        bias_ptr=bias,
+        weight_scale_ptr=weight_scale,
+        residual_ptr=None if residual is None else residual.reshape(rows, columns),
+        sums_ptr=sums,
+        row_scale_ptr=None if x_scale is None else x_scale.reshape(rows),
+        out_sums_ptr=out_sums,
+        out_factor=1.0 if out_scale is None else 1.0 / out_scale,
+        eps=0.0 if norm_eps is None else norm_eps,
+        M=rows,
+        N=columns,
+        K=depth,
+        parts=0 if sums is None else sums.shape[0],
+        RMS=norm_eps is not None,
+        SCALE_ROWS=x_scale is not None,
+        SCALE_COLUMNS=weight_scale is not None,
+        GELU=gelu,
+        RESIDUAL=residual is not None,
+        QUANTIZE=out_scale is not None,
+        DESCRIPTORS=descriptors,
+        PROMOTE=tile.promote,
+        EVEN_K=descriptors or depth % tile.block_k == 0,
+        SLICES=tile.slices,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=GROUP_M,
+        SUM_BLOCK=SUM_BLOCK,
+        FP8_MAX=FP8_MAX,
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    norm_eps: float | None = None,
+    sums: Tensor | None = None,
+    gelu: bool = False,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    out_scale: float | None = None,
+) -> Tensor:
+    """`reference.ops.linear`. x and weight have one dtype: that of the products.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check(x, weight, bias, weight_scale)
+    if norm_eps is not None and x_scale is not None:
+        raise ValueError("quantized rows are normalised already; norm_eps does not go with x_scale")
+    if norm_eps is not None and sums is None:
+        sums = x.float().square().sum(-1)
+    out = torch.empty(
+        (*x.shape[:2], weight.shape[0]),
+        dtype=bias.dtype if out_scale is None else FP8,
+        device=x.device,
+    )
+    _multiply(
+        x,
+        weight,
+        bias,
+        out,
+        norm_eps=norm_eps,
+        sums=sums,
+        gelu=gelu,
+        x_scale=x_scale,
+        weight_scale=weight_scale,
+        out_scale=out_scale,
+    )
+    return out
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.ops.linear_residual`; one partial sum of squares for every 64 columns.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check(x, weight, bias, weight_scale)
+    if residual.shape != (*x.shape[:2], weight.shape[0]):
+        raise ValueError(
+            f"residual must be {(*x.shape[:2], weight.shape[0])}, got {tuple(residual.shape)}"
+        )
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
+    parts = triton.cdiv(weight.shape[0], SUM_BLOCK)
+    sums = torch.empty((parts, *x.shape[:2]), dtype=torch.float32, device=x.device)
+    _multiply(x, weight, bias, out, weight_scale=weight_scale, residual=residual, out_sums=sums)
+    return out, sums

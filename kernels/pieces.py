@@ -32,7 +32,7 @@ def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def row_sums(sums_ptr, rows, M, parts, BLOCK_M: tl.constexpr):
     """Sum over `parts` of (parts, M) float32, in order: (BLOCK_M,)."""
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for part in range(parts):
-        at = part.to(tl.int64) * M + rows
-        total += tl.load(sums_ptr + at, mask=rows < M, other=0.0)
+    for _ in range(parts):
+        total += tl.load(sums_ptr + rows, mask=rows < M, other=0.0)
+        sums_ptr += M
     return total

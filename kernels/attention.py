@@ -1,0 +1,278 @@
+"""Softmax attention without a mask: out = softmax(q kᵀ / sqrt(d)) v for every head of packed qkv.
+
+query (B, Q, D), key_value (B, S, 2 D), out (B, Q, D), heads side by side in D. One program takes
+one head and some of its query rows. Where keys and values of a head fit into shared memory they are
+read once and stay there for all query rows; where not, they stream through in blocks. A head_dim
+that is no power of two is two pieces, 80 as 64 + 16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import FP8, FP8_MAX, attention_tile, describable, descriptor, launch, part_of
+from .pieces import to_fp8
+
+
+@triton.jit
+def _rows(ptr, first, limit, stride, width: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
+    """(BLOCK, D) rows from `first`; zeros from `limit` on and beside `width` columns."""
+    rows = first + tl.arange(0, BLOCK)
+    columns = tl.arange(0, D)
+    mask = (rows < limit)[:, None] & (columns < width)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask, other=0.0)
+
+
+@triton.jit
+def _key_value_block(
+    key_value_a,
+    key_value_b,
+    image,
+    first,
+    column,
+    offset,
+    S,
+    stride,
+    DESCRIPTORS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_A: tl.constexpr,
+    DIM_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows first... of keys (or values) of one head, in its two pieces."""
+    if DESCRIPTORS:
+        a = key_value_a.load([image, first, column]).reshape(BLOCK, DIM_A)
+    else:
+        a = _rows(key_value_a + offset, first, S, stride, HEAD_DIM, BLOCK, DIM_A)
+    if DIM_B == 0:
+        b = a
+    elif DESCRIPTORS:
+        b = key_value_b.load([image, first, column + DIM_A]).reshape(BLOCK, DIM_B)
+    else:
+        b = _rows(key_value_a + offset + DIM_A, first, S, stride, HEAD_DIM - DIM_A, BLOCK, DIM_B)
+    return a, b
+
+
+@triton.jit
+def _attend(
+    q_a, q_b, k_a, k_b, v_a, v_b, peak, total, acc_a, acc_b, left, scale,
+    DIM_B: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the running softmax; `left` of its rows are there."""
+    scores = tl.dot(q_a, k_a.T, input_precision="ieee")
+    if DIM_B > 0:
+        scores = tl.dot(q_b, k_b.T, scores, input_precision="ieee")
+    scores *= scale
+    if TAIL:
+        scores = tl.where((tl.arange(0, BLOCK) < left)[None, :], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    p = tl.exp2(scores - new_peak[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(p, 1)
+    p = p.to(v_a.dtype)
+    acc_a = tl.dot(p, v_a, acc_a * shrink[:, None], input_precision="ieee")
+    if DIM_B > 0:
+        acc_b = tl.dot(p, v_b, acc_b * shrink[:, None], input_precision="ieee")
+    return new_peak, total, acc_a, acc_b
+
+
+@triton.jit
+def _store(
+    out_ptr, acc, rows, Q, width, out_factor, D: tl.constexpr, DIM: tl.constexpr,
+    QUANTIZE: tl.constexpr, FP8_MAX: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, DIM)
+    mask = (rows < Q)[:, None] & (columns < D)[None, :]
+    if QUANTIZE:
+        y = to_fp8(acc * out_factor, FP8_MAX)
+    else:
+        y = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], y, mask=mask)
+
+
+@triton.jit
+def _attention_kernel(
+    query_ptr,  # (B, Q, heads * HEAD_DIM)
+    key_value_a,  # (B, S, 2 * heads * HEAD_DIM): pointer, or descriptor of (1, BLOCK_K, DIM_A)
+    key_value_b,  # the same of (1, BLOCK_K, DIM_B)
+    out_ptr,  # (B, Q, heads * HEAD_DIM)
+    Q,
+    S,
+    heads,
+    scale,  # log2(e) / sqrt(HEAD_DIM)
+    out_factor,  # 1 / scale of a quantized output
+    stride_qb,
+    stride_qs,
+    stride_kb,
+    stride_ks,
+    QUANTIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    RESIDENT: tl.constexpr,  # blocks of keys kept in shared memory; 0 streams them
+    HEAD_DIM: tl.constexpr,
+    DIM_A: tl.constexpr,
+    DIM_B: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+):
+    image = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    width = heads * HEAD_DIM
+    query_ptr += image.to(tl.int64) * stride_qb + head * HEAD_DIM
+    out_ptr += image.to(tl.int64) * Q * width + head * HEAD_DIM
+    key = head * HEAD_DIM
+    value = width + key
+    key_offset = image.to(tl.int64) * stride_kb + key
+    value_offset = key_offset + width
+
+    keys_a = ()
+    keys_b = ()
+    values_a = ()
+    values_b = ()
+    for block in tl.static_range(RESIDENT):
+        k_a, k_b = _key_value_block(
+            key_value_a, key_value_b, image, block * BLOCK_K, key, key_offset, S, stride_ks,
+            DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
+        )  # fmt: skip
+        v_a, v_b = _key_value_block(
+            key_value_a, key_value_b, image, block * BLOCK_K, value, value_offset, S, stride_ks,
+            DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
+        )  # fmt: skip
+        keys_a = keys_a + (k_a,)
+        keys_b = keys_b + (k_b,)
+        values_a = values_a + (v_a,)
+        values_b = values_b + (v_b,)
+
+    for first in tl.range(tl.program_id(1) * BLOCK_Q, Q, tl.num_programs(1) * BLOCK_Q):
+        q_a = _rows(query_ptr, first, Q, stride_qs, HEAD_DIM, BLOCK_Q, DIM_A)
+        q_b = q_a
+        peak = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_Q,), tl.float32)
+        acc_a = tl.zeros((BLOCK_Q, DIM_A), tl.float32)
+        acc_b = acc_a
+        if DIM_B > 0:
+            q_b = _rows(query_ptr + DIM_A, first, Q, stride_qs, HEAD_DIM - DIM_A, BLOCK_Q, DIM_B)
+            acc_b = tl.zeros((BLOCK_Q, DIM_B), tl.float32)
+        if RESIDENT:
+            for block in tl.static_range(RESIDENT):
+                peak, total, acc_a, acc_b = _attend(
+                    q_a, q_b, keys_a[block], keys_b[block], values_a[block], values_b[block],
+                    peak, total, acc_a, acc_b, S - block * BLOCK_K, scale, DIM_B, BLOCK_K,
+                    block == RESIDENT - 1,
+                )  # fmt: skip
+        else:
+            for start in range(0, S, BLOCK_K):
+                k_a, k_b = _key_value_block(
+                    key_value_a, key_value_b, image, start, key, key_offset, S, stride_ks,
+                    DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
+                )  # fmt: skip
+                v_a, v_b = _key_value_block(
+                    key_value_a, key_value_b, image, start, value, value_offset, S, stride_ks,
+                    DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
+                )  # fmt: skip
+                peak, total, acc_a, acc_b = _attend(
+                    q_a, q_b, k_a, k_b, v_a, v_b, peak, total, acc_a, acc_b, S - start, scale,
+                    DIM_B, BLOCK_K, True,
+                )  # fmt: skip
+
+        rows = first + tl.arange(0, BLOCK_Q)
+        _store(
+            out_ptr, acc_a / total[:, None], rows, Q, width, out_factor, HEAD_DIM, DIM_A,
+            QUANTIZE, FP8_MAX,
+        )  # fmt: skip
+        if DIM_B > 0:
+            _store(
+                out_ptr + DIM_A, acc_b / total[:, None], rows, Q, width, out_factor,
+                HEAD_DIM - DIM_A, DIM_B, QUANTIZE, FP8_MAX,
+            )  # fmt: skip
+
+
+def _pieces(head_dim: int) -> tuple[int, int]:
+    """A head_dim as two powers of two, at least 16 each, that hold it; the second may be 0."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    left = head_dim - first
+    return first, max(16, triton.next_power_of_2(left)) if left > 0 else 0
+
+
+def attention(
+    query: Tensor, key_value: Tensor, num_heads: int, *, out_scale: float | None = None
+) -> Tensor:
+    """`reference.ops.attention`, for a head_dim up to 128.
+
+    Raises:
+        ValueError: shapes do not fit, or head_dim is larger.
+    """
+    batch, queries, width = query.shape
+    if key_value.dim() != 3 or key_value.shape[0] != batch or key_value.shape[2] != 2 * width:
+        raise ValueError(
+            f"key_value must be ({batch}, S, {2 * width}) for query {tuple(query.shape)}, got "
+            f"{tuple(key_value.shape)}"
+        )
+    if width % num_heads or width // num_heads > 128:
+        raise ValueError(
+            f"head_dim must be an integer up to 128, got {width} channels in {num_heads} heads"
+        )
+    if key_value.shape[1] == 0:
+        raise ValueError("key_value has no rows to attend to")
+    head_dim, length = width // num_heads, key_value.shape[1]
+    dim_a, dim_b = _pieces(head_dim)
+    query, key_value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key_value))
+    part = part_of(query)
+    # Exact float32 products take their operands from registers: TMA's way there spills.
+    descriptors = (
+        part.descriptors
+        and query.dtype != torch.float32
+        and batch > 0
+        and dim_a + dim_b == head_dim
+        and describable(key_value)
+    )
+    tile = attention_tile(part, query.dtype, length, head_dim, descriptors)
+    blocks = triton.cdiv(length, tile.block_k)
+    tiles = triton.cdiv(queries, tile.block_q)
+    programs = tiles
+    if tile.resident:
+        # As few programs a head as keep the device busy: each reads the keys and values again.
+        programs = min(tiles, triton.cdiv(2 * part.processors, max(1, batch * num_heads)))
+    out = torch.empty(
+        (batch, queries, width),
+        dtype=query.dtype if out_scale is None else FP8,
+        device=query.device,
+    )
+    key_value_a, key_value_b = key_value, None
+    if descriptors:
+        key_value_a = descriptor(key_value, [1, tile.block_k, dim_a])
+        key_value_b = descriptor(key_value, [1, tile.block_k, dim_b]) if dim_b else None
+    launch(
+        _attention_kernel,
+        (batch * num_heads, programs),
+        device=query.device,
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        query_ptr=query,
+        key_value_a=key_value_a,
+        key_value_b=key_value_b,
+        out_ptr=out,
+        Q=queries,
+        S=length,
+        heads=num_heads,
+        scale=math.log2(math.e) / math.sqrt(head_dim),
+        out_factor=1.0 if out_scale is None else 1.0 / out_scale,
+        stride_qb=query.stride(0),
+        stride_qs=query.stride(1),
+        stride_kb=key_value.stride(0),
+        stride_ks=key_value.stride(1),
+        QUANTIZE=out_scale is not None,
+        DESCRIPTORS=descriptors,
+        RESIDENT=blocks if tile.resident else 0,
+        HEAD_DIM=head_dim,
+        DIM_A=dim_a,
+        DIM_B=dim_b,
+        BLOCK_Q=tile.block_q,
+        BLOCK_K=tile.block_k,
+        FP8_MAX=FP8_MAX,
+    )
+    return out
