@@ -216,7 +216,9 @@ def _multiply(
     rows = x.shape[0] * x.shape[1]
     x, y, weight = x.reshape(rows, depth), out.view(rows, columns), weight.contiguous()
     if sums is not None:
-        sums = sums.reshape(-1, rows)
+        sums = sums.reshape(-1, rows).contiguous()
+    if residual is not None:
+        residual = residual.contiguous()
     part = part_of(x)
     tile = linear_tile(part, x.dtype, rows, columns, depth)
     descriptors = part.descriptors and rows > 0 and describable(x, weight, y)
@@ -229,11 +231,11 @@ def _multiply(
         x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),
         weight=descriptor(weight, [tile.block_n, tile.block_k]) if descriptors else weight,
         out=descriptor(y, [tile.block_m, tile.block_n // tile.slices]) if descriptors else y,
-        bias_ptr=bias,
+        bias_ptr=bias.contiguous(),
         weight_scale_ptr=weight_scale,
-        residual_ptr=None if residual is None else residual.reshape(rows, columns),
+        residual_ptr=residual,
         sums_ptr=sums,
-        row_scale_ptr=None if x_scale is None else x_scale.reshape(rows),
+        row_scale_ptr=None if x_scale is None else x_scale.contiguous(),
         out_sums_ptr=out_sums,
         out_factor=1.0 if out_scale is None else 1.0 / out_scale,
         eps=0.0 if norm_eps is None else norm_eps,

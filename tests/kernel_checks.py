@@ -8,12 +8,15 @@ import contextlib
 import math
 from collections.abc import Iterator
 
+import interpreter_casts
 import pytest
 import torch
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
 
 ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    interpreter_casts.install()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 # Pointers and registers, or TMA descriptors: the two ways that kernels reach memory.
