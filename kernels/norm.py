@@ -1,0 +1,171 @@
+"""Rows of the residual stream divided by their RMS: out = x / sqrt(mean(x²) + eps) * weight + bias.
+
+x (B, S, D). `norm` writes each part of the sequence to a block of its own, for the caller;
+`quantize_rows` writes e4m3 rows with their scales, for an FP8 product. One program takes one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import FP8, FP8_MAX, launch
+from .pieces import to_fp8
+
+OPTIONS = {"num_warps": 4, "num_stages": 1}
+PARTS = 3  # what a sequence is made of: CLS, patches, sparse tokens
+SMALLEST = 2.0**-126  # smallest normal float32: its reciprocal is finite
+
+
+@triton.jit
+def _row(x_ptr, S, stride_xb, stride_xs, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """This program's row of x (BLOCK_D,) in float32, zeros beyond D, and its mean square."""
+    image = (tl.program_id(0) // S).to(tl.int64)
+    position = (tl.program_id(0) % S).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    x_ptr += image * stride_xb + position * stride_xs
+    x = tl.load(x_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    return x, tl.sum(x * x) / D
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,  # (B, S, D)
+    weight_ptr,  # (D,)
+    bias_ptr,  # (D,)
+    out_ptr,  # (B, first, D), then (B, second - first, D), then (B, S - second, D)
+    B,
+    S,
+    first,  # where the second part of the sequence starts
+    second,  # where the third one starts
+    eps,
+    stride_xb,
+    stride_xs,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    x, mean = _row(x_ptr, S, stride_xb, stride_xs, D, BLOCK_D)
+    columns = tl.arange(0, BLOCK_D)
+    mask = columns < D
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(mean + eps) * weight + bias
+
+    image = (tl.program_id(0) // S).to(tl.int64)
+    position = tl.program_id(0) % S
+    start = tl.where(position < first, 0, tl.where(position < second, first, second))
+    end = tl.where(position < first, first, tl.where(position < second, second, S))
+    row = start.to(tl.int64) * B + image * (end - start) + (position - start)
+    tl.store(out_ptr + row * D + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr,  # (B, S, D)
+    out_ptr,  # (B, S, D)
+    scale_ptr,  # (B, S)
+    S,
+    eps,
+    stride_xb,
+    stride_xs,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):
+    x, mean = _row(x_ptr, S, stride_xb, stride_xs, D, BLOCK_D)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    step = tl.maximum(tl.max(tl.abs(x)) / FP8_MAX, SMALLEST)  # a row of zeros has one too
+    y = to_fp8(x * (1.0 / step), FP8_MAX)
+    tl.store(out_ptr + row * D + columns, y, mask=columns < D)
+    tl.store(scale_ptr + row, step * tl.rsqrt(mean + eps))
+
+
+def _rows(x: Tensor) -> Tensor:
+    if x.dim() != 3:
+        raise ValueError(f"x must be (B, S, D), got {tuple(x.shape)}")
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    lengths: Sequence[int],
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """`reference.ops.norm`, for up to three parts; each is contiguous, all share one buffer.
+
+    Raises:
+        ValueError: shapes do not fit, or lengths are no cut of the sequence into 1 to 3 parts.
+    """
+    x = _rows(x)
+    batch, length, width = x.shape
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != (width,):
+            raise ValueError(f"{name} must be ({width},), got {tuple(vector.shape)}")
+    lengths = list(lengths)
+    if sum(lengths) != length or not 1 <= len(lengths) <= PARTS or min(lengths) < 0:
+        raise ValueError(
+            f"lengths must be 1 to {PARTS} numbers that sum to S = {length}, got {lengths}"
+        )
+    out = torch.empty(batch * length * width, dtype=out_dtype, device=x.device)
+    launch(
+        _norm_kernel,
+        (batch * length,),
+        device=x.device,
+        options=OPTIONS,
+        x_ptr=x,
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        out_ptr=out,
+        B=batch,
+        S=length,
+        first=lengths[0],
+        second=sum(lengths[:2]),
+        eps=eps,
+        stride_xb=x.stride(0),
+        stride_xs=x.stride(1),
+        D=width,
+        BLOCK_D=triton.next_power_of_2(width),
+    )
+    shapes = [(batch, part, width) for part in lengths]
+    blocks = out.split([math.prod(shape) for shape in shapes])
+    return tuple(block.view(shape) for block, shape in zip(blocks, shapes, strict=True))
+
+
+def quantize_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.ops.quantize_rows`.
+
+    Raises:
+        ValueError: x is not (B, S, D).
+    """
+    x = _rows(x)
+    batch, length, width = x.shape
+    out = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scale = torch.empty((batch, length), dtype=torch.float32, device=x.device)
+    launch(
+        _quantize_rows_kernel,
+        (batch * length,),
+        device=x.device,
+        options=OPTIONS,
+        x_ptr=x,
+        out_ptr=out,
+        scale_ptr=scale,
+        S=length,
+        eps=eps,
+        stride_xb=x.stride(0),
+        stride_xs=x.stride(1),
+        D=width,
+        BLOCK_D=triton.next_power_of_2(width),
+        FP8_MAX=FP8_MAX,
+        SMALLEST=SMALLEST,
+    )
+    return out, scale
