@@ -6,5 +6,6 @@ Installed as `stellar_fast.kernels`. Imported only where a Triton backend is ask
 from .attention import attention
 from .linear import linear, linear_residual
 from .norm import norm, quantize_rows
+from .patch_embed import patch_embed
 
-__all__ = ["attention", "linear", "linear_residual", "norm", "quantize_rows"]
+__all__ = ["attention", "linear", "linear_residual", "norm", "patch_embed", "quantize_rows"]

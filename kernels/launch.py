@@ -247,3 +247,10 @@ def attention_tile(
         warps = 8 if head_dim > 64 else 4
         return AttentionTile(64, 64, num_warps=warps, num_stages=2, resident=True)
     return AttentionTile(64, 64, num_warps=4, num_stages=2, resident=False)
+
+
+def patch_embed_tile(part: Part, weight: torch.dtype) -> Tile:
+    """The tile of patch_embed, the same for every batch and image size."""
+    if weight == torch.float32:
+        return Tile(64, 64, 16, num_warps=8, num_stages=2)
+    return Tile(128, 128, 32, num_warps=8, num_stages=3, slices=2)

@@ -1,0 +1,201 @@
+"""The patch embedding against float64: pixels of any kind and layout, odd sizes, all rows."""
+
+import pytest
+import torch
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    PARTS,
+    assert_budget,
+    draw,
+    on_part,
+    poisoned,  # noqa: F401
+)
+from stellar_fast.kernels.launch import SUM_BLOCK
+from stellar_fast.kernels.patch_embed import patch_embed
+from stellar_fast.reference import ops as oracles
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+PIXELS = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=PARTS)
+def part(request):
+    with on_part(request.param):
+        yield
+
+
+def photos(batch: int, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 3, H, W) pixels in [0, 1], or 0..255 of uint8."""
+    pixels = draw(batch, 3, height, width).mul(0.2).add(0.4).clamp(0, 1)
+    return (
+        (pixels * 255).round().to(DEVICE, dtype)
+        if dtype == torch.uint8
+        else pixels.to(DEVICE, dtype)
+    )
+
+
+def parameters(
+    images: torch.Tensor, patch: int, width: int, tokens: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weight and sparse tokens in `dtype`, table in float32; rows of about the same length."""
+    patches = (images.shape[2] // patch) * (images.shape[3] // patch)
+    span = 255 if images.dtype == torch.uint8 else 1
+    weight = draw(width, 3 * patch**2) / (patch * span)
+    table, sparse = draw(1 + patches, width, seed=1), draw(tokens, width, seed=2)
+    return (
+        weight.to(DEVICE, dtype),
+        table.to(DEVICE, torch.float32),
+        sparse.to(DEVICE, dtype),
+    )
+
+
+def assert_right(images, weight, table, sparse, patch, centre) -> torch.Tensor:
+    """x and its sums, within the budget; CLS and sparse tokens to the bit."""
+    dtype = weight.dtype
+    x, sums = patch_embed(images, weight, table, sparse, patch, centre)
+    plain, _ = oracles.patch_embed(images, weight, table, sparse, patch, centre)
+    exact, _ = oracles.patch_embed(
+        images.double(), weight.double(), table.double(), sparse.double(), patch, centre
+    )
+    assert x.dtype == dtype
+    assert_budget(x, plain, exact, dtype)
+    patches = slice(1, len(table))
+    assert_budget(x[:, patches], plain[:, patches], exact[:, patches], dtype)
+    assert torch.equal(x[:, :1], plain[:, :1])
+    assert torch.equal(x[:, len(table) :], plain[:, len(table) :])
+    squares = torch.nn.functional.pad(x.double().square(), (0, -x.shape[2] % SUM_BLOCK))
+    expected = squares.unflatten(2, (-1, SUM_BLOCK)).sum(3).permute(2, 0, 1).float()
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "size", "patch", "width", "tokens"),
+    [
+        (1, (224, 224), 16, 64, 16),  # P = 196
+        (1, (224, 224), 14, 80, 16),  # P = 256
+        (3, (32, 48), 16, 80, 8),
+        (3, (43, 30), 14, 64, 24),  # one pixel row and two columns are dropped
+        (2, (47, 16), 16, 200, 1),
+        (5, (14, 14), 14, 64, 64),
+        (2, (35, 15), 5, 72, 3),
+        (0, (32, 48), 16, 64, 16),
+    ],
+)
+def test_patch_embed(part, dtype, batch, size, patch, width, tokens):
+    images = photos(batch, *size, torch.float32)
+    assert_right(images, *parameters(images, patch, width, tokens, dtype), patch, 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pixels", PIXELS, ids=str)
+@pytest.mark.parametrize("patch", [14, 16])
+def test_pixels_of_every_kind_in_both_layouts(dtype, pixels, patch):
+    planes = photos(2, 33, 49, pixels)
+    interleaved = planes.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    centre = 127.5 if pixels == torch.uint8 else 0.5
+    arguments = parameters(planes, patch, 64, 4, dtype)
+    x = assert_right(planes, *arguments, patch, centre)
+    assert torch.equal(x, patch_embed(interleaved, *arguments, patch, centre)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides(dtype):
+    images = photos(2, 33, 49, torch.float32)
+    arguments = parameters(images, 16, 64, 4, dtype)
+    expected = assert_right(images, *arguments, 16, 0.5)
+    nan = float("nan")
+    within = images.new_full((3, 4, 40, 60), nan)
+    within[:2, 1:, 3:36, 5:54] = images
+    every_second = images.new_full((2, 3, 66, 98), nan)
+    every_second[:, :, ::2, ::2] = images
+    views = (
+        within[:2, 1:, 3:36, 5:54],
+        every_second[:, :, ::2, ::2],
+        images.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        images.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+    )
+    for view in views:
+        assert torch.equal(view, images)
+        assert torch.equal(patch_embed(view, *arguments, 16, 0.5)[0], expected)
+    one = patch_embed(images[:1].expand(3, -1, -1, -1), *arguments, 16, 0.5)[0]
+    assert torch.equal(one, expected[:1].expand(3, -1, -1))
+
+
+def test_weights_that_lie_apart():
+    images = photos(2, 32, 32, torch.float32)
+    weight, table, sparse = parameters(images, 16, 64, 4, torch.float32)
+    expected, _ = patch_embed(images, weight, table, sparse, 16, 0.5)
+    apart = [
+        torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
+        for t in (weight, table, sparse)
+    ]
+    assert torch.equal(patch_embed(images, *apart, 16, 0.5)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_black_white_and_grey_images(dtype):
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
+    images[1], images[2] = 255, 127
+    arguments = parameters(images, 16, 64, 4, dtype)
+    assert_right(images, *arguments, 16, 127.5)
+    weight, table, sparse = arguments
+    grey = torch.full((1, 3, 32, 32), 0.5, device=DEVICE)
+    x, _ = patch_embed(grey, weight, table, sparse, 16, 0.5)
+    assert torch.equal(x[0, :5], table.to(dtype))
+    assert_right(grey, weight, table, sparse, 16, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_centre_goes_before_the_rounding(dtype):
+    """Pixels one level apart, next to the centre: rounded first, half precision sees no step."""
+    images = torch.full((1, 3, 16, 16), 0.5, device=DEVICE)
+    images[0, :, ::2] += 2**-20
+    weight, table, sparse = parameters(images, 16, 64, 1, dtype)
+    table = torch.zeros_like(table)
+    x, _ = patch_embed(images, weight.abs(), table, sparse, 16, 0.5)
+    expected = (images.double() - 0.5).flatten() @ weight.abs().double().T
+    torch.testing.assert_close(x[0, 1].double(), expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_does_not_depend_on_its_batch(part, dtype):
+    images = photos(4, 40, 56, torch.uint8)
+    arguments = (*parameters(images, 14, 80, 5, dtype), 14, 127.5)
+    order = torch.tensor([2, 0, 3, 1], device=DEVICE)
+    x, sums = patch_embed(images, *arguments)
+    moved, moved_sums = patch_embed(images[order], *arguments)
+    assert torch.equal(x[order], moved)
+    assert torch.equal(sums[:, order], moved_sums)
+    for i in range(4):
+        alone, alone_sums = patch_embed(images[i : i + 1], *arguments)
+        assert torch.equal(x[i], alone[0])
+        assert torch.equal(sums[:, i], alone_sums[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": (3, 32, 32)}, r"images must be \(B, 3, H, W\), got \(3, 32, 32\)"),
+        ({"images": (2, 32, 32, 3)}, r"images must be \(B, 3, H, W\), got \(2, 32, 32, 3\)"),
+        ({"images": (2, 3, 15, 32)}, r"at least 16 pixels.*got \(2, 3, 15, 32\)"),
+        ({"weight": (64, 588)}, r"weight must be \(D, 768\).*got \(64, 588\)"),
+        ({"table": (6, 64)}, r"table must be \(5, 64\).*got \(6, 64\)"),
+        ({"sparse_tokens": (4, 63)}, r"sparse_tokens must be \(K, 64\), got \(4, 63\)"),
+    ],
+)
+def test_says_what_does_not_fit(changed, message):
+    shapes = {
+        "images": (2, 3, 32, 32),
+        "weight": (64, 768),
+        "table": (5, 64),
+        "sparse_tokens": (4, 64),
+        **changed,
+    }
+    with pytest.raises(ValueError, match=message):
+        patch_embed(
+            **{name: torch.zeros(shape, device=DEVICE) for name, shape in shapes.items()},
+            patch_size=16,
+        )
