@@ -172,7 +172,7 @@ class STELLARModel(nn.Module):
             ValueError: the images have another shape or are not floating point.
         """
         cls, sparse, dense = self.encode_tokens(images)
-        spatial, lowrank = ops.spatial_map(
+        spatial, _ = ops.spatial_map(
             dense,
             sparse,
             self.dense_proj.weight,
@@ -180,8 +180,9 @@ class STELLARModel(nn.Module):
             self.sparse_proj.weight,
             self.sparse_proj.bias,
             self.spatial_temp,
-            lowrank=True,
+            lowrank=False,
         )
+        lowrank = ops.reassemble(spatial, sparse)
         return {
             "sparse": sparse,
             "spatial": spatial,

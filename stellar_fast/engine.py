@@ -6,18 +6,21 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import decoder, encoder, torch_ops
+from . import backends, decoder, encoder, saving
 from .config import ModelConfig
-from .devices import DTYPES, resolve_device
+from .devices import resolve_device
 from .encoder import OUTPUTS
 from .errors import ForkError, StellarError
-from .inputs import as_batch, check_size
+from .graphs import CudaRecorder, GraphRunner
+from .inputs import as_batch, as_features, check_size
 from .inputs import check_range as check_pixel_range
+from .quantize import calibrated
 from .weights import DecoderWeights, EncoderWeights, map_nodes, position_code
 
 TYPICAL_BATCH = 8  # images in the product that weights are laid out for
@@ -49,6 +52,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return "can't allocate memory" in text or "not enough memory" in text
 
 
+def _copy_out(features: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+    for name, tensor in out.items():
+        tensor.copy_(features[name])
+
+
 class Engine:
     """A STELLAR model for inference. Made by `stellar_fast.load`.
 
@@ -58,9 +66,11 @@ class Engine:
     Attributes:
         config: geometry of the model.
         device: where it computes.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16", "fp16" or "fp8".
+        backend: "triton" or "torch".
         output_dtype: dtype of every float output.
         max_batch: images computed at once; larger batches are cut into chunks.
+        cuda_graphs: whether forwards of the Triton backend run as CUDA graphs.
         weights: where the weights came from, a path or "synthetic".
     """
 
@@ -75,6 +85,8 @@ class Engine:
         output_dtype: torch.dtype,
         max_batch: int,
         weights: str,
+        backend: str = "torch",
+        cuda_graphs: bool = False,
     ) -> None:
         if not output_dtype.is_floating_point:
             raise ValueError(f"output_dtype must be a float dtype, got {output_dtype}")
@@ -85,7 +97,9 @@ class Engine:
         self.output_dtype = output_dtype
         self.max_batch = max_batch
         self.weights = weights
-        self._ops = torch_ops
+        self.backend = backend
+        self.cuda_graphs = cuda_graphs
+        self._ops = backends.ops_of(backend)
         self._place(encoder_weights, decoder_weights, device)
         self._pid = os.getpid()
 
@@ -98,12 +112,20 @@ class Engine:
         """Takes weights that are on `device`."""
         rows = min(self.max_batch, TYPICAL_BATCH) * self.config.sequence_length
         self.device = device
-        self._encoder: EncoderWeights = self._ops.prepare(encoder_weights, rows)
-        self._decoder: DecoderWeights | None = self._ops.prepare(decoder_weights, rows)
+        self._encoder: EncoderWeights = backends.prepare(self._ops, encoder_weights, rows)
+        self._decoder: DecoderWeights | None = backends.prepare(self._ops, decoder_weights, rows)
         self._table = lru_cache(TABLES_CACHED)(self._encoder.table.table)
+        self._graphs: GraphRunner | None = None
+        if self.cuda_graphs and self.backend == "triton" and device.type == "cuda":
+            with torch.cuda.device(device):
+                recorder = CudaRecorder(device)
+            self._graphs = GraphRunner(recorder, self.max_batch, _is_out_of_memory)
 
     def __repr__(self) -> str:
-        return f"Engine({self.config.name!r}, {self.precision}, {self.device}, {self.weights!r})"
+        return (
+            f"Engine({self.config.name!r}, {self.precision}, {self.backend}, {self.device}, "
+            f"{self.weights!r})"
+        )
 
     def __reduce__(self):
         raise TypeError(
@@ -150,12 +172,16 @@ class Engine:
             check_pixel_range(batch)
         shapes = self._shapes(*batch.shape[2:])
 
-        def encode_chunk(chunk: Tensor) -> dict[str, Tensor]:
-            chunk = chunk.to(self.device)
+        def encode_chunk(out: dict[str, Tensor], chunk: Tensor) -> None:
             table = self._grid_table(*chunk.shape[2:])
-            return encoder.encode(
-                self._ops, self._encoder, self.config, chunk, table, wanted, self.output_dtype
-            )
+
+            def forward(chunk: Tensor) -> dict[str, Tensor]:
+                return encoder.encode(
+                    self._ops, self._encoder, self.config, chunk, table, wanted, self.output_dtype
+                )
+
+            if self._graphs is None or not self._graphs.run(chunk, wanted, forward, out):
+                _copy_out(forward(chunk.to(self.device)), out)
 
         with self._scope():
             out = {
@@ -195,17 +221,20 @@ class Engine:
                 f"this engine was loaded to encode; load({self.config.name!r}, "
                 "purpose='reconstruct', vq_model=...)"
             )
-        parts = self._features(features, spatial)
+        width, tokens = self.config.backbone.hidden_size, self.config.num_sparse_tokens
+        parts = as_features(features, spatial, width, tokens)
         patches = parts[0].shape[1]
         side = decoder.square_grid(patches)
         weights = self._decoder
-        dtype = DTYPES[self.precision]
+        dtype = weights.decoder_proj.bias.dtype
 
-        def reconstruct_chunk(*chunk: Tensor) -> dict[str, Tensor]:
+        def reconstruct_chunk(out: dict[str, Tensor], *chunk: Tensor) -> None:
             moved = [part.to(self.device) for part in chunk]
             lowrank = moved[0] if len(moved) == 1 else self._ops.reassemble(*moved)
             code = position_code(weights.fourier, side, side).to(dtype)
-            return decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code)
+            _copy_out(
+                decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code), out
+            )
 
         with self._scope():
             out = {
@@ -214,6 +243,47 @@ class Engine:
             }
             self._chunked(reconstruct_chunk, parts, out)
         return out
+
+    def calibrate(self, images: Any, *, preset: str = "card") -> Engine:
+        """Sets the static scales of an fp8 engine by what `images` bring forth; returns the engine.
+
+        Without it they come from bounds that no image can pass. No thread may be encoding
+        meanwhile.
+
+        Args:
+            images: a batch as `encode` takes it, at least one image; a few dozen of the kind to
+                come are enough.
+
+        Raises:
+            ValueError: the engine is not fp8, or there are no images.
+        """
+        self._check_process()
+        if self.precision != "fp8":
+            raise ValueError(f"only fp8 engines have static scales, this one is {self.precision}")
+        batch, _ = as_batch(images, preset)
+        check_size(batch, self.config.backbone.patch_size)
+        if not len(batch):
+            raise ValueError("calibrate needs at least one image, got an empty batch")
+        table = self._grid_table(*batch.shape[2:])
+
+        def run(ops: Any, weights: EncoderWeights) -> None:
+            for chunk in batch.split(self.max_batch):
+                images = chunk.to(self.device)
+                encoder.encode(ops, weights, self.config, images, table, OUTPUTS, torch.float32)
+
+        with self._scope():
+            weights = calibrated(self._ops, self._encoder, run)
+        self._place(weights, self._decoder, self.device)
+        return self
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the packed weights, for `load(name, repo=folder)`; fp8 scales included.
+
+        Raises:
+            StellarError: the folder cannot be written.
+        """
+        encode, decode = backends.restore(self._ops, (self._encoder, self._decoder))
+        saving.save(Path(folder), self.config, self.precision, encode, decode)
 
     def eval(self) -> Engine:
         """This engine, always in evaluation mode; for code written for the published module."""
@@ -225,11 +295,12 @@ class Engine:
         No thread may be encoding meanwhile.
 
         Raises:
-            ValueError: no such device on this machine.
+            ValueError: no such device on this machine, or the backend cannot compute there.
         """
         target = resolve_device(device)
         if target != self.device:
-            weights = self._ops.restore((self._encoder, self._decoder))
+            backends.resolve_backend(self.backend, target, self.precision)
+            weights = backends.restore(self._ops, (self._encoder, self._decoder))
             encode, decode = map_nodes(weights, Tensor, lambda tensor: tensor.to(target))
             self._place(encode, decode, target)
         return self
@@ -280,63 +351,21 @@ class Engine:
             "logits": ((side * side, codebook), self.output_dtype),
         }
 
-    def _features(
-        self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """(lowrank,) or (spatial, sparse), checked."""
-        if isinstance(features, Tensor):
-            if spatial is None:
-                raise ValueError(
-                    "reconstruct needs the features dict of encode, or sparse and spatial; "
-                    "spatial is missing"
-                )
-            features = {"sparse": features, "spatial": spatial}
-        elif not isinstance(features, Mapping):
-            raise TypeError(
-                f"reconstruct takes a features dict or tensors, got {type(features).__name__}"
-            )
-        elif spatial is not None:
-            raise ValueError("spatial goes with sparse tokens, the features dict has its own")
-        names = ("lowrank",) if "lowrank" in features else ("spatial", "sparse")
-        missing = [name for name in names if name not in features]
-        if missing:
-            raise ValueError(
-                "reconstruct needs 'lowrank', or 'sparse' and 'spatial'; got "
-                f"{', '.join(map(str, features)) or 'none'}"
-            )
-        width, tokens = self.config.backbone.hidden_size, self.config.num_sparse_tokens
-        expected = {"lowrank": ("P", width), "spatial": ("P", tokens), "sparse": (tokens, width)}
-        parts = tuple(features[name] for name in names)
-        for name, part in zip(names, parts, strict=True):
-            if not isinstance(part, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(part).__name__}")
-            want = expected[name]
-            fits = part.dim() == 3 and part.is_floating_point() and part.shape[2] == want[1]
-            if (
-                not fits
-                or (name == "sparse" and part.shape[1] != tokens)
-                or len(part) != len(parts[0])
-            ):
-                raise ValueError(
-                    f"{name} must be a float tensor (B, {want[0]}, {want[1]}), got {part.dtype} "
-                    f"{tuple(part.shape)}"
-                )
-        return parts
-
     def _chunked(
         self,
-        function: Callable[..., dict[str, Tensor]],
+        function: Callable[..., None],
         inputs: tuple[Tensor, ...],
         out: dict[str, Tensor],
     ) -> None:
-        """Fills `out` from `function` over chunks of `inputs`, halved when memory runs out."""
+        """Has `function` fill `out` chunk by chunk of `inputs`, halved when memory runs out."""
         total, start, size = len(inputs[0]), 0, self.max_batch
         while start < total:
             stop = min(start + size, total)
             try:
-                part = function(*(tensor[start:stop] for tensor in inputs))
-                for name, tensor in out.items():
-                    tensor[start:stop].copy_(part[name])
+                function(
+                    {name: tensor[start:stop] for name, tensor in out.items()},
+                    *(tensor[start:stop] for tensor in inputs),
+                )
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise

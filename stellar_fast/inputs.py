@@ -1,9 +1,9 @@
-"""What `Engine.encode` accepts as a batch, checked once, as one (B, 3, H, W) tensor."""
+"""What an engine accepts: batches of images as one (B, 3, H, W) tensor, and features."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,3 +126,52 @@ def check_range(images: Tensor) -> None:
         elif low < 0:
             hint = "; normalisation by mean and std is inside the model, do not apply it before"
         raise ValueError(f"float images must lie in [0, 1], found {found}{hint}")
+
+
+def as_features(
+    features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None, width: int, tokens: int
+) -> tuple[Tensor, ...]:
+    """What `Engine.reconstruct` was given, as (lowrank,) or (spatial, sparse).
+
+    Args:
+        features: the dict of `encode`, or sparse (B, K, D).
+        spatial: (B, P, K), with sparse tokens.
+        width: D.
+        tokens: K.
+
+    Raises:
+        TypeError, ValueError: features are missing or are of another type or shape.
+    """
+    if isinstance(features, Tensor):
+        if spatial is None:
+            raise ValueError(
+                "reconstruct needs the features dict of encode, or sparse and spatial; "
+                "spatial is missing"
+            )
+        features = {"sparse": features, "spatial": spatial}
+    elif not isinstance(features, Mapping):
+        raise TypeError(
+            f"reconstruct takes a features dict or tensors, got {type(features).__name__}"
+        )
+    elif spatial is not None:
+        raise ValueError("spatial goes with sparse tokens, the features dict has its own")
+    names = ("lowrank",) if "lowrank" in features else ("spatial", "sparse")
+    missing = [name for name in names if name not in features]
+    if missing:
+        raise ValueError(
+            "reconstruct needs 'lowrank', or 'sparse' and 'spatial'; got "
+            f"{', '.join(map(str, features)) or 'none'}"
+        )
+    expected = {"lowrank": ("P", width), "spatial": ("P", tokens), "sparse": (tokens, width)}
+    parts = tuple(features[name] for name in names)
+    for name, part in zip(names, parts, strict=True):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(part).__name__}")
+        want = expected[name]
+        fits = part.dim() == 3 and part.is_floating_point() and part.shape[2] == want[1]
+        if not fits or (name == "sparse" and part.shape[1] != tokens) or len(part) != len(parts[0]):
+            raise ValueError(
+                f"{name} must be a float tensor (B, {want[0]}, {want[1]}), got {part.dtype} "
+                f"{tuple(part.shape)}"
+            )
+    return parts

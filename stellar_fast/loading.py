@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from . import checkpoint, hub, names, synthetic
+from . import backends, checkpoint, hub, names, saving, synthetic
 from .config import MODELS, ModelConfig
 from .devices import DTYPES, resolve_device, resolve_precision
 from .engine import Engine
 from .errors import CheckpointError
+from .quantize import quantize_block
 from .weights import VQGANWeights, pack_decoder, pack_encoder, pack_vqgan
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def load(
     device: str | torch.device | None = None,
     precision: str = "auto",
     output_dtype: torch.dtype = torch.float32,
-    backend: Literal["auto", "torch"] = "auto",
+    backend: Literal["auto", "triton", "torch"] = "auto",
     repo: PathLike = PUBLISHED_REPO,
     weights: Literal["pretrained", "synthetic"] = "pretrained",
     revision: str | None = None,
@@ -49,6 +50,7 @@ def load(
     token: str | bool | None = None,
     local_files_only: bool = False,
     max_batch: int | None = None,
+    cuda_graphs: bool = True,
 ) -> Engine:
     """An engine for one model.
 
@@ -58,18 +60,20 @@ def load(
         vq_model: the MaskGIT-VQGAN tokenizer file, needed to reconstruct with the published
             checkpoints.
         device: "cuda" where there is one, else "cpu".
-        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has bf16 matrix units,
-            else fp32.
+        precision: "fp32", "bf16", "fp16", "fp8" (most products in e4m3, on GPUs from sm_89), or
+            "auto": bf16 where the device has bf16 matrix units, else fp32.
         output_dtype: dtype of the features, whatever the precision.
-        backend: "torch", PyTorch's own fused paths, is the one there is; "auto" takes it.
-        repo: a Hub repository, or a local folder in the published layout.
+        backend: "triton", the kernels, or "torch", PyTorch's own fused paths; "auto" takes the
+            kernels on GPUs from sm_80 in bf16, fp16 and fp8.
+        repo: a Hub repository, or a local folder in the published layout or from `Engine.save`.
         weights: "synthetic" draws seeded random weights, with no network: for demos, benchmarks and
             tests.
         revision, cache_dir, token, local_files_only: as in `huggingface_hub`.
         max_batch: images computed at once; larger batches are cut. 16 on a CPU, 256 on a GPU.
+        cuda_graphs: run the kernels as CUDA graphs, one for each bucket of batch sizes.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or a precision or backend that the device lacks.
         DownloadError: a file cannot be had.
         CheckpointError: a file is not what the model needs.
     """
@@ -78,20 +82,11 @@ def load(
             f"purpose must be 'encode' or 'reconstruct', got {purpose!r} (load_stellar has "
             "'pretrain')"
         )
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"unknown backend {backend!r}; known: auto, torch")
     if weights not in ("pretrained", "synthetic"):
         raise ValueError(f"weights must be 'pretrained' or 'synthetic', got {weights!r}")
     target = resolve_device(device)
-    precision = resolve_precision(precision, target)
-    dtype = DTYPES[precision]
-    if max_batch is None:
-        max_batch = MAX_BATCH_GPU if target.type == "cuda" else MAX_BATCH_CPU
-
-    if weights == "synthetic":
-        config, state = _synthetic(name, repo, purpose)
-        source = "synthetic"
-    else:
+    located = None
+    if weights == "pretrained":
         located = hub.locate(
             name,
             repo=repo,
@@ -100,23 +95,56 @@ def load(
             token=token,
             local_files_only=local_files_only,
         )
-        config, source = located.config, str(located.weights)
-        state = _read_model(located.weights, config, purpose)
+        precision = _precision_of(located.weights, precision)
+    precision = resolve_precision(precision, target)
+    resolved = backends.resolve_backend(backend, target, precision)
+    if max_batch is None:
+        max_batch = MAX_BATCH_GPU if target.type == "cuda" else MAX_BATCH_CPU
 
-    decoder = None
-    if purpose == "reconstruct":
-        vqgan = _vqgan(state, vq_model, weights == "synthetic", dtype, target)
-        decoder = pack_decoder(state, config, vqgan, dtype, target)
+    if located is not None and saving.saved_precision(located.weights) is not None:
+        config, source = located.config, str(located.weights)
+        encoder, decoder = saving.read(located.weights, target)
+        if purpose == "reconstruct" and decoder is None:
+            raise CheckpointError(f"{source} was saved from an engine that only encodes")
+    else:
+        if located is None:
+            config, state = _synthetic(name, repo, purpose)
+            source = "synthetic"
+        else:
+            config, source = located.config, str(located.weights)
+            state = _read_model(located.weights, config, purpose)
+        dtype = DTYPES[precision]
+        decoder = None
+        if purpose == "reconstruct":
+            vqgan = _vqgan(state, vq_model, located is None, dtype, target)
+            decoder = pack_decoder(state, config, vqgan, dtype, target)
+        quantize = quantize_block if precision == "fp8" else None
+        encoder = pack_encoder(state, config, dtype, target, quantize=quantize)
     return Engine(
         config,
-        pack_encoder(state, config, dtype, target),
+        encoder,
         decoder,
         device=target,
         precision=precision,
         output_dtype=output_dtype,
         max_batch=max_batch,
         weights=source,
+        backend=resolved,
+        cuda_graphs=cuda_graphs,
     )
+
+
+def _precision_of(path: Path, asked: str) -> str:
+    """The precision of weights that an engine saved, or the one asked for."""
+    saved = saving.saved_precision(path)
+    if saved is None or saved == asked:
+        return asked
+    if asked != "auto":
+        raise ValueError(
+            f"{path} holds weights packed for precision={saved!r}, got precision={asked!r}; load "
+            "the original checkpoint for that"
+        )
+    return saved
 
 
 def load_stellar(

@@ -251,14 +251,21 @@ def _split_query(block: Block) -> LastBlock:
 
 
 def pack_encoder(
-    state: State, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    state: State,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantize: Callable[[Block, torch.dtype], Fp8Block] | None = None,
 ) -> EncoderWeights:
     """Weights of `encode` from a state dict with the tensors of `names.encode_shapes`.
 
     Args:
         dtype: of the matrices and of what the kernels add to them; position tables stay float32.
+        quantize: for every block but the first and the last; given it in float64, and `dtype`.
     """
     pack = _Packer(state, dtype, device)
+    exact = _Packer(state, torch.float64, device)
     backbone = config.backbone
     embeddings = "encoder.embeddings"
     kernel, bias = pack.pair(f"{embeddings}.patch_embeddings.projection")
@@ -277,12 +284,18 @@ def pack_encoder(
     )
     tokens = state["sparse_tokens"].double()
     layers = backbone.num_hidden_layers
+
+    def block(layer: int) -> Block | Fp8Block:
+        if quantize is None or layer == 0:
+            return pack.block("encoder", layer)
+        return quantize(exact.block("encoder", layer), dtype)
+
     return EncoderWeights(
         patch=pack.cast(patch),
         patch_uint8=pack.cast(patch / 255),
         table=table,
         sparse_tokens=pack.cast(tokens - tokens.mean(-1, keepdim=True)),
-        blocks=tuple(pack.block("encoder", layer) for layer in range(layers - 1)),
+        blocks=tuple(block(layer) for layer in range(layers - 1)),
         last=_split_query(pack.block("encoder", layers - 1)),
         norm=pack.norm("encoder.layernorm"),
         dense_proj=pack.plain("dense_proj"),
