@@ -279,8 +279,11 @@ class Engine:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the packed weights, for `load(name, repo=folder)`; fp8 scales included.
 
+        Args:
+            folder: made if it is not there.
+
         Raises:
-            StellarError: the folder cannot be written.
+            StellarError: the folder cannot be written, or holds models already.
         """
         encode, decode = backends.restore(self._ops, (self._encoder, self._decoder))
         saving.save(Path(folder), self.config, self.precision, encode, decode)

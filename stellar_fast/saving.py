@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import weights as kinds
 from .config import ModelConfig
-from .errors import CheckpointError
-from .files import replacing
+from .errors import CheckpointError, StellarError
+from .files import replacing, writing
 from .weights import DecoderWeights, EncoderWeights
 
 FORMAT = 1
@@ -64,18 +64,21 @@ def save(
     encoder: EncoderWeights,
     decoder: DecoderWeights | None,
 ) -> None:
-    """Writes `folder`, which may exist; the weights file is replaced whole, then the config.
+    """Writes `folder`, made if it is not there: the weights whole, then the config.
 
     Raises:
-        StellarError: it cannot be written.
+        StellarError: it cannot be written, or holds models already.
     """
+    if (folder / CONFIG_FILE).exists():
+        raise StellarError(f"{folder} holds models already; save into a folder without them")
     tensors: dict[str, Tensor] = {}
     structure = {
         "encoder": _flatten(encoder, "encoder", tensors),
         "decoder": _flatten(decoder, "decoder", tensors),
     }
     header = {"format": FORMAT, "precision": precision, "structure": structure}
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     file = f"{config.name}-{precision}.safetensors"
     with replacing(folder / file) as temporary:
         save_file(
