@@ -1,0 +1,286 @@
+"""What an output folder holds, and what makes a part of it complete.
+
+    OUTPUT/plan.json        the configuration, and the partitions that the input was cut into
+    OUTPUT/inputs.parquet   every image of the plan, one row group a partition: id, file, and for
+                            a member of a tar its offset and size there
+    OUTPUT/part-00000/      one partition: all of the files below, or it is not there
+        sparse.npy ...      one file a feature, (rows, ...) of the plan's dtype; or, as the plan's
+                            format is "parquet", features.parquet
+        index.parquet       one line an image: id, row, status, reason, width, height
+        manifest.json       counts, sizes and checksums of the others; written last
+    OUTPUT/stats.json       what the last run did and what limited it
+
+A partition is complete if it has a manifest, which is in the folder before the folder has its name.
+The plan is made before any work and never changes; a partition is made by one process at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import StellarError
+from ..files import folder_to_disk, replacing
+
+SCHEMA = 1
+PLAN = "plan.json"
+INPUTS = "inputs.parquet"
+STATS = "stats.json"
+INDEX = "index.parquet"
+MANIFEST = "manifest.json"
+FEATURES_PARQUET = "features.parquet"
+FORMATS = ("npy", "parquet")
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to read.
+
+    Attributes:
+        id: what the index calls it: its path, or its tar and member as `TAR::MEMBER`.
+        file: where it is, a local path or an address that fsspec opens; for a member, its tar.
+        offset, size: for a member of a tar, its bytes there.
+    """
+
+    id: str
+    file: str
+    offset: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A run of images in the order of the input.
+
+    Attributes:
+        digest: of the images' ids, see `digest_of`.
+    """
+
+    index: int
+    images: int
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.index:05d}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The contents of `plan.json`.
+
+    Attributes:
+        configuration: what decides the bytes of the features: model, precision, preset, features,
+            dtype, format, batch_size, partition_size, input.
+        facts: where the weights came from, and the like; nothing depends on it.
+    """
+
+    configuration: Mapping[str, Any]
+    partitions: tuple[Partition, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def images(self) -> int:
+        return sum(partition.images for partition in self.partitions)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the configuration; every manifest repeats it."""
+        text = json.dumps(self.configuration, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_of(ids: Iterable[str]) -> str:
+    """SHA-256 of ids in their order, a zero byte after each."""
+    digest = hashlib.sha256()
+    for name in ids:
+        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def read_plan(output: PathLike) -> Plan:
+    """The plan of an output folder.
+
+    Raises:
+        StellarError: there is none, it cannot be read, or it is of another version.
+    """
+    path = Path(output) / PLAN
+    content = _read_json(path, "an output of `stellar-fast extract` has one")
+    try:
+        if content["schema"] != SCHEMA:
+            raise StellarError(
+                f"{path}: schema {content['schema']}, but this version of stellar-fast reads "
+                f"schema {SCHEMA}; use the version that wrote it"
+            )
+        partitions = tuple(
+            Partition(index, part["images"], part["digest"])
+            for index, part in enumerate(content["partitions"])
+        )
+        return Plan(content["configuration"], partitions, content["facts"])
+    except (KeyError, TypeError) as error:
+        raise StellarError(f"{path} is no plan of an extraction: {error!r}") from error
+
+
+def write_plan(output: Path, plan: Plan, items: Sequence[Item]) -> None:
+    """Writes `inputs.parquet`, then `plan.json`, each whole or not at all.
+
+    Raises:
+        StellarError: they cannot be written.
+    """
+    _write_inputs(output / INPUTS, plan, items)
+    content = {
+        "schema": SCHEMA,
+        "configuration": plan.configuration,
+        "images": plan.images,
+        "partitions": [{"images": part.images, "digest": part.digest} for part in plan.partitions],
+        "facts": plan.facts,
+    }
+    write_json(output / PLAN, content)
+    folder_to_disk(output)
+
+
+def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = pyarrow.schema(
+        [
+            ("id", pyarrow.string()),
+            ("file", pyarrow.binary()),  # a file's name may be no UTF-8
+            ("offset", pyarrow.int64()),
+            ("size", pyarrow.int64()),
+        ]
+    )
+    start = 0
+    with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        for partition in plan.partitions:
+            part = items[start : start + partition.images]
+            start += partition.images
+            columns = [
+                [item.id for item in part],
+                [os.fsencode(item.file) for item in part],
+                [item.offset for item in part],
+                [item.size for item in part],
+            ]
+            writer.write_table(pyarrow.table(columns, schema=schema), row_group_size=len(part))
+
+
+def read_items(output: PathLike, partition: Partition) -> list[Item]:
+    """The images of one partition, from `inputs.parquet`.
+
+    Raises:
+        StellarError: the file is not the plan's.
+    """
+    from pyarrow import ArrowException, parquet
+
+    path = Path(output) / INPUTS
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.read_row_group(partition.index).to_pydict()
+    except (OSError, ArrowException, IndexError) as error:
+        raise StellarError(f"{path}: cannot be read: {error}") from error
+    if digest_of(columns["id"]) != partition.digest:
+        raise StellarError(
+            f"{path}: {partition.name} names other images than {PLAN}; use --overwrite"
+        )
+    return [
+        Item(name, os.fsdecode(file), offset, size)
+        for name, file, offset, size in zip(*columns.values(), strict=True)
+    ]
+
+
+def read_manifest(output: PathLike, plan: Plan, index: int) -> dict[str, Any] | None:
+    """The manifest of a partition; None if the partition is not complete.
+
+    Raises:
+        StellarError: the partition is of another plan, or a file of it has another size.
+    """
+    partition = plan.partitions[index]
+    folder = Path(output) / partition.name
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = _read_json(path, "")
+    remedy = f"remove {folder} and run again"
+    expected = (SCHEMA, plan.digest, partition.digest)
+    if tuple(manifest.get(key) for key in ("schema", "configuration", "digest")) != expected:
+        raise StellarError(f"{folder} was made by another plan than {PLAN}; {remedy}")
+    for name, facts in manifest["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes, not {facts['bytes']}"
+            raise StellarError(f"{folder / name} {found}; {remedy}")
+    return manifest
+
+
+def complete(output: PathLike, plan: Plan) -> dict[int, dict[str, Any]]:
+    """The manifests of the partitions that are complete, by partition, in order.
+
+    Raises:
+        StellarError: as `read_manifest`.
+    """
+    found = ((part.index, read_manifest(output, plan, part.index)) for part in plan.partitions)
+    return {index: manifest for index, manifest in found if manifest is not None}
+
+
+def check_sums(output: PathLike, plan: Plan, index: int) -> None:
+    """Reads a complete partition through.
+
+    Raises:
+        StellarError: it is not complete, or a file is not what its manifest says.
+    """
+    manifest = read_manifest(output, plan, index)
+    folder = Path(output) / plan.partitions[index].name
+    if manifest is None:
+        raise StellarError(f"{folder} is not complete")
+    for name, facts in manifest["files"].items():
+        found = sha256_of(folder / name)
+        if found != facts["sha256"]:
+            raise StellarError(
+                f"{folder / name} has changed since it was written: its SHA-256 is {found}, not "
+                f"{facts['sha256']}; remove {folder} and run again"
+            )
+
+
+def sha256_of(path: PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """What differs between two configurations, of the fields in `known`, as "field: old -> new"."""
+    return [
+        f"{name}: {json.dumps(old.get(name))} -> {json.dumps(new.get(name))}"
+        for name in known
+        if old.get(name) != new.get(name)
+    ]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all.
+
+    Raises:
+        StellarError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StellarError(f"{path}: no such file{'; ' if hint else ''}{hint}") from None
+    except (OSError, ValueError) as error:
+        raise StellarError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise StellarError(f"{path}: holds no JSON object")
+    return content
