@@ -97,7 +97,7 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except ImageError as error:
         raise ImageError(name, error.reason) from None
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, RuntimeError
-        raise ImageError(name, _reason(error)) from error
+        raise ImageError(name, describe_error(error)) from error
 
 
 def apply_preset(image: Image.Image, preset: str) -> Tensor:
@@ -113,13 +113,20 @@ def apply_preset(image: Image.Image, preset: str) -> Tensor:
         ValueError: unknown preset, or an image of another mode.
         ImageError: the picture is too long and narrow for "eval".
     """
+    from torch import from_numpy
+
+    return from_numpy(preset_pixels(image, preset))
+
+
+def preset_pixels(image: Image.Image, preset: str) -> np.ndarray:
+    """`apply_preset` as an array; "card" does without torch, which takes seconds to import."""
     check_preset(preset)
     if image.mode != "RGB":
         raise ValueError(f"apply_preset takes RGB images, as decode gives them; got {image.mode}")
     if preset == "card":
-        return _to_tensor(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        return _channels_first(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
-    from torch import empty
+    from torch import empty, from_numpy
     from torch.nn.functional import interpolate
 
     width, height = image.size
@@ -130,12 +137,12 @@ def apply_preset(image: Image.Image, preset: str) -> Tensor:
         )
     top, left = (rows - SIZE) // 2, (columns - SIZE) // 2
     result = empty(3, SIZE, SIZE)
-    for channel, cropped in zip(_to_tensor(image), result, strict=True):
+    for channel, cropped in zip(from_numpy(_channels_first(image)), result, strict=True):
         # One at a time: in float32, a picture of many pixels is gigabytes.
         pixels = channel[None, None].float().div_(255)
         resized = interpolate(pixels, size=(rows, columns), mode="bicubic", align_corners=True)
         cropped.copy_(resized[0, 0, top : top + SIZE, left : left + SIZE])
-    return result
+    return result.numpy()
 
 
 def load_image(source: Source, preset: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -152,7 +159,7 @@ def load_image(source: Source, preset: str, *, max_pixels: int = MAX_PIXELS) -> 
     except ImageError as error:
         raise ImageError(describe(source), error.reason) from None
     except Exception as error:  # memory
-        raise ImageError(describe(source), _reason(error)) from error
+        raise ImageError(describe(source), describe_error(error)) from error
 
 
 def load_batch(sources: Sequence[Source], preset: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -315,11 +322,9 @@ def _high_byte(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, Image.fromarray(alpha)))
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def _channels_first(image: Image.Image) -> np.ndarray:
     """RGB image (W, H) -> uint8 (3, H, W)."""
-    import torch
-
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return np.asarray(image).transpose(2, 0, 1).copy()
 
 
 def _eval_size(height: int, width: int) -> tuple[int, int]:
@@ -331,7 +336,7 @@ def _eval_size(height: int, width: int) -> tuple[int, int]:
     return int(EVAL_SIDE / ratio), EVAL_SIDE
 
 
-def _reason(error: Exception) -> str:
+def describe_error(error: Exception, done: str = "decoded") -> str:
     """One line for what Pillow, the file system or the memory raised."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -342,7 +347,7 @@ def _reason(error: Exception) -> str:
         return f"out of memory{': ' if text else ''}{text}"
     if text and isinstance(error, OSError | SyntaxError | Image.DecompressionBombError):
         return text  # Pillow's own words for a reader: "image file is truncated"
-    return f"cannot be decoded ({type(error).__name__}{': ' if text else ''}{text})"
+    return f"cannot be {done} ({type(error).__name__}{': ' if text else ''}{text})"
 
 
 def _one_line(error: Exception) -> str:
