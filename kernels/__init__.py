@@ -7,5 +7,16 @@ from .attention import attention
 from .linear import linear, linear_residual
 from .norm import norm, quantize_rows
 from .patch_embed import patch_embed
+from .reassemble import reassemble
+from .spatial_map import spatial_map
 
-__all__ = ["attention", "linear", "linear_residual", "norm", "patch_embed", "quantize_rows"]
+__all__ = [
+    "attention",
+    "linear",
+    "linear_residual",
+    "norm",
+    "patch_embed",
+    "quantize_rows",
+    "reassemble",
+    "spatial_map",
+]

@@ -249,8 +249,23 @@ def attention_tile(
     return AttentionTile(64, 64, num_warps=4, num_stages=2, resident=False)
 
 
-def patch_embed_tile(part: Part, weight: torch.dtype) -> Tile:
-    """The tile of patch_embed, the same for every batch and image size."""
+def patch_embed_tile(weight: torch.dtype) -> Tile:
+    """The tile of patch_embed, the same on every part and for every batch."""
     if weight == torch.float32:
         return Tile(64, 64, 16, num_warps=8, num_stages=2)
     return Tile(128, 128, 32, num_warps=8, num_stages=3, slices=2)
+
+
+def spatial_map_tile(weight: torch.dtype) -> Tile:
+    """The tile of spatial_map's product, the same on every part and for every batch."""
+    if weight == torch.float32:
+        return Tile(64, 32, 16, num_warps=8, num_stages=2)
+    return Tile(128, 128, 32, num_warps=8, num_stages=3)
+
+
+def reassemble_tile(tokens: int) -> Tile:
+    """block_m patches x block_n columns of a mixture of tokens, block_k of them with padding."""
+    padded = max(16, 1 << (tokens - 1).bit_length())
+    if padded > 32:  # more operands of exact products in the registers
+        return Tile(32, 64, padded, num_warps=8, num_stages=1)
+    return Tile(32, 128, padded, num_warps=4, num_stages=1)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SUM_BLOCK, launch, part_of, patch_embed_tile
+from .launch import SUM_BLOCK, launch, patch_embed_tile
 from .pieces import halves, square_sums
 
 
@@ -73,8 +73,8 @@ def _finish(
     y = acc + tl.where(in_table, table.to(tl.float32), token.to(tl.float32))
     y = y.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], y, mask=mask_m & mask_n)
-    # Of what was stored: the next launch reads the rounded numbers.
-    sums = square_sums(tl.where(mask_n, y.to(tl.float32), 0.0), BLOCK_M, WIDTH, SUM_BLOCK)
+    # Of what was stored: the next launch reads the rounded numbers. Beyond D they are zeros.
+    sums = square_sums(y.to(tl.float32), BLOCK_M, WIDTH, SUM_BLOCK)
     parts = first_column // SUM_BLOCK + tl.arange(0, WIDTH // SUM_BLOCK)
     at = parts.to(tl.int64)[None, :] * rows_out + rows[:, None]
     tl.store(sums_ptr + at, sums, mask=mask_m & (parts * SUM_BLOCK < D)[None, :])
@@ -192,7 +192,7 @@ def patch_embed(
     out = torch.empty((batch, length, columns), dtype=weight.dtype, device=images.device)
     parts = triton.cdiv(columns, SUM_BLOCK)
     sums = torch.empty((parts, batch, length), dtype=torch.float32, device=images.device)
-    tile = patch_embed_tile(part_of(images), weight.dtype)
+    tile = patch_embed_tile(weight.dtype)
     tiles = triton.cdiv(batch * length, tile.block_m) * triton.cdiv(columns, tile.block_n)
     launch(
         _patch_embed_kernel,

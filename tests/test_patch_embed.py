@@ -124,15 +124,23 @@ def test_any_strides(dtype):
     assert torch.equal(one, expected[:1].expand(3, -1, -1))
 
 
-def test_weights_that_lie_apart():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parameters_in_the_midst_of_nan(dtype):
     images = photos(2, 32, 32, torch.float32)
-    weight, table, sparse = parameters(images, 16, 64, 4, torch.float32)
-    expected, _ = patch_embed(images, weight, table, sparse, 16, 0.5)
-    apart = [
-        torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
-        for t in (weight, table, sparse)
-    ]
-    assert torch.equal(patch_embed(images, *apart, 16, 0.5)[0], expected)
+    weight, table, sparse = parameters(images, 14, 80, 4, dtype)
+    expected, sums = patch_embed(images, weight, table, sparse, 14, 0.5)
+
+    def followed(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x.new_full((256, x.shape[1]), float("nan"))])[: len(x)]
+
+    def every_second(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0]
+
+    for view in (followed, every_second):
+        views = [view(tensor) for tensor in (weight, table, sparse)]
+        x, found = patch_embed(images, *views, 14, 0.5)
+        assert torch.equal(x, expected)
+        assert torch.equal(found, sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,15 +156,22 @@ def test_black_white_and_grey_images(dtype):
     assert_right(grey, weight, table, sparse, 16, 0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_centre_goes_before_the_rounding(dtype):
-    """Pixels one level apart, next to the centre: rounded first, half precision sees no step."""
-    images = torch.full((1, 3, 16, 16), 0.5, device=DEVICE)
-    images[0, :, ::2] += 2**-20
+@pytest.mark.parametrize(
+    ("dtype", "pixels", "step"),
+    [
+        (torch.float32, torch.float64, 2**-30),
+        *((dtype, torch.float32, 2**-20) for dtype in DTYPES),
+    ],
+)
+def test_the_centre_goes_before_the_rounding(dtype, pixels, step):
+    """Pixels next to the centre: rounded first, no step would be left of them."""
+    images = torch.full((1, 3, 16, 16), 0.5, device=DEVICE, dtype=pixels)
+    images[0, :, ::2] += step
     weight, table, sparse = parameters(images, 16, 64, 1, dtype)
     table = torch.zeros_like(table)
-    x, _ = patch_embed(images, weight.abs(), table, sparse, 16, 0.5)
-    expected = (images.double() - 0.5).flatten() @ weight.abs().double().T
+    weight = weight.abs() * 64
+    x, _ = patch_embed(images, weight, table, sparse, 16, 0.5)
+    expected = (images.double() - 0.5).flatten() @ weight.double().T
     torch.testing.assert_close(x[0, 1].double(), expected, rtol=2e-2, atol=0)
 
 
