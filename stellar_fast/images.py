@@ -6,7 +6,9 @@
 2. Size: width times height of the header is checked against `max_pixels` before any pixel is
    decoded, and again after. Pillow's limit for a whole picture plays no part, nor does its warning;
    what its decoders check themselves (WebP, frames of GIF, tiles of TIFF) still holds.
-3. Truncated or damaged pixels: an error. A half-decoded photograph is never returned.
+3. Truncated or damaged pixels: an error. A half-decoded photograph is never returned. A progressive
+   JPEG of more than `MAX_SCANS` scans is refused: a few bytes more make one pass more over all
+   pixels.
 4. Orientation: the EXIF (or XMP) orientation is applied, for PIL images as well as for files, so
    that a photograph looks as a viewer shows it. Unreadable metadata count as "upright".
 5. Several frames or pages: the first; a PIL image gives the frame it stands at.
@@ -39,8 +41,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from .errors import ImageError
+from .jpeg import count_scans
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +53,7 @@ Source = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | I
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "MPO")
 MAX_PIXELS = 178_956_970  # Pillow's own error limit: 0.5 GiB of RGB
+MAX_SCANS = 100  # libtiff's limit for JPEG; encoders make about 10
 PRESETS = ("card", "eval")
 SIZE = 224  # the models' side, in pixels
 EVAL_SIDE = 256
@@ -263,6 +268,7 @@ def _formats() -> tuple[str, ...]:
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     _check_pixels(image, max_pixels)
+    _check_scans(image)
     image.load()
     _check_pixels(image, max_pixels)  # some formats learn their size while decoding
     # After loading: TIFF orients itself there, and drops the tag.
@@ -282,6 +288,14 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
         raise ImageError("", f"has no pixels ({width}x{height})")
     if width * height > max_pixels:
         raise ImageError("", f"{width}x{height} is more than the limit of {max_pixels} pixels")
+
+
+def _check_scans(image: Image.Image) -> None:
+    # Without a tile, its pixels are decoded already.
+    if not isinstance(image, JpegImageFile) or not image.tile or "progressive" not in image.info:
+        return
+    if count_scans(image.fp, image.tile[0].offset, MAX_SCANS) > MAX_SCANS:
+        raise ImageError("", f"progressive JPEG of more than {MAX_SCANS} scans")
 
 
 def _orientation(image: Image.Image) -> Any:

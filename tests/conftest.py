@@ -15,6 +15,10 @@ if not Path("/dev/nvidiactl").exists():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "soak" not in config.getoption("markexpr"):
+        soak = [item for item in items if "soak" in item.keywords]
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if "soak" not in item.keywords]
     if not any("gpu" in item.keywords for item in items):
         return
     import torch
