@@ -8,6 +8,7 @@ from stellar_fast import names, weights
 from stellar_fast.config import BackboneConfig, ModelConfig
 from stellar_fast.devices import DTYPES
 from stellar_fast.engine import Engine
+from stellar_fast.quantize import quantize_block
 
 SMALL = {
     "hidden_size": 64,
@@ -42,9 +43,13 @@ def engine_of(
     max_batch: int = 16,
     output_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    backend: str = "torch",
+    cuda_graphs: bool = False,
 ) -> Engine:
     """An engine with the weights of a golden file's metadata."""
     config, dtype, device = config_of(meta), DTYPES[precision], torch.device(device)
+    if precision == "fp8" and device.type == "cpu":
+        dtype = torch.float16  # Triton's interpreter has no bf16 products
     shapes = names.encode_shapes(config)
     if purpose == "reconstruct":
         shapes |= names.reconstruct_shapes(config, pixel_head=pixel_head)
@@ -58,13 +63,17 @@ def engine_of(
         decoder = weights.pack_decoder(state, config, vqgan, dtype, device)
     return Engine(
         config,
-        weights.pack_encoder(state, config, dtype, device),
+        weights.pack_encoder(
+            state, config, dtype, device, quantize=quantize_block if precision == "fp8" else None
+        ),
         decoder,
         device=device,
         precision=precision,
         output_dtype=output_dtype,
         max_batch=max_batch,
         weights="recipe",
+        backend=backend,
+        cuda_graphs=cuda_graphs,
     )
 
 

@@ -1,0 +1,248 @@
+"""The engine on the Triton kernels: published outputs, error budgets, and what only they promise.
+
+Interpreted on CPU tensors where there is no GPU, compiled where there is one.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from checkpoints import golden, images, relative_error
+from engines import SMALL, config_of, engine_of, image, small_engine
+from kernel_checks import DEVICE, ON_GPU, PARTS, on_part
+from stellar_fast.kernels import launch
+from stellar_fast.reference import ops as oracles
+from test_engine_parity import assert_within_budget, reference_of
+
+from stellar_fast import encoder, kernels
+from stellar_fast.encoder import OUTPUTS
+from stellar_fast.weights import Fp8Block, map_nodes
+
+GOLDEN = ["encode-tiny16", "encode-tiny14-k8", "encode-tiny16-notemp"]
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+if ON_GPU:
+    PRECISIONS["bf16"] = torch.bfloat16
+# Nothing in it is a multiple of a tile, and no golden file has its like.
+ODD = {
+    "backbone": {
+        "hidden_size": 120,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 200,
+        "patch_size": 8,
+        "image_size": 64,
+    },
+    "num_sparse_tokens": 5,
+    "spatial_temp": 0.1,
+    "weights_seed": 11,
+}
+
+
+def kernel_engine(meta, **keywords):
+    return engine_of(meta, backend="triton", device=DEVICE, **keywords)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return small_engine(backend="triton", device=DEVICE, precision="fp16")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_encode_meets_the_published_outputs(part, name):
+    expected, meta = golden(name)
+    engine = kernel_engine(meta)
+    with on_part(part):
+        for height, width in meta["sizes"]:
+            x = images(meta["batch"], height, width, meta["image_seed"])
+            out = {key: value.cpu() for key, value in engine.encode(x).items()}
+            for key in ("sparse", "cls", "dense", "lowrank"):
+                assert relative_error(out[key], expected[f"{height}x{width}.{key}"]) < 2e-5, key
+            mean = 1 / meta["num_sparse_tokens"]
+            published = expected[f"{height}x{width}.spatial"]
+            assert relative_error(out["spatial"] - mean, published - mean) < 1e-4
+
+
+def test_reconstruct_meets_the_published_outputs():
+    expected, meta = golden("reconstruct-tiny16")
+    engine = kernel_engine(meta, purpose="reconstruct")
+    features = {"sparse": expected["sparse"][:1], "spatial": expected["spatial"][:1]}
+    out = {key: value.cpu() for key, value in engine.reconstruct(features).items()}
+    stride = meta["patch_stride_of_decoder_output_and_logits"]
+    assert relative_error(out["logits"][:, ::stride], expected["logits"][:1]) < 2e-5
+    assert relative_error(out["reconstruction"], expected["reconstruction"][:1]) < 2**-11
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+@pytest.mark.parametrize("name", ["encode-tiny16", "encode-tiny14-k8", "odd"])
+def test_encode_error_budget(part, name, precision):
+    meta = ODD if name == "odd" else golden(name)[1]
+    engine = kernel_engine(meta, precision=precision, output_dtype=torch.float64)
+    size = (61, 72) if name == "odd" else (224, 224)
+    x = images(2, *size, 3)
+    model = reference_of(meta)
+    with torch.no_grad():
+        exact = model.encode(x.double())
+        plain = model.to(PRECISIONS[precision]).encode(x)
+    with on_part(part):
+        ours = {key: value.cpu() for key, value in engine.encode(x).items()}
+    for key in exact:
+        assert_within_budget(ours[key], plain[key], exact[key])
+    peak = (ours["spatial"] - exact["spatial"]).abs().max()
+    assert peak <= 2 * (plain["spatial"].double() - exact["spatial"]).abs().max()
+    torch.testing.assert_close(ours["spatial"].sum(-1), torch.ones_like(ours["spatial"][..., 0]))
+
+
+@pytest.mark.parametrize(
+    ("part", "calibrated"), [(PARTS[0], False), (PARTS[-1], True)], ids=["bounds", "calibrated"]
+)
+def test_fp8_error_budget(part, calibrated):
+    """As far from float64 as the oracles are with the same weights, twice at most."""
+    meta = golden("encode-tiny16")[1]
+    meta = meta | {"backbone": meta["backbone"] | {"num_hidden_layers": 4}}
+    engine = kernel_engine(meta, precision="fp8", output_dtype=torch.float64)
+    assert sum(isinstance(block, Fp8Block) for block in engine._encoder.blocks) == 2
+    x = images(1, 160, 160, 3)
+    before = engine._encoder.blocks[1].hidden_scale
+    with on_part(part):
+        if calibrated:
+            assert engine.calibrate(x) is engine
+            assert engine._encoder.blocks[1].hidden_scale < before
+        ours = {key: value.cpu() for key, value in engine.encode(x).items()}
+    with torch.no_grad():
+        exact = reference_of(meta).encode(x.double())
+    weights = map_nodes(engine._encoder, torch.Tensor, torch.Tensor.cpu)
+    plain = encoder.encode(
+        oracles, weights, engine.config, x, weights.table.table(10, 10), OUTPUTS, torch.float32
+    )
+    for key in exact:
+        assert_within_budget(ours[key], plain[key], exact[key])
+        assert relative_error(plain[key], exact[key]) < 0.5
+
+
+def test_calibration_needs_an_fp8_engine_and_images(small):
+    with pytest.raises(ValueError, match="this one is fp16"):
+        small.calibrate(image(1, 64, 64))
+    engine = small_engine(precision="fp8", backend="triton", device=DEVICE)
+    with pytest.raises(ValueError, match="empty batch"):
+        engine.calibrate(torch.zeros(0, 3, 64, 64))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_subsets_of_the_outputs_have_the_same_bits(part, small):
+    x = image(2, 64, 80)
+    with on_part(part):
+        whole = small.encode(x)
+        for outputs in (("cls",), ("sparse",), ("sparse", "cls"), ("dense",), ("lowrank",)):
+            found = small.encode(x, outputs=outputs)
+            assert set(found) == set(outputs)
+            for name in outputs:
+                assert torch.equal(found[name], whole[name])
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8"])
+def test_an_image_does_not_see_its_batch(part, precision):
+    engine = small_engine(backend="triton", device=DEVICE, precision=precision, max_batch=4)
+    x = image(5, 64, 64)
+    order = torch.tensor([4, 2, 0, 1, 3])
+    with on_part(part):
+        whole = engine.encode(x)
+        shuffled = engine.encode(x[order])
+        alone = [engine.encode(x[i : i + 1]) for i in range(5)]
+    for name, tensor in whole.items():
+        assert torch.equal(shuffled[name], tensor[order.to(DEVICE)])
+        for i in range(5):
+            assert torch.equal(alone[i][name][0], tensor[i])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_forms_of_a_batch(part, small):
+    pixels = (image(2, 64, 64) * 255).byte()
+    with on_part(part):
+        expected = small.encode(pixels)
+        forms = [
+            pixels.permute(0, 2, 3, 1).contiguous(),
+            pixels.permute(0, 2, 3, 1).numpy(),
+            pixels.flip(3).flip(3),
+            torch.nn.functional.pad(pixels, (3, 5))[..., 3:-5],
+        ]
+        for form in forms:
+            found = small.encode(form)
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor)
+        near = small.encode(pixels.float() / 255)
+    for name, tensor in expected.items():
+        assert relative_error(near[name], tensor) < 1e-2
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("value", [0, 255, 128])
+def test_constant_images_are_finite(part, small, value):
+    with on_part(part):
+        out = small.encode(torch.full((1, 3, 64, 64), value, dtype=torch.uint8))
+    assert all(tensor.isfinite().all() for tensor in out.values())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_images(part, small):
+    with on_part(part):
+        out = small.encode(torch.zeros(0, 3, 64, 64))
+    assert {name: tuple(tensor.shape) for name, tensor in out.items()} == {
+        "sparse": (0, 8, 64),
+        "spatial": (0, 16, 8),
+        "dense": (0, 16, 64),
+        "lowrank": (0, 16, 64),
+        "cls": (0, 1, 64),
+    }
+
+
+def launches(engine, outputs=OUTPUTS, arch=90) -> list[str]:
+    """The kernels that a batch is, in order, as the audit's hook sees them."""
+    weights = map_nodes(engine._encoder, torch.Tensor, lambda tensor: tensor.to("meta"))
+    x = torch.empty(2, 3, 96, 96, dtype=torch.uint8, device="meta")
+    seen: list[launch.Launch] = []
+    with launch.on_part(arch, seen.append):
+        encoder.encode(
+            kernels, weights, engine.config, x, weights.table.table(6, 6), outputs, torch.float32
+        )
+    return [item.kernel.__name__.strip("_").removesuffix("_kernel") for item in seen]
+
+
+def test_a_layer_is_five_launches():
+    seen = launches(small_engine(backend="triton", precision="fp16", device=DEVICE))
+    layer = ["linear", "attention", "linear", "linear", "linear"]
+    # The last layer's query has a launch of its own, so that it can run on fewer rows.
+    assert seen[:-4] == ["patch_embed", *layer, *layer, "linear", *layer]
+    assert seen[-4] == "norm"
+    assert "linear" in seen[-3:], "the sparse tokens' projection"
+
+
+def test_an_fp8_layer_has_a_quantizing_launch_behind_each_norm():
+    seen = launches(small_engine(backend="triton", precision="fp8", device=DEVICE))
+    layer = ["linear", "attention", "linear", "linear", "linear"]
+    fp8_layer = ["quantize_rows", "linear", "attention", "linear", "quantize_rows", "linear"]
+    assert seen[:13] == ["patch_embed", *layer, *fp8_layer, "linear"]
+
+
+def test_what_is_not_asked_for_is_not_launched():
+    engine = small_engine(backend="triton", precision="fp16", device=DEVICE)
+    assert launches(engine, ("cls",))[-1] == "norm"
+    assert len(launches(engine, ("spatial",))) == len(launches(engine))
+
+
+def test_a_kernel_engine_is_saved_and_loaded(tmp_path, small):
+    import stellar_fast
+
+    small.config = dataclasses.replace(config_of({"backbone": SMALL} | _small_meta()), name="small")
+    small.save(tmp_path)
+    again = stellar_fast.load("small", repo=tmp_path, backend="triton", device=DEVICE)
+    assert (again.backend, again.precision) == ("triton", "fp16")
+    x = image(1, 64, 64)
+    assert torch.equal(again.encode(x)["cls"], small.encode(x)["cls"])
+    assert "fp16, triton" in repr(again)
+
+
+def _small_meta() -> dict:
+    return {"num_sparse_tokens": 8, "spatial_temp": 0.06, "num_decoder_layers": 1}
