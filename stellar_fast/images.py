@@ -60,6 +60,7 @@ EVAL_SIDE = 256
 # Longest strip that "eval" resizes to, 256 times its width: more is a bomb of another kind.
 EVAL_MAX_PIXELS = EVAL_SIDE * EVAL_SIDE * 256
 BACKGROUND = (255, 255, 255, 255)
+STRIP = 1 << 22  # pixels that are composited at once
 REASON_LENGTH = 300
 
 # Held where this module changes the process's warning filters, so that its threads restore them in
@@ -142,9 +143,9 @@ def preset_pixels(image: Image.Image, preset: str) -> np.ndarray:
         )
     top, left = (rows - SIZE) // 2, (columns - SIZE) // 2
     result = empty(3, SIZE, SIZE)
-    for channel, cropped in zip(from_numpy(_channels_first(image)), result, strict=True):
+    for channel, cropped in enumerate(result):
         # One at a time: in float32, a picture of many pixels is gigabytes.
-        pixels = channel[None, None].float().div_(255)
+        pixels = from_numpy(np.array(image.getchannel(channel)))[None, None].float().div_(255)
         resized = interpolate(pixels, size=(rows, columns), mode="bicubic", align_corners=True)
         cropped.copy_(resized[0, 0, top : top + SIZE, left : left + SIZE])
     return result.numpy()
@@ -291,8 +292,9 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
 
 
 def _check_scans(image: Image.Image) -> None:
-    # Without a tile, its pixels are decoded already.
-    if not isinstance(image, JpegImageFile) or not image.tile or "progressive" not in image.info:
+    if not isinstance(image, JpegImageFile) or "progressive" not in image.info:
+        return
+    if image.fp is None or not image.tile:  # closed, or its pixels are decoded already
         return
     if count_scans(image.fp, image.tile[0].offset, MAX_SCANS) > MAX_SCANS:
         raise ImageError("", f"progressive JPEG of more than {MAX_SCANS} scans")
@@ -314,12 +316,21 @@ def _convert(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = _high_byte(image)
     if image.has_transparency_data:
-        if image.mode == "La":  # Pillow converts it to nothing but LA
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, BACKGROUND)
-        return Image.alpha_composite(background, image).convert("RGB")
+        result = Image.new("RGB", image.size)
+        rows = max(1, STRIP // image.width)
+        for top in range(0, image.height, rows):  # or a large picture is in memory four times more
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            result.paste(_over_background(strip), (0, top))
+        return result
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_background(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # Pillow converts it to nothing but LA
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    background = Image.new("RGBA", image.size, BACKGROUND)
+    return Image.alpha_composite(background, image).convert("RGB")
 
 
 def _high_byte(image: Image.Image) -> Image.Image:

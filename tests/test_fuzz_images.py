@@ -14,8 +14,9 @@ from stellar_fast import images
 from stellar_fast.errors import ImageError
 from stellar_fast.jpeg import count_scans
 
-# RGBA, its background, the two composited, and RGB: the most that decode holds of one picture.
-BYTES_A_PIXEL = 15
+# At most three pictures in Pillow's 4 bytes a pixel: as the decoder holds it, as RGB, and turned
+# upright. "eval" takes RGB and one channel as bytes, an array and float32; allocators keep some.
+BYTES_A_PIXEL = 16
 SLACK = 96 << 20  # bytes: files, decoders' tables, and what an allocator keeps
 
 

@@ -158,6 +158,24 @@ def test_alpha_is_composited_over_white(mode):
             assert np.abs(pixels(found) - expected).max() <= 2
 
 
+@pytest.mark.parametrize("kind", ["palette", "colour", "alpha"])
+def test_transparency_is_the_same_in_strips(kind, monkeypatch):
+    """A large picture is composited strip by strip."""
+    picture = photograph(30, 50)
+    options = {}
+    if kind == "palette":
+        picture, options = picture.quantize(16), {"transparency": 3}
+    elif kind == "colour":
+        options = {"transparency": picture.getpixel((7, 40))}
+    else:
+        picture.putalpha(picture.getchannel("R"))
+    data = saved(picture, "PNG", **options)
+    expected = images.decode(data)
+    for strip in (1, 30 * 7, 30 * 50):
+        monkeypatch.setattr(images, "STRIP", strip)
+        assert distance(images.decode(data), expected) == 0
+
+
 def test_a_transparent_colour_is_white():
     picture = Image.new("RGB", (4, 4), (10, 20, 30))
     picture.putpixel((1, 1), (200, 0, 0))
