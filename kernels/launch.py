@@ -3,6 +3,8 @@
 Tiles are a pure function of the part, the op, its dtypes and its shape, so they can be tested and
 compiled without a GPU. Within one part and op every choice has the same rows a tile, the same warps
 and the same matrix instruction: a row is computed by the same sums whatever the batch around it.
+What grows with the batch is marked `do_not_specialize` in the kernels, so that no batch size has
+one compiled anew.
 """
 
 from __future__ import annotations
@@ -260,7 +262,7 @@ def spatial_map_tile(weight: torch.dtype) -> Tile:
     """The tile of spatial_map's product, the same on every part and for every batch."""
     if weight == torch.float32:
         return Tile(64, 32, 16, num_warps=8, num_stages=2)
-    return Tile(128, 128, 32, num_warps=8, num_stages=3)
+    return Tile(64, 128, 32, num_warps=8, num_stages=3)
 
 
 def reassemble_tile(tokens: int) -> Tile:

@@ -87,7 +87,7 @@ def _finish(
         tl.store(out_sums_ptr + at, sums, mask=mask_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "parts"])
 def _linear_kernel(
     x,  # (M, K): pointer, or descriptor of (BLOCK_M, BLOCK_K)
     weight,  # (N, K): pointer, or descriptor of (BLOCK_N, BLOCK_K)

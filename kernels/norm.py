@@ -33,7 +33,7 @@ def _row(x_ptr, S, stride_xb, stride_xs, D: tl.constexpr, BLOCK_D: tl.constexpr)
     return x, tl.sum(x * x) / D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _norm_kernel(
     x_ptr,  # (B, S, D)
     weight_ptr,  # (D,)

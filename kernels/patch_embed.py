@@ -80,7 +80,7 @@ def _finish(
     tl.store(sums_ptr + at, sums, mask=mask_m & (parts * SUM_BLOCK < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_out"])
 def _patch_embed_kernel(
     images_ptr,  # (B, 3, H, W)
     weight_ptr,  # (D, DEPTH)

@@ -21,7 +21,7 @@ from .linear import linear
 from .reassemble import MAX_TOKENS, store_mixture
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _similarity_kernel(
     dense_ptr,  # (B, P, D)
     weight_ptr,  # (D, D)
@@ -80,18 +80,19 @@ def _similarity_kernel(
     )
     products = tl.dot(d, s.T, input_precision="ieee")
     squares = tl.sum(d.to(tl.float32) * d.to(tl.float32), 1)
-    shares_ptr += ((tile_n * B + image) * P + rows) * (K + 1)
+    share = tile_n.to(tl.int64) * B + image
+    shares_ptr += (share * P + rows) * (K + 1)
     tl.store(
         shares_ptr[:, None] + tokens[None, :], products, mask=mask_m[:, None] & mask_t[None, :]
     )
     tl.store(shares_ptr + K, squares, mask=mask_m)
     if tile_m == 0:
         s_squares = tl.sum(s.to(tl.float32) * s.to(tl.float32), 1)
-        s_squares_ptr += (tile_n * B + image) * K
+        s_squares_ptr += share * K
         tl.store(s_squares_ptr + tokens, s_squares, mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _spatial_kernel(
     shares_ptr,  # (parts, B, P, K + 1) float32
     s_squares_ptr,  # (parts, B, K) float32
@@ -123,11 +124,12 @@ def _spatial_kernel(
     logits = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     d_squares = tl.zeros((BLOCK_P,), tl.float32)
     s_squares = tl.zeros((BLOCK_K,), tl.float32)
+    images = B.to(tl.int64)
     for part in tl.range(parts, loop_unroll_factor=4):
-        share = shares_ptr + ((part * B + image) * P + rows) * (K + 1)
+        share = shares_ptr + ((part * images + image) * P + rows) * (K + 1)
         logits += tl.load(share[:, None] + tokens[None, :], mask=mask, other=0.0)
         if NORMALIZE:
-            s_share = s_squares_ptr + (part * B + image) * K
+            s_share = s_squares_ptr + (part * images + image) * K
             d_squares += tl.load(share + K, mask=mask_p, other=0.0)
             s_squares += tl.load(s_share + tokens, mask=mask_k, other=0.0)
     if NORMALIZE:
