@@ -188,6 +188,17 @@ def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
+def linear_options(tile: Tile, quantizes: bool) -> dict[str, int]:
+    """Options of the compiler for a product; `quantizes` its output to FP8.
+
+    Left to itself, the assembler caps the registers of that epilogue so low that it spills.
+    """
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if quantizes and tile.block_n <= 128:
+        options["maxnreg"] = 128
+    return options
+
+
 def linear_tile(part: Part, x: torch.dtype, rows: int, columns: int, depth: int) -> Tile:
     """The tile of a matrix product (rows, depth) x (depth, columns).
 
@@ -232,6 +243,14 @@ class AttentionTile:
     resident: bool
 
 
+def attention_options(tile: AttentionTile) -> dict[str, int]:
+    """Options of the compiler for attention; see `linear_options` for the registers."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.resident:
+        options["maxnreg"] = 255
+    return options
+
+
 def attention_tile(
     part: Part, dtype: torch.dtype, length: int, head_dim: int, descriptors: bool
 ) -> AttentionTile:
@@ -243,7 +262,7 @@ def attention_tile(
     if dtype == torch.float32:
         return AttentionTile(32, 32, num_warps=4, num_stages=1, resident=False)
     kept = -(-length // 64) * 64 * head_dim * 2 * 2
-    if descriptors and kept <= part.shared // 2:
+    if descriptors and part.shared > 200_000 and kept <= part.shared // 2:
         if part.arch == 90 and head_dim > 64:
             return AttentionTile(128, 64, num_warps=8, num_stages=2, resident=True)
         warps = 8 if head_dim > 64 else 4

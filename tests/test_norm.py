@@ -13,11 +13,12 @@ from kernel_checks import (
     poisoned,  # noqa: F401
     strided,
 )
+from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels.launch import FP8, FP8_MAX
 from stellar_fast.kernels.norm import norm, quantize_rows
 from stellar_fast.reference import ops as oracles
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
 EPS = 1e-12
 
 

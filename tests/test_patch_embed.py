@@ -11,11 +11,12 @@ from kernel_checks import (
     on_part,
     poisoned,  # noqa: F401
 )
+from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels.launch import SUM_BLOCK
 from stellar_fast.kernels.patch_embed import patch_embed
 from stellar_fast.reference import ops as oracles
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
 PIXELS = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

@@ -13,10 +13,11 @@ from kernel_checks import (
     poisoned,  # noqa: F401
     strided,
 )
+from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels.reassemble import reassemble
 from stellar_fast.reference import ops as oracles
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
 
 
 @pytest.fixture(params=PARTS, autouse=True)
