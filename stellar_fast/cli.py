@@ -8,6 +8,7 @@ torch and all that needs it are imported inside the commands, so that help is qu
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,11 +127,15 @@ def models() -> None:
 @app.command()
 def extract(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="INPUT", help="A folder of images, or a .txt list of paths."),
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="A folder of images; a .txt, .csv, .tsv or .parquet list of paths; or tars, such "
+            "as 'shards/{0000..0009}.tar'. Local, or any address that fsspec opens.",
+        ),
     ],
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="The folder to make; must not hold anything.")
+        str, typer.Argument(metavar="OUTPUT", help="The folder to make, or to go on with.")
     ],
     model: Model = "stellar-b16",
     repo: Repo = None,
@@ -141,28 +146,72 @@ def extract(
     dtype: Annotated[
         str, typer.Option(help="Of the files: float32; or float16, half the space.")
     ] = "float32",
+    format: Annotated[
+        str, typer.Option("--format", help="npy; or parquet, with an id beside each row.")
+    ] = "npy",
     batch_size: Annotated[
         int | None, typer.Option(help="Images encoded at once; 16 on a CPU, 256 on a GPU.")
     ] = None,
+    partition_size: Annotated[
+        int | None, typer.Option(help="Images in each part of the output; 4096.")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Of a table of paths: the only one, path, url or file.")
+    ] = None,
     preset: Preset = "card",
     precision: Precision = "auto",
-    device: Device = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that decode; one for each core.")
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            "--device",
+            help="cpu, cuda or cuda:N; several with commas; every GPU there is, if left out.",
+        ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier output when the new is whole.")
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode; one for each core.")
+    ] = None,
+    on_error: Annotated[
+        str, typer.Option(help="record images that cannot be read; or fail at the first.")
+    ] = "record",
+    max_errors: Annotated[
+        int | None, typer.Option(help="Stop when more images than this have failed.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try images that failed before once more.")
     ] = False,
+    partitions: Annotated[
+        str, typer.Option(metavar="K/N", help="Make the K-th of N shares, for job arrays.")
+    ] = "1/1",
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="List the input, write the plan, and stop.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on by the plan; do not list the input again.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an earlier output and start anew.")
+    ] = False,
+    dummy_reader: Annotated[
+        bool, typer.Option("--dummy-reader", help="Encode noise, to measure all but reading.")
+    ] = False,
+    dummy_writer: Annotated[
+        bool, typer.Option("--dummy-writer", help="Write nothing, to measure all but writing.")
+    ] = False,
+    log_seconds: Annotated[
+        float, typer.Option(help="Between lines of progress where there is no terminal.")
+    ] = 30.0,
     revision: Revision = None,
     local_files_only: LocalOnly = False,
     debug: Debug = False,
 ) -> None:
-    """Features of many images: one .npy for each feature, and index.parquet.
+    """Features of many images: one .npy for each feature in every part, and index.parquet.
 
-    The index has a line for every image: path, row in the .npy files, status, reason. An image
-    that cannot be read is a line with a reason, and the exit status is then 3.
+    The index has a line for every image: id, row in the .npy files, status, reason, width, height.
+    An image that cannot be read is a line with a reason, and the exit status is then 3.
 
-    OUTPUT appears when it is whole; a run that dies leaves nothing of that name.
+    Parts appear when they are whole. A run that was stopped, however, goes on when the same command
+    is given again.
     """
     with _reported(debug):
         from . import extract as extraction
@@ -173,26 +222,55 @@ def extract(
             features=[name.strip() for name in features.split(",") if name.strip()],
             dtype=dtype,
             preset=preset,
+            format=format,
             batch_size=batch_size,
+            partition_size=partition_size,
+            column=column,
             workers=workers,
+            on_error=on_error,
+            max_errors=max_errors,
+            retry_failed=retry_failed,
+            share=extraction.parse_share(partitions),
+            resume=resume,
             overwrite=overwrite,
+            dummy_reader=dummy_reader,
+            dummy_writer=dummy_writer,
         )
-        engine = _load(
+        load = functools.partial(
+            _load,
             model,
             repo=repo,
             weights=weights,
             precision=precision,
-            device=device,
-            max_batch=batch_size,
+            max_batch=job.batch_size,
             revision=revision,
             local_files_only=local_files_only,
         )
         facts = {"repo": repo, "revision": revision} if weights != "synthetic" else {}
-        summary = extraction.run(job, engine, facts=facts)
+        names = extraction.device_names(devices)
+        if plan_only:
+            engine = load(device=names[0])
+            made = extraction.prepare(job, extraction.identify(engine), engine.max_batch, facts)
+            typer.echo(f"{output}: {made.images} images in {len(made.partitions)} partitions")
+            return
+        try:
+            if len(names) == 1:
+                engine = load(device=names[0])
+                summary = extraction.run(job, engine, facts=facts, log_seconds=log_seconds)
+            else:
+                summary = extraction.run_devices(
+                    job, load, names, facts=facts, log_seconds=log_seconds
+                )
+        except KeyboardInterrupt:
+            typer.echo("complete parts stay: the same command goes on from there", err=True)
+            raise
         typer.echo(f"{output}: {summary}")
-        if summary.failed:
-            typer.echo(f"the reasons are in {output / 'index.parquet'}", err=True)
-    if summary.failed:
+        if summary.images:
+            typer.echo(f"  {summary.stages}")
+        if summary.all_failed:
+            reasons = f"the reasons are in {output}/part-*/index.parquet"
+            typer.echo(f"{summary.all_failed} images failed; {reasons}", err=True)
+    if summary.all_failed:
         raise typer.Exit(SOME_FAILED)
 
 

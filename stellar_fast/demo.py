@@ -8,7 +8,8 @@ from pathlib import Path
 
 from . import photos
 from .extract import plan, run
-from .extract.folder import check_output, staged
+from .extract.folder import check_output
+from .files import writing
 from .images import decode
 from .loading import load
 from .pictures import has_viz, save_spatial
@@ -17,15 +18,14 @@ PHOTOGRAPHS = 12
 
 
 def demo(out: Path, model: str, say: Callable[[str], None]) -> None:
-    """Draws photographs, extracts their features and draws spatial maps, all into `out`, which
-    appears when it is whole.
+    """Draws photographs, extracts their features and draws spatial maps, all into `out`.
 
     Args:
         out: a folder that is not there, or empty.
         say: takes the lines that tell what was done and how long it took.
 
     Raises:
-        ValueError: unknown model, or `out` holds something.
+        ValueError: unknown model, or `out` holds something or may not be written.
         StellarError: `out` cannot be written.
     """
     out = out.resolve()
@@ -40,24 +40,27 @@ def demo(out: Path, model: str, say: Callable[[str], None]) -> None:
     engine = load(model, weights="synthetic")
     say(f"  weights      {_since(start)}  {engine.precision} on {engine.device}")
 
-    with staged(out, overwrite=False) as folder:
-        start = time.perf_counter()
-        files = photos.write(folder / "photographs", PHOTOGRAPHS)
-        say(f"  photographs  {_since(start)}  {len(files)} drawn, JPEG")
+    start = time.perf_counter()
+    with writing(out):
+        files = photos.write(out / "photographs", PHOTOGRAPHS)
+    say(f"  photographs  {_since(start)}  {len(files)} drawn, JPEG")
 
-        job = plan(folder / "photographs", folder / "features")
-        summary = run(job, engine, facts={"input": str(out / "photographs")})
-        seconds = summary.seconds["total"]
-        say(f"  features     {seconds:6.2f} s  {', '.join(job.features)} of {summary}")
+    job = plan(out / "photographs", out / "features")
+    summary = run(job, engine)
+    seconds = summary.seconds["total"]
+    parts = sorted(path.name for path in job.output.glob("part-*"))
+    say(f"  features     {seconds:6.2f} s  {', '.join(job.features)} of {summary}")
 
-        start = time.perf_counter()
-        if has_viz():
-            title = f"{model}, synthetic weights: {files[0].name}"
-            save_spatial(folder / "maps.png", engine, decode(files[0]), job.preset, title)
-            say(f"  maps         {_since(start)}  {engine.config.num_sparse_tokens} spatial maps")
-        else:
-            say("  maps         left out: pip install 'stellar-fast[viz]' to draw spatial maps")
+    start = time.perf_counter()
+    if has_viz():
+        title = f"{model}, synthetic weights: {files[0].name}"
+        save_spatial(out / "maps.png", engine, decode(files[0]), "card", title)
+        say(f"  maps         {_since(start)}  {engine.config.num_sparse_tokens} spatial maps")
+    else:
+        say("  maps         left out: pip install 'stellar-fast[viz]' to draw spatial maps")
     say(f"{out}: {', '.join(sorted(entry.name for entry in out.iterdir()))}")
+    made = ", ".join(sorted(path.name for path in (job.output / parts[0]).iterdir()))
+    say(f"{job.output / parts[0]}: {made}")
 
 
 def _since(start: float) -> str:

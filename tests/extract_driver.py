@@ -1,52 +1,47 @@
-"""A process that extracts, says where it is, and waits there to be killed.
+"""A process that extracts again and again, each time in a child of its own to be killed.
 
-Arguments: the photographs, the output, and the moment: "staged", "encoded", "indexed", "published".
+Arguments: the photographs. For every line on its input, an output folder, it forks a child that
+extracts into it and prints the child's number; then it waits for the child and prints how it ended.
+The fork saves the seconds that importing torch takes; no engine is made before it.
 """
 
+import os
 import sys
 import time
 
-from engines import small_engine
-from extracting import Wrapped
-
-from stellar_fast.extract import folder, plan, run, runner
-
-source, output, moment = sys.argv[1:]
+STEP = 0.02  # seconds more for each batch, so that there is time to be killed in
 
 
-def reach(name: str) -> None:
-    if name == moment:
-        print(name, flush=True)
-        time.sleep(600)
+def extract(output: str) -> None:
+    from engines import small_engine
+    from extracting import SMALL_PARTS, Wrapped
+
+    from stellar_fast.extract import plan, run
+
+    engine = small_engine()
+
+    def encode(images, **arguments):
+        time.sleep(STEP)
+        return engine.encode(images, **arguments)
+
+    run(plan(sys.argv[1], output, **SMALL_PARTS), Wrapped(engine, encode))
 
 
-engine = small_engine()
-encoded = 0
+def main() -> None:
+    # Not above: decoding processes import this file too, and do without torch.
+    import engines  # noqa: F401
+    import extracting  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            sys.stdin.close()
+            extract(line.strip())
+            os._exit(0)
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def encode(images, **arguments):
-    global encoded
-    encoded += len(images)
-    if not len(images):
-        reach("staged")
-    elif encoded > 4:  # a batch is in the files already
-        reach("encoded")
-    return engine.encode(images, **arguments)
-
-
-write_index, publish = runner.write_index, folder._publish
-
-
-def write_index_and_stop(*arguments) -> None:
-    write_index(*arguments)
-    reach("indexed")
-
-
-def publish_and_stop(*arguments) -> None:
-    publish(*arguments)
-    reach("published")
-
-
-runner.write_index = write_index_and_stop
-folder._publish = publish_and_stop
-run(plan(source, output, batch_size=3, overwrite=True), Wrapped(engine, encode))
+if __name__ == "__main__":
+    main()

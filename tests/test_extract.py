@@ -1,21 +1,23 @@
-"""Extraction: what is read, what is written, what an error leaves behind."""
+"""Extraction: what is written, and what the options do."""
 
 import json
 import os
+import re
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from engines import small_engine
-from extracting import Wrapped, index, scaled, touch
+from extracting import Wrapped, contents, feature, index, parts, scaled, touch
 from pictures import photograph
 from pyarrow import parquet
 from scenes import write_photographs
 
-from stellar_fast import StellarError, extract
-from stellar_fast.extract import discover, plan, run
+from stellar_fast import StellarError
+from stellar_fast.extract import check_sums, plan, read_plan, run
+from stellar_fast.extract.stats import Progress
+from stellar_fast.extract.workers import Workers
 from stellar_fast.images import load_image
 
 
@@ -25,102 +27,18 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory) -> Path:
+def photographs(tmp_path_factory):
     root = tmp_path_factory.mktemp("photographs")
     write_photographs(root, good=20, broken=4)
     return root
 
 
-def paths(items) -> list[str]:
-    return [item.path for item in items]
-
-
-# What is read
-
-
-def test_a_folder_is_read_recursively_sorted_by_path_and_known_suffixes_only(tmp_path):
-    names = ("b.jpg", "a/z.PNG", "a/c/y.webp", "a.tiff")
-    touch(tmp_path, *names, "notes.txt", "a/x.npy", ".hidden.jpg", ".cache/x.jpg", "a/.DS_Store")
-    items = discover(tmp_path)
-    assert paths(items) == ["a.tiff", "a/c/y.webp", "a/z.PNG", "b.jpg"]
-    assert all(Path(item.file).is_file() for item in items)
-
-
-def test_links_are_followed_but_not_round_in_circles(tmp_path):
-    touch(tmp_path, "in/a.jpg", "elsewhere/b.jpg")
-    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "in" / "self").symlink_to(tmp_path / "in")
-    assert paths(discover(tmp_path / "in")) == ["a.jpg", "linked/b.jpg"]
-
-
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
-    touch(tmp_path, "a.jpg", "locked/b.jpg")
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path).name == "locked":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="locked"):
-        discover(tmp_path)
-
-
-def test_a_list_keeps_its_order_and_counts_paths_from_its_own_folder(tmp_path):
-    touch(tmp_path, "lists/b.jpg", "a.dat")
-    source = tmp_path / "lists" / "all.txt"
-    absolute = str(tmp_path / "lists" / "c.png")
-    source.write_bytes(f"\ufeffb.jpg\r\n\n../a.dat\n{absolute}\nmissing one.jpg".encode())
-    items = discover(source)
-    assert paths(items) == ["b.jpg", "../a.dat", absolute, "missing one.jpg"]
-    assert [item.file for item in items] == [
-        str(tmp_path / "lists" / "b.jpg"),
-        str(tmp_path / "a.dat"),
-        absolute,
-        str(tmp_path / "lists" / "missing one.jpg"),
-    ]
-
-
-def test_a_file_listed_twice_is_an_error_that_names_both_lines(tmp_path):
-    source = tmp_path / "list.txt"
-    source.write_text("a.jpg\nb.jpg\n\n./sub/../a.jpg\n")
-    with pytest.raises(ValueError, match=r"lines 1 and 4 .*a\.jpg"):
-        discover(source)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: None, "no such folder or list"),
-        (lambda path: path.mkdir(), "no images in this folder"),
-        (lambda path: path.write_text(""), "neither"),
-    ],
-)
-def test_inputs_that_cannot_be(tmp_path, make, message):
-    make(tmp_path / "input")
-    with pytest.raises(ValueError, match=message):
-        discover(tmp_path / "input")
-
-
-def test_an_empty_list_and_a_binary_one_are_errors(tmp_path):
-    (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "binary.txt").write_bytes(b"a\0b")
-    with pytest.raises(ValueError, match="names no images"):
-        discover(tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match="zero byte"):
-        discover(tmp_path / "binary.txt")
-
-
-def test_names_that_are_no_utf8_are_read_and_indexed(tmp_path, engine):
-    photograph(50, 50).save(tmp_path / "a.png")
-    os.rename(os.fsencode(tmp_path / "a.png"), os.fsencode(tmp_path) + b"/\xe9.png")
-    run(plan(tmp_path, tmp_path / "out"), engine)
-    assert index(tmp_path / "out")["path"] == ["\\xe9.png"]
-    assert index(tmp_path / "out")["status"] == ["ok"]
-
-
-# What is written
+def expected(engine, job, good, batches, preset="card"):
+    """`encode` of the good images in the same batches, so that a comparison can be exact."""
+    files = {item.id: item.file for item in job.items}
+    pixels = torch.stack([load_image(files[name], preset) for name in good])
+    found = [engine.encode(part, check_range=False) for part in pixels.split(batches)]
+    return {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
 
 
 @pytest.mark.parametrize("preset", ["card", "eval"])
@@ -129,57 +47,113 @@ def test_rows_are_the_engines_features_of_the_good_images_in_order(
     photographs, tmp_path, engine, preset, dtype
 ):
     features = ("cls", "sparse", "spatial", "dense")
-    job = plan(
-        photographs, tmp_path / "out", features=features, dtype=dtype, preset=preset, batch_size=7
-    )
+    arguments = {"features": features, "dtype": dtype, "preset": preset, "batch_size": 7}
+    job = plan(photographs, tmp_path / "out", **arguments)
     summary = run(job, engine)
     table = index(tmp_path / "out")
-    good = [
-        item.file for item, status in zip(job.items, table["status"], strict=True) if status == "ok"
-    ]
-    pixels = torch.stack([load_image(file, preset) for file in good])
-    # In the same batches, so that the comparison can be exact.
-    parts = [engine.encode(part, check_range=False) for part in pixels.split(7)]
+    rows = zip(table["id"], table["status"], strict=True)
+    good = [name for name, status in rows if status == "ok"]
+    wanted = expected(engine, job, good, 7, preset)
     for name in features:
-        stored = np.load(tmp_path / "out" / f"{name}.npy", mmap_mode="r")
+        stored = np.load(parts(tmp_path / "out")[0] / f"{name}.npy", mmap_mode="r")
         assert stored.dtype == dtype
-        expected = torch.cat([part[name] for part in parts]).numpy().astype(dtype)
-        np.testing.assert_array_equal(stored, expected)
+        np.testing.assert_array_equal(stored, wanted[name].astype(dtype))
     assert (summary.images, summary.rows, summary.failed) == (24, 20, 4)
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
-def test_the_index_and_the_run_say_what_was_done(photographs, tmp_path, engine):
-    job = plan(photographs, tmp_path / "out")
+def test_partitions_hold_all_images_in_order_and_batches_do_not_cross_them(
+    photographs, tmp_path, engine
+):
+    sizes = []
+
+    def encode(images, **arguments):
+        sizes.append(len(images))
+        return engine.encode(images, **arguments)
+
+    job = plan(photographs, tmp_path / "out", partition_size=10, batch_size=4)
+    run(job, Wrapped(engine, encode))
+    made = read_plan(tmp_path / "out")
+    assert [part.images for part in made.partitions] == [10, 10, 4]
+    table = index(tmp_path / "out")
+    assert table["id"] == [item.id for item in job.items]
+    start, batches = 0, []
+    for number, part in enumerate(parts(tmp_path / "out")):
+        stop = start + made.partitions[number].images
+        rows = [row for row in table["row"][start:stop] if row is not None]
+        assert rows == list(range(len(rows)))
+        good = [
+            name
+            for name, row in zip(table["id"][start:stop], table["row"][start:stop], strict=True)
+            if row is not None
+        ]
+        np.testing.assert_array_equal(
+            np.load(part / "sparse.npy"), expected(engine, job, good, 4)["sparse"]
+        )
+        full, rest = divmod(len(rows), 4)
+        batches += [4] * full + [rest] * (rest > 0)
+        start = stop
+        check_sums(tmp_path / "out", made, number)
+    assert [size for size in sizes if size] == batches
+
+
+def test_the_index_the_manifest_and_the_plan_say_what_was_done(photographs, tmp_path, engine):
+    output = tmp_path / "out"
+    job = plan(photographs, output)
     run(job, engine, facts={"repo": "somewhere"})
-    table = parquet.read_table(tmp_path / "out" / "index.parquet")
+    table = parquet.read_table(output / "part-00000" / "index.parquet")
     assert [(field.name, str(field.type)) for field in table.schema] == [
-        ("path", "string"),
-        ("row", "int64"),
-        ("status", "string"),
-        ("reason", "string"),
+        *(("id", "string"), ("row", "int64"), ("status", "string"), ("reason", "string")),
+        *(("width", "int32"), ("height", "int32")),
     ]
     lines = table.to_pylist()
-    assert [line["path"] for line in lines] == paths(job.items)
+    assert [line["id"] for line in lines] == [item.id for item in job.items]
     good = [line for line in lines if line["status"] == "ok"]
     failed = [line for line in lines if line["status"] == "failed"]
     assert [line["row"] for line in good] == list(range(20))
-    assert all(line["reason"] is None for line in good)
+    assert all(line["reason"] is None and 60 <= line["width"] < 400 for line in good)
     assert len(failed) == 4
-    assert all(line["row"] is None and line["reason"] for line in failed)
-    assert all("broken" in line["path"] for line in failed)
+    for line in failed:
+        assert line["row"] is line["width"] is line["height"] is None
+        assert line["reason"]
+        assert "broken" in line["id"]
 
-    facts = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert facts["features"] == {
+    manifest = json.loads((output / "part-00000" / "manifest.json").read_text())
+    assert manifest["features"] == {
         "sparse": {"shape": [20, 8, 64], "dtype": "float32"},
         "cls": {"shape": [20, 1, 64], "dtype": "float32"},
     }
-    expected = {"model": "golden", "weights": "recipe", "precision": "fp32", "preset": "card"}
-    assert expected.items() <= facts.items()
-    assert (facts["images"], facts["rows"], facts["failed"]) == (24, 20, 4)
-    assert facts["repo"] == "somewhere"
-    assert set(facts["seconds"]) == {"decode", "wait", "encode", "write", "total"}
-    assert facts["versions"]["torch"] == torch.__version__
+    assert (manifest["images"], manifest["rows"], manifest["failed"]) == (24, 20, 4)
+    assert set(manifest["files"]) == {"sparse.npy", "cls.npy", "index.parquet"}
+    assert manifest["made"]["versions"]["torch"] == torch.__version__
+    made = read_plan(output)
+    told = {"weights": "recipe", "precision": "fp32", "preset": "card", "dtype": "float32"}
+    assert told.items() <= made.configuration.items()
+    assert made.configuration["model"]["backbone"]["hidden_size"] == 64
+    assert made.configuration["batch_size"] == engine.max_batch
+    assert made.facts == {"repo": "somewhere"}
+    stats = json.loads((output / "stats.json").read_text())
+    assert (stats["outcome"], stats["images"], stats["failed"]) == ("complete", 24, 4)
+    stages = {"read", "decode", "wait", "encode", "blocked", "write", "total"}
+    assert set(stats["seconds"]) == stages
+    assert stats["limit"] in ("read", "decode", "encode", "write")
+
+
+def test_the_size_is_the_upright_pictures(tmp_path, engine):
+    turned = photograph(50, 30)
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "a.jpg", exif=turned.getexif())
+    run(plan(tmp_path, tmp_path / "out"), engine)
+    table = index(tmp_path / "out")
+    assert (table["width"], table["height"]) == ([30], [50])
+
+
+def test_names_that_are_no_utf8_are_read_and_indexed(tmp_path, engine):
+    photograph(50, 50).save(tmp_path / "a.png")
+    os.rename(os.fsencode(tmp_path / "a.png"), os.fsencode(tmp_path) + b"/\xe9.png")
+    run(plan(tmp_path, tmp_path / "out"), engine)
+    assert index(tmp_path / "out")["id"] == ["\\xe9.png"]
+    assert index(tmp_path / "out")["status"] == ["ok"]
 
 
 def test_a_listed_file_that_is_not_there_is_a_failed_row(tmp_path, engine):
@@ -195,21 +169,48 @@ def test_all_images_broken_is_an_output_without_rows(tmp_path, engine):
     touch(tmp_path / "in", "a.jpg", "b.jpg")
     summary = run(plan(tmp_path / "in", tmp_path / "out"), engine)
     assert (summary.rows, summary.failed) == (0, 2)
-    assert np.load(tmp_path / "out" / "sparse.npy").shape == (0, 8, 64)
+    assert feature(tmp_path / "out", "sparse").shape == (0, 8, 64)
     assert index(tmp_path / "out")["row"] == [None, None]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 20, 100])
-def test_batches_hold_only_good_images_and_are_full(photographs, tmp_path, engine, batch_size):
-    sizes = []
+def test_images_come_out_of_archives_in_stores(tmp_path, engine):
+    """By an address that is a chain, opened again in the decoding processes."""
+    import zipfile
 
-    def encode(images, **arguments):
-        sizes.append(len(images))
-        return engine.encode(images, **arguments)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("x/a.png", "b.png"):
+            with archive.open(name, "w") as file:
+                photograph(50, 40, seed=len(name)).save(file, "PNG")
+    run(plan(f"zip://::file://{tmp_path}/a.zip", tmp_path / "out"), engine)
+    table = index(tmp_path / "out")
+    assert (table["id"], table["reason"]) == (["b.png", "x/a.png"], [None, None])
+    pixels = load_image(photograph(50, 40, seed=5), "card")[None]
+    wanted = engine.encode(pixels, outputs=("cls",))["cls"][0].numpy()
+    np.testing.assert_allclose(feature(tmp_path / "out", "cls")[0], wanted, atol=1e-5)
 
-    run(plan(photographs, tmp_path / "out", batch_size=batch_size), Wrapped(engine, encode))
-    full, rest = divmod(20, batch_size)
-    assert [size for size in sizes if size] == [batch_size] * full + [rest] * (rest > 0)
+
+def test_the_parquet_format_has_ids_beside_the_same_rows(photographs, tmp_path, engine):
+    arguments = {"partition_size": 10, "batch_size": 4, "dtype": "float16"}
+    run(plan(photographs, tmp_path / "npy", **arguments), engine)
+    run(plan(photographs, tmp_path / "parquet", format="parquet", **arguments), engine)
+    table = index(tmp_path / "npy")
+    assert index(tmp_path / "parquet") == table
+    ids, rows = [], []
+    for part in parts(tmp_path / "parquet"):
+        assert {path.name for path in part.iterdir()} == {
+            *("features.parquet", "index.parquet", "manifest.json")
+        }
+        content = parquet.read_table(part / "features.parquet")
+        facts = json.loads(content.schema.metadata[b"stellar_fast"])["sparse"]
+        assert facts == {"shape": [8, 64], "dtype": "float16"}
+        ids += content["id"].to_pylist()
+        rows += [
+            np.frombuffer(value, facts["dtype"]).reshape(facts["shape"])
+            for value in content["sparse"].to_pylist()
+        ]
+    good = zip(table["id"], table["row"], strict=True)
+    assert ids == [name for name, row in good if row is not None]
+    np.testing.assert_array_equal(np.stack(rows), feature(tmp_path / "npy", "sparse"))
 
 
 def test_only_the_eval_preset_takes_values_beyond_the_range(photographs, tmp_path, engine):
@@ -221,32 +222,123 @@ def test_only_the_eval_preset_takes_values_beyond_the_range(photographs, tmp_pat
         return engine.encode(images, **arguments)
 
     for preset in ("card", "eval"):
-        run(
-            plan(photographs, tmp_path / preset, preset=preset, batch_size=20),
-            Wrapped(engine, encode),
-        )
+        job = plan(photographs, tmp_path / preset, preset=preset, batch_size=20)
+        run(job, Wrapped(engine, encode))
     assert checks == [True, False]
 
 
-def test_no_more_images_are_decoded_than_the_queue_holds(
-    photographs, tmp_path, engine, monkeypatch
+def test_no_more_images_are_taken_than_there_are_slots(photographs):
+    items = plan(photographs, "nowhere", dummy_writer=True).items * 20
+    taken = []
+    workers = Workers(2, "card", 8)
+    room = workers.slots.count
+    assert room <= 2 * 8 + 2 * 2 * 8
+    try:
+        outcomes = workers.decode((taken.append(item) or item for item in items), lambda: False)
+        for number, outcome in enumerate(outcomes):
+            if number in (0, 100):
+                time.sleep(0.3)  # the processes would go on, if they had room
+            assert outcome.number == number
+            assert len(taken) <= number + room
+    finally:
+        workers.close()
+    assert len(taken) == len(items) == number + 1
+
+
+# Options
+
+
+def test_shares_make_every_partition_once_and_the_same_files(photographs, tmp_path, engine):
+    arguments = {"partition_size": 5, "batch_size": 4}
+    run(plan(photographs, tmp_path / "whole", **arguments), engine)
+    output = tmp_path / "shares"
+    made = []
+    for k in (3, 1, 2):
+        summary = run(plan(photographs, output, share=(k, 3), **arguments), engine)
+        made.append(summary.partitions)
+        assert (output / f"stats-{k}-of-3.json").is_file()
+    assert made == [1, 2, 2]
+    assert contents(output) == contents(tmp_path / "whole")
+    assert run(plan(photographs, output, **arguments), engine).images == 0
+
+
+def test_failed_images_are_tried_again_when_asked(tmp_path, engine):
+    photos = tmp_path / "photos"
+    write_photographs(photos, good=12, broken=0)
+    paths = sorted(path for path in photos.rglob("*.*"))
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths))
+    away = {path: path.read_bytes() for path in (paths[2], paths[3], paths[8])}
+    for format in ("npy", "parquet"):
+        for path in away:
+            path.write_bytes(b"")
+        output = tmp_path / format
+        arguments = {"partition_size": 4, "batch_size": 1, "format": format}
+        summary = run(plan(tmp_path / "list.txt", output, **arguments), engine)
+        assert summary.failed == 3
+        before = contents(output)
+        assert run(plan(tmp_path / "list.txt", output, **arguments), engine).all_failed == 3
+        again = plan(tmp_path / "list.txt", output, retry_failed=True, **arguments)
+        assert run(again, engine).all_failed == 3
+        assert contents(output) == before
+        for path in list(away)[1:]:
+            path.write_bytes(away[path])
+        assert run(again, engine).all_failed == 1
+        (paths[2]).write_bytes(away[paths[2]])
+        assert run(again, engine).all_failed == 0
+        if format == "npy":
+            # One image a batch, so that the batches are the same in a run that never failed.
+            run(plan(tmp_path / "list.txt", tmp_path / "whole", **arguments), engine)
+            assert contents(output) == contents(tmp_path / "whole")
+        else:
+            table = parquet.read_table(output / "part-00000" / "features.parquet")
+            assert table["id"].to_pylist() == index(output)["id"][:4]
+            sparse = np.stack([np.frombuffer(row, "f4") for row in table["sparse"].to_pylist()])
+            np.testing.assert_array_equal(
+                sparse.reshape(4, 8, 64), np.load(tmp_path / "npy" / "part-00000" / "sparse.npy")
+            )
+
+
+def test_the_first_failure_or_one_too_many_stops_a_run_that_can_be_gone_on_with(
+    photographs, tmp_path, engine
 ):
-    started = []
-    load = extract.runner.load_image
-    monkeypatch.setattr(extract.runner, "load_image", lambda *a: (started.append(a), load(*a))[1])
-    counts = []
+    output = tmp_path / "out"
+    arguments = {"partition_size": 8, "batch_size": 4}
+    with pytest.raises(StellarError, match=r"broken\S+: .*--on-error record"):
+        run(plan(photographs, output, on_error="fail", **arguments), engine)
+    with pytest.raises(StellarError, match=r"3 images failed, more than --max-errors 2"):
+        run(plan(photographs, output, max_errors=2, **arguments), engine)
+    assert not [name for name in os.listdir(output) if "partial" in name]
+    stats = json.loads((output / "stats.json").read_text())
+    assert stats["outcome"].startswith("error: 3 images failed")
+    run(plan(photographs, output, max_errors=4, **arguments), engine)
+    run(plan(photographs, tmp_path / "whole", **arguments), engine)
+    assert contents(output) == contents(tmp_path / "whole")
 
-    def encode(images, **arguments):
-        if len(images):
-            if not counts:
-                time.sleep(0.5)  # the worker would go on, if the queue had room
-            counts.append(len(started))
-        return engine.encode(images, **arguments)
 
-    run(plan(photographs, tmp_path / "out", batch_size=2, workers=1), Wrapped(engine, encode))
-    # Taken: 2 good images, and broken ones among them. Ahead: 2 batches and 1 for the worker.
-    assert counts[0] <= 2 + 4 + 2 * 2 + 1
-    assert counts[-1] == 24
+def test_dummies_measure_and_write_nothing_or_read_nothing(photographs, tmp_path, engine):
+    summary = run(plan(photographs, tmp_path / "out", dummy_writer=True), engine)
+    assert (summary.images, summary.rows) == (24, 20)
+    assert os.listdir(tmp_path) == []
+    summary = run(plan(photographs, tmp_path / "out", dummy_reader=True), engine)
+    assert (summary.images, summary.rows, summary.seconds["read"]) == (24, 24, 0)
+    rows = feature(tmp_path / "out", "cls")
+    assert len(rows) == 24
+    np.testing.assert_allclose(rows, np.broadcast_to(rows[:1], rows.shape), atol=1e-5)
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys):
+    progress = Progress(100, 0.05)
+    progress.update(10, 1, {"wait": 1.0, "encode": 0.1, "decode": 3.0, "read": 1.0})
+    assert capsys.readouterr().err == ""
+    time.sleep(0.06)
+    progress.update(20, 2, {"wait": 0.0})
+    line = capsys.readouterr().err
+    assert re.fullmatch(
+        r"30 of 100 images, 3 failed, [\d.]+ images/s, \d+ s left; limited by decode\n", line
+    )
+    progress.update(20, 2, {})
+    assert capsys.readouterr().err == ""
+    progress.close()
 
 
 # Numbers that do not fit
@@ -255,14 +347,14 @@ def test_no_more_images_are_decoded_than_the_queue_holds(
 def test_float16_overflow_is_an_error_that_says_float32(photographs, tmp_path, engine):
     with pytest.raises(StellarError, match=r"beyond the largest float16.*--dtype float32"):
         run(plan(photographs, tmp_path / "out", dtype="float16"), scaled(engine, 1e6))
-    assert os.listdir(tmp_path) == []
-    run(plan(photographs, tmp_path / "out", dtype="float32"), scaled(engine, 1e6))
+    assert parts(tmp_path / "out") == []
+    run(plan(photographs, tmp_path / "other", dtype="float32"), scaled(engine, 1e6))
 
 
 def test_nan_from_the_model_is_an_error_and_not_a_row(photographs, tmp_path, engine):
     with pytest.raises(StellarError, match="NaN or infinity in sparse"):
         run(plan(photographs, tmp_path / "out", dtype="float32"), scaled(engine, float("nan")))
-    assert os.listdir(tmp_path) == []
+    assert parts(tmp_path / "out") == []
 
 
 # Arguments
@@ -275,9 +367,18 @@ def test_nan_from_the_model_is_an_error_and_not_a_row(photographs, tmp_path, eng
         ({"features": ("sparse", "dance")}, "dance"),
         ({"features": ()}, "none"),
         ({"dtype": "bfloat16"}, "float32, float16"),
+        ({"format": "csv"}, "npy, parquet"),
+        ({"on_error": "ignore"}, "record, fail"),
         ({"preset": "crop"}, "card, eval"),
         ({"batch_size": 0}, "batch size"),
-        ({"workers": 0}, "worker"),
+        ({"partition_size": 0}, "partition size"),
+        ({"workers": 0}, "workers"),
+        ({"max_errors": -1}, "max_errors"),
+        ({"share": (0, 2)}, "0/2"),
+        ({"share": (3, 2)}, "3/2"),
+        ({"share": (1, 2), "overwrite": True}, "starts anew"),
+        ({"resume": True, "overwrite": True}, "starts anew"),
+        ({"resume": True}, "nothing to resume"),
     ],
 )
 def test_arguments_that_cannot_be(photographs, tmp_path, arguments, message):
@@ -285,9 +386,11 @@ def test_arguments_that_cannot_be(photographs, tmp_path, arguments, message):
         plan(photographs, tmp_path / "out", **arguments)
 
 
-def test_an_output_that_holds_the_input_is_refused(tmp_path):
+def test_an_output_that_holds_the_input_or_is_elsewhere_is_refused(tmp_path):
     touch(tmp_path, "out/photographs/a.jpg")
     with pytest.raises(ValueError, match="holds the input"):
         plan(tmp_path / "out" / "photographs", tmp_path / "out", overwrite=True)
     with pytest.raises(ValueError, match="holds the input"):
         plan(tmp_path / "out", tmp_path / "out", overwrite=True)
+    with pytest.raises(ValueError, match="folder of this machine"):
+        plan(tmp_path / "out" / "photographs", "s3://bucket/out")

@@ -1,21 +1,45 @@
-"""SIGKILL at the moments that matter: no output that looks finished and is not, and a rerun that
-works."""
+"""Extraction whose processes are killed: nothing lost, nothing doubled, nothing that looks finished
+and is not."""
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from engines import small_engine
+from extracting import (
+    SMALL_PARTS,
+    Wrapped,
+    contents,
+    deadly_work,
+    false_start,
+    index,
+    load_small,
+    parts,
+)
+from pictures import photograph
 from scenes import write_photographs
 
-from stellar_fast.extract import plan, run
+from stellar_fast import StellarError
+from stellar_fast.extract import (
+    Pipeline,
+    Stopped,
+    identify,
+    plan,
+    prepare,
+    run,
+    run_devices,
+    workers,
+)
 
 TESTS = Path(__file__).parent
-UNFINISHED = ("staged", "encoded", "indexed")
-FILES = ["cls.npy", "index.parquet", "sparse.npy"]
 
 
 @pytest.fixture(scope="module")
@@ -23,77 +47,205 @@ def engine():
     return small_engine()
 
 
-def features(output: Path) -> dict[str, bytes]:
-    """The files that do not hold times."""
-    return {name: (output / name).read_bytes() for name in FILES}
-
-
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("photographs")
-    write_photographs(root, good=10, broken=2)
+    write_photographs(root, good=60, broken=6)
     return root
 
 
 @pytest.fixture(scope="module")
-def expected(photographs, engine, tmp_path_factory) -> dict[str, bytes]:
+def whole(photographs, engine, tmp_path_factory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole") / "out"
-    run(plan(photographs, output, batch_size=3), engine)
-    return features(output)
+    run(plan(photographs, output, **SMALL_PARTS), engine)
+    return contents(output)
 
 
-@pytest.fixture(scope="module")
-def killed(photographs, engine, tmp_path_factory) -> dict[tuple[str, bool], Path]:
-    """(moment, whether there was an earlier output) -> the output of a run killed there."""
-    outputs = {}
-    processes = {}
-    for moment, earlier in [(m, False) for m in UNFINISHED] + [
-        ("indexed", True),
-        ("published", True),
-    ]:
-        output = tmp_path_factory.mktemp(moment) / "out"
-        if earlier:
-            run(plan(photographs, output, features=("spatial",)), engine)
-        outputs[moment, earlier] = output
-        processes[moment, earlier] = subprocess.Popen(
-            [sys.executable, "-P", str(TESTS / "extract_driver.py"), photographs, output, moment],
+class Driver:
+    """Extractions in children of another process, see `extract_driver.py`."""
+
+    def __init__(self, photographs: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(TESTS / "extract_driver.py"), photographs],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "golden")])},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-    for (moment, _), process in processes.items():
-        with process:
-            reached = process.stdout.readline().strip()
-            process.send_signal(signal.SIGKILL)
-            process.wait(timeout=60)
-        assert reached == moment
-        assert process.returncode == -signal.SIGKILL
-    return outputs
+
+    def extract(self, output: Path, kill_after: float | None = None) -> int:
+        """How the child ended: 0, or less a signal's number."""
+        self.process.stdin.write(f"{output}\n")
+        self.process.stdin.flush()
+        child = psutil.Process(int(self.process.stdout.readline()))
+        if kill_after is not None:
+            time.sleep(kill_after)
+            try:
+                others = child.children(recursive=True)
+                child.kill()
+            except psutil.NoSuchProcess:
+                others = []
+            _, alive = psutil.wait_procs(others, timeout=20)
+            assert alive == [], "processes outlive the one that started them"
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
 
 
-@pytest.mark.parametrize("moment", UNFINISHED)
-def test_a_killed_run_leaves_no_output_and_a_rerun_works(
-    killed, photographs, engine, expected, moment
+def kill_at_random(photographs: Path, root: Path, kills: int, seed: int) -> None:
+    """Kills extractions at random moments and goes on with them, and compares those that end."""
+    driver = Driver(photographs)
+    try:
+        start = time.perf_counter()
+        assert driver.extract(root / "whole") == 0
+        seconds = time.perf_counter() - start
+        expected = contents(root / "whole")
+        rng = random.Random(seed)
+        killed, ended, number = 0, 0, 0
+        while killed < kills or not ended:
+            output = root / f"out-{number}"
+            code = driver.extract(output, rng.uniform(0.05, seconds) if killed < kills else None)
+            if code == 0:
+                assert contents(output) == expected
+                shutil.rmtree(output)
+                ended, number = ended + 1, number + 1
+                continue
+            assert code == -signal.SIGKILL
+            killed += 1
+            for part in parts(output):  # whatever has its name is whole
+                for path in part.iterdir():
+                    name = path.relative_to(output).as_posix()
+                    if path.name != "manifest.json":
+                        assert path.read_bytes() == expected[name]
+                assert (part / "manifest.json").is_file()
+    finally:
+        driver.close()
+
+
+def test_killed_at_random_moments_a_run_goes_on_to_the_same_files(photographs, tmp_path):
+    kill_at_random(photographs, tmp_path, kills=8, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_killed_fifty_times_a_run_goes_on_to_the_same_files(photographs, tmp_path):
+    kill_at_random(photographs, tmp_path, kills=50, seed=time.time_ns())
+
+
+# Decoding processes
+
+
+def test_killed_decoding_processes_lose_no_image(photographs, tmp_path, engine, whole):
+    output = tmp_path / "out"
+    job = plan(photographs, output, workers=2, **SMALL_PARTS)
+    made = prepare(job, identify(engine), engine.max_batch)
+    rng = random.Random(2)
+    killed = []
+
+    def encode(images, **arguments):
+        if len(killed) < 4 and len(images):
+            killed.append(rng.choice(pipeline.pids))
+            os.kill(killed[-1], signal.SIGKILL)
+        return engine.encode(images, **arguments)
+
+    pipeline = Pipeline(output, made, Wrapped(engine, encode), job.options)
+    with pipeline:
+        manifests = list(pipeline.run(range(len(made.partitions))))
+    assert [manifest["partition"] for manifest in manifests] == list(range(9))
+    assert contents(output) == whole
+    assert len(killed) == 4
+
+
+def test_an_image_that_kills_its_process_twice_is_a_failed_row(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(workers, "work", deadly_work)
+    for name in ("a", "b", "c-deadly", "d", "e-deadly", "f"):
+        photograph(60, 50, seed=ord(name[0])).save(tmp_path / f"{name}.png")
+    run(plan(tmp_path, tmp_path / "out", batch_size=8, workers=1), engine)
+    table = index(tmp_path / "out")
+    reason = "the decoding process died (SIGKILL), twice"
+    assert table["reason"] == [None, None, reason, None, reason, None]
+    assert table["row"] == [0, 1, None, 2, None, 3]
+
+
+def test_an_image_that_never_ends_is_a_failed_row(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(workers, "work", deadly_work)
+    monkeypatch.setattr(workers, "PATIENCE", 1.0)
+    for name in ("a", "b-endless", "c"):
+        photograph(60, 50, seed=ord(name[0])).save(tmp_path / f"{name}.png")
+    run(plan(tmp_path, tmp_path / "out", batch_size=8, workers=2), engine)
+    table = index(tmp_path / "out")
+    assert table["reason"] == [None, "reading and decoding took more than 1 s, twice", None]
+
+
+def test_processes_that_never_start_are_an_error(photographs, tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(workers, "work", false_start)
+    with pytest.raises(StellarError, match=r"exit status 7.*before it was ready, 3 times"):
+        run(plan(photographs, tmp_path / "out"), engine)
+
+
+def test_a_pipeline_can_be_stopped_from_another_thread(photographs, tmp_path, engine, whole):
+    output = tmp_path / "out"
+    job = plan(photographs, output, **SMALL_PARTS)
+    made = prepare(job, identify(engine), engine.max_batch)
+    with Pipeline(output, made, engine, job.options) as pipeline:
+        found = pipeline.run(range(9))
+        next(found)
+        threading.Thread(target=pipeline.stop).start()
+        with pytest.raises(Stopped):
+            list(found)
+    assert not [name for name in os.listdir(output) if "partial" in name]
+    run(job, engine)
+    assert contents(output) == whole
+
+
+def test_memory_does_not_grow_with_the_number_of_images(photographs, tmp_path, engine):
+    """The last of many partitions takes no more memory than the third."""
+    paths = sorted(path for path in photographs.rglob("*.*") if "broken" not in path.name)
+    for number in range(30):
+        for path in paths[:20]:
+            (tmp_path / "many" / str(number)).mkdir(parents=True, exist_ok=True)
+            os.link(path, tmp_path / "many" / str(number) / path.name)
+    job = plan(tmp_path / "many", tmp_path / "out", partition_size=40, batch_size=8)
+    made = prepare(job, identify(engine), engine.max_batch)
+    used = []
+    with Pipeline(job.output, made, engine, job.options) as pipeline:
+        for _ in pipeline.run(range(15)):
+            processes = [os.getpid(), *pipeline.pids]
+            used.append([psutil.Process(pid).memory_info().rss for pid in processes])
+    for early, late in zip(used[4], used[-1], strict=True):
+        assert late < early + 20 * 2**20
+
+
+# One process a device
+
+
+def test_several_devices_give_the_same_files_as_one(photographs, tmp_path, engine, whole):
+    output = tmp_path / "out"
+    summary = run_devices(plan(photographs, output, **SMALL_PARTS), load_small, ["cpu", "cpu"])
+    assert (summary.images, summary.failed, summary.partitions) == (66, 6, 9)
+    assert contents(output) == whole
+    assert summary.seconds["encode"] > 0
+    job = plan(photographs, tmp_path / "none", dummy_writer=True, **SMALL_PARTS)
+    assert run_devices(job, load_small, ["cpu", "cpu"]).images == 66
+
+
+def test_a_device_that_dies_is_an_error_and_the_run_goes_on_later(
+    photographs, tmp_path, engine, whole
 ):
-    output = killed[moment, False]
-    assert not output.exists()
-    (leftover,) = os.listdir(output.parent)
-    assert leftover.startswith(".out.partial-")
-    run(plan(photographs, output, batch_size=3), engine)
-    assert features(output) == expected
-    assert os.listdir(output.parent) == ["out"]
+    output = tmp_path / "out"
+    job = plan(photographs, output, **SMALL_PARTS)
+    with pytest.raises(StellarError, match=r"the process for mortal died \(SIGKILL\)"):
+        run_devices(job, load_small, ["cpu", "mortal"])
+    with pytest.raises(ValueError, match="no such device"):
+        run_devices(job, load_small, ["cpu", "toaster"])
+    assert len(parts(output)) < 9
+    run(plan(photographs, output, **SMALL_PARTS), engine)
+    assert contents(output) == whole
 
 
-def test_a_killed_overwrite_leaves_the_earlier_output(killed, photographs, engine, expected):
-    output = killed["indexed", True]
-    assert sorted(os.listdir(output)) == ["index.parquet", "run.json", "spatial.npy"]
-    run(plan(photographs, output, batch_size=3, overwrite=True), engine)
-    assert features(output) == expected
-    assert os.listdir(output.parent) == ["out"]
-
-
-def test_killed_after_the_exchange_the_new_output_is_whole(killed, photographs, engine, expected):
-    output = killed["published", True]
-    assert features(output) == expected
-    run(plan(photographs, output, batch_size=3, overwrite=True), engine)
-    assert os.listdir(output.parent) == ["out"]
+def test_too_many_failures_on_several_devices_are_an_error(photographs, tmp_path):
+    job = plan(photographs, tmp_path / "out", max_errors=4, **SMALL_PARTS)
+    with pytest.raises(StellarError, match=r"images failed, more than --max-errors 4"):
+        run_devices(job, load_small, ["cpu", "cpu"])

@@ -1,6 +1,45 @@
-"""Features of many images: which images to read, the loop, and what is written."""
+"""Features of many images: what to read, the plan, the pipeline, and what is written."""
 
-from .reader import Item, discover
-from .runner import DEFAULT_FEATURES, DTYPES, Job, Summary, plan, run
+from .devices import device_names
+from .job import (
+    DEFAULT_FEATURES,
+    DTYPES,
+    FEATURES,
+    Job,
+    identify,
+    parse_share,
+    plan,
+    prepare,
+    todo,
+)
+from .layout import Item, Plan, check_sums, complete, read_manifest, read_plan
+from .pipeline import Options, Pipeline, Stopped
+from .reader import discover
+from .runner import run, run_devices
+from .stats import Summary
 
-__all__ = ["DEFAULT_FEATURES", "DTYPES", "Item", "Job", "Summary", "discover", "plan", "run"]
+__all__ = [
+    "DEFAULT_FEATURES",
+    "DTYPES",
+    "FEATURES",
+    "Item",
+    "Job",
+    "Options",
+    "Pipeline",
+    "Plan",
+    "Stopped",
+    "Summary",
+    "check_sums",
+    "complete",
+    "device_names",
+    "discover",
+    "identify",
+    "parse_share",
+    "plan",
+    "prepare",
+    "read_manifest",
+    "read_plan",
+    "run",
+    "run_devices",
+    "todo",
+]

@@ -1,9 +1,12 @@
-"""An output folder that is there whole or not at all.
+"""An output folder: who may write into it, and partitions that appear whole.
 
-The work goes into a hidden folder beside the output, `.NAME.partial-*`, which takes the output's
-name when everything in it is on disk. A process that dies on the way leaves only that hidden
-folder, and the next run to the same output removes it: it is told from another run's, still at
-work, by the lock that dies with its process.
+A partition is made in a hidden folder, `.part-00000.partial-*`, which takes the partition's name
+when everything in it is on disk. A process that dies leaves that hidden folder, and the next one
+that makes the partition removes it.
+
+Two processes never make one partition at the same time: each holds a lock on the partition's byte
+of `.lock`, which dies with the process, works between the machines of a network file system, and
+needs no clean-up.
 """
 
 from __future__ import annotations
@@ -11,148 +14,201 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import glob
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import StellarError
 from ..files import folder_to_disk, writing
+from .layout import INPUTS, PLAN, Partition
 
-INDEX = "index.parquet"
-RUN = "run.json"
-
+LOCK = ".lock"
+# The byte that is locked while a plan is made, beyond those of any partition.
+_PLAN_BYTE = 1 << 40
+_OURS = re.compile(
+    rf"{re.escape(PLAN)}|{re.escape(INPUTS)}|stats(-\d+-of-\d+)?\.json|part-\d{{5,}}|"
+    rf"{re.escape(LOCK)}|\.part-\d{{5,}}\.partial-.*|\.(plan|inputs|stats).*"
+)
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
+# What this process has locked, as (device, inode, partition): its own locks do not stop it.
+_TAKEN: set[tuple[int, int, int]] = set()
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raises ValueError unless `output` may be written: it is not there, or it is an empty folder,
-    or `overwrite` and it holds what an extraction left and nothing else."""
+def check_output(output: Path, overwrite: bool) -> bool:
+    """Whether `output` holds an extraction that may be gone on with.
+
+    Raises:
+        ValueError: it can be neither that nor a new output: a file, a folder of something else, a
+            folder that may not be written; with `overwrite` also one that holds more than an
+            extraction left.
+    """
     if os.path.lexists(output) and not output.is_dir():
         raise ValueError(f"{output}: the output is a folder, but there is a file of this name")
     held = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
-    if held and not overwrite:
+    foreign = [name for name in held if not _OURS.fullmatch(name)]
+    planned = PLAN in held
+    if foreign and (overwrite or not planned):
         raise ValueError(
-            f"{output}: the output folder is not empty; choose another, or --overwrite"
+            f"{output}: the output folder is not empty, and it holds {foreign[0]}, which is no "
+            "part of an extraction; choose another folder, or remove that yourself"
         )
-    foreign = [name for name in held if name not in (INDEX, RUN) and not name.endswith(".npy")]
-    if foreign or (held and INDEX not in held):
-        found = f"it holds {foreign[0]}" if foreign else f"it has no {INDEX}"
-        raise ValueError(
-            f"{output}: only the output of an earlier extraction is overwritten, but {found}; "
-            "choose another folder, or remove this one yourself"
-        )
-    parent = next(folder for folder in output.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{output}: cannot be made, {parent} is not a folder that may be written")
+    place = output if output.is_dir() else next(f for f in output.parents if f.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{output}: cannot be made, {place} is not a folder that may be written")
+    return planned and not overwrite
 
 
-@contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder that becomes `output` when the block ends well, and is removed when it does not.
-
-    With `overwrite`, an earlier output stays in its place until then.
+def clear(output: Path) -> None:
+    """Removes what an extraction left; its plan last, so that until then it can be gone on with.
 
     Raises:
-        ValueError: as `check_output`, before and after the block.
-        StellarError: another run is writing this output, or the folder cannot be written.
+        StellarError: something cannot be removed.
     """
-    check_output(output, overwrite)
-    with ExitStack() as stack:
+    with writing(output):
+        names = [entry.name for entry in output.iterdir() if _OURS.fullmatch(entry.name)]
+        for name in sorted(names, key=lambda name: (name == PLAN, name)):
+            path = output / name
+            if name == LOCK:
+                continue  # others may be waiting for it
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+class Locks:
+    """Locks on the partitions of one output, held until they are released or the process dies.
+
+    Where the file system has no locks, they are granted without asking.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
         with writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            temporary = _make_temporary(output, stack)
+            output.mkdir(parents=True, exist_ok=True)
+            self._file = (output / LOCK).open("ab")
+        status = os.fstat(self._file.fileno())
+        self._identity = status.st_dev, status.st_ino
+
+    def __enter__(self) -> Locks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def take(self, partition: Partition) -> None:
+        """Raises StellarError if another run has it."""
+        taken = (*self._identity, partition.index)
+        busy = taken in _TAKEN
+        if not busy:
+            try:
+                with _without_locks():
+                    fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, partition.index)
+            except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as POSIX has it
+                busy = True
+        if busy:
+            raise StellarError(
+                f"{self._output}: another run is writing {partition.name} at this moment"
+            )
+        _TAKEN.add(taken)
+
+    def release(self, partition: Partition) -> None:
+        _TAKEN.discard((*self._identity, partition.index))
+        with _without_locks():
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, partition.index)
+
+    def check_free(self) -> None:
+        """Raises StellarError if another run has any partition."""
+        busy = any(taken[:2] == self._identity for taken in _TAKEN)
         try:
-            yield temporary
-            check_output(output, overwrite)
-            with writing(output):
-                _publish(temporary, output)
+            with _without_locks():
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, _PLAN_BYTE, 0)
+                fcntl.lockf(self._file, fcntl.LOCK_UN, _PLAN_BYTE, 0)
+        except (BlockingIOError, PermissionError):
+            busy = True
+        if busy:
+            raise StellarError(f"{self._output}: another run is writing it at this moment")
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Waits until no other process makes the plan."""
+        with _without_locks():
+            fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _PLAN_BYTE)
+        try:
+            yield
         finally:
-            # After an exchange this is the earlier output; after a plain rename it is gone.
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _make_temporary(output: Path, stack: ExitStack) -> Path:
-    """A new folder beside `output`, locked until `stack` unwinds; those of dead runs are removed.
-
-    It is made before the others are looked at: of two runs that start at once, one at least sees
-    the other.
-    """
-    prefix = f".{output.name}.partial-"
-    while True:
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-        descriptor = stack.enter_context(_opened(temporary))
-        locked = _lock(descriptor)
-        # Until it was locked, another run may have taken it for dead.
-        if locked is not False and temporary.exists():
-            break
-    try:
-        if locked:  # without locks, the dead cannot be told from the living
-            for other in output.parent.glob(f"{glob.escape(prefix)}*"):
-                if other != temporary:
-                    _remove_dead(other, output)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would be the finished output's
-    except BaseException:
-        temporary.rmdir()
-        raise
-    return temporary
+            with _without_locks():
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _PLAN_BYTE)
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _without_locks() -> Iterator[None]:
     try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _remove_dead(folder: Path, output: Path) -> None:
-    try:
-        with _opened(folder) as descriptor:
-            if _lock(descriptor) is False:
-                raise StellarError(f"{output}: another run is writing this output, in {folder}")
-            shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass  # the other run was done, or removed it too
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Locks a folder until it is closed; False if another run has it, None where the file system
-    has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        yield
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-            return None
-        raise
-    return True
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+class Staged:
+    """A new folder that becomes a partition, or is removed."""
+
+    def __init__(self, output: Path, partition: Partition, locks: Locks) -> None:
+        """
+        Raises:
+            StellarError: another run is making this partition, or the folder cannot be made.
+        """
+        self.output, self.partition = output, partition
+        self._locks = locks
+        locks.take(partition)
+        prefix = f".{partition.name}.partial-"
+        try:
+            with writing(output / partition.name):
+                for other in output.glob(f"{prefix}*"):  # of a run that died
+                    shutil.rmtree(other)
+                self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=output))
+                self.folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would be the partition's
+        except BaseException:
+            locks.release(partition)
+            raise
+
+    def publish(self) -> None:
+        """Gives the folder its name, in place of an earlier one, when it is on disk.
+
+        Raises:
+            StellarError: that cannot be done; the folder is still there to be dropped.
+        """
+        target = self.output / self.partition.name
+        with writing(target):
+            folder_to_disk(self.folder)
+            if not target.exists():
+                os.rename(self.folder, target)
+            elif not _exchange(self.folder, target):
+                # No exchange here: between these two renames the partition is absent, not half.
+                earlier = self.folder.with_name(f"{self.folder.name}-earlier")
+                os.rename(target, earlier)
+                os.rename(self.folder, target)
+                shutil.rmtree(earlier)
+            folder_to_disk(self.output)
+        self.drop()
+
+    def drop(self) -> None:
+        """Removes what is left of the folder, and lets others make the partition."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._locks.release(self.partition)
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _publish(temporary: Path, output: Path) -> None:
-    folder_to_disk(temporary)
-    if not output.exists() or not any(output.iterdir()):
-        os.rename(temporary, output)  # replaces an empty folder
-    elif not _exchange(temporary, output):
-        # No exchange here: between these two renames, the output is absent rather than half done.
-        earlier = temporary.with_name(f"{temporary.name}-earlier")
-        os.rename(output, earlier)
-        os.rename(temporary, output)
-        shutil.rmtree(earlier)
-    folder_to_disk(output.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -19,14 +19,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import StellarError
-from ..files import folder_to_disk, replacing
+from ..files import folder_to_disk, replacing, writing
 
 SCHEMA = 1
 PLAN = "plan.json"
@@ -160,6 +160,7 @@ def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
         ]
     )
     start = 0
+    _remove_leftovers(path)
     with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         for partition in plan.partitions:
             part = items[start : start + partition.images]
@@ -255,10 +256,10 @@ def sha256_of(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """What differs between two configurations, of the fields in `known`, as "field: old -> new"."""
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """What differs between two configurations, of the fields in `known`: "field (old -> new)"."""
     return [
-        f"{name}: {json.dumps(old.get(name))} -> {json.dumps(new.get(name))}"
+        f"{name} ({json.dumps(old.get(name))} -> {json.dumps(new.get(name))})"
         for name in known
         if old.get(name) != new.get(name)
     ]
@@ -270,8 +271,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         StellarError: it cannot be written.
     """
+    _remove_leftovers(path)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what `replacing` left of this file in a process that was killed."""
+    with writing(path):
+        for leftover in path.parent.glob(f".{path.stem}.*{path.suffix}"):
+            leftover.unlink()
 
 
 def _read_json(path: Path, hint: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an output folder holds: a `.npy` for each feature, `run.json`, and last `index.parquet`."""
+"""The files of a partition: features as `.npy` or Parquet, the index, and last the manifest."""
 
 from __future__ import annotations
 
@@ -7,109 +7,199 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from ..errors import StellarError
 from ..files import to_disk, writing
-from .folder import INDEX, RUN
+from .layout import FEATURES_PARQUET, INDEX
+
+Shapes = Mapping[str, tuple[int, ...]]
+METADATA = b"stellar_fast"  # the key of shapes and dtypes in a Parquet schema
 
 
-class FeatureFile:
-    """Rows of one feature, appended to a `.npy` file whose length is written at the end."""
+class FeatureFiles(Protocol):
+    """Rows of all features of a partition, appended batch by batch."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        """
-        Args:
-            shape: of one row.
-        """
-        self.path, self.shape, self.dtype = path, shape, dtype
-        self.rows = 0
-        header = self._header()
-        self._header_bytes = len(header)
-        with writing(path):
-            self._file: IO[bytes] = path.open("wb")
-            self._file.write(header)
+    rows: int
 
-    def append(self, rows: np.ndarray) -> None:
-        """Appends `rows` (B, *shape), cast to the file's dtype.
+    def append(self, ids: Sequence[str], rows: Mapping[str, np.ndarray]) -> None:
+        """Appends `rows` (B, *shape) of each feature, cast to the files' dtype.
 
         Raises:
-            StellarError: a value is not finite, or no longer is in the file's dtype; or the file
+            StellarError: a value is not finite, or no longer is in the files' dtype; or the files
                 cannot be written.
         """
-        if rows.shape[1:] != self.shape:
-            raise ValueError(f"{self.path.name} takes rows {self.shape}, got {rows.shape}")
-        with np.errstate(over="ignore"):  # looked for below
-            stored = np.ascontiguousarray(rows, dtype=self.dtype)
-        if not np.isfinite(stored).all():
-            if np.isfinite(rows).all():
-                raise StellarError(
-                    f"{self.path.stem} reaches {np.abs(rows).max():.4g}, beyond the largest "
-                    f"{self.dtype}, {np.finfo(self.dtype).max:.4g}; use --dtype float32"
-                )
+
+    def finish(self) -> list[Path]:
+        """Puts the files on disk: their paths."""
+
+    def close(self) -> None:
+        """Closes the files, whole or not."""
+
+
+def feature_files(kind: str, folder: Path, shapes: Shapes, dtype: str) -> FeatureFiles:
+    """New files of features in `folder`.
+
+    Args:
+        kind: of `layout.FORMATS`.
+        shapes: of one row of each feature.
+    """
+    if kind == "npy":
+        return NpyFiles(folder, shapes, np.dtype(dtype))
+    return ParquetFile(folder / FEATURES_PARQUET, shapes, np.dtype(dtype))
+
+
+def _stored(name: str, rows: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """`rows` (B, *shape) in the files' dtype, C-contiguous."""
+    if rows.shape[1:] != shape:
+        raise ValueError(f"{name} takes rows {shape}, got {rows.shape}")
+    with np.errstate(over="ignore"):  # looked for below
+        stored = np.ascontiguousarray(rows, dtype=dtype)
+    if not np.isfinite(stored).all():
+        if np.isfinite(rows).all():
             raise StellarError(
-                f"the model gave NaN or infinity in {self.path.stem}; try --precision fp32"
+                f"{name} reaches {np.abs(rows).max():.4g}, beyond the largest {dtype}, "
+                f"{np.finfo(dtype).max:.4g}; use --dtype float32"
             )
-        with writing(self.path):
-            self._file.write(stored.data)
-        self.rows += len(stored)
+        raise StellarError(f"the model gave NaN or infinity in {name}; try --precision fp32")
+    return stored
 
-    def finish(self) -> None:
-        """Writes the length and puts the file on disk."""
-        header = self._header()
-        # NumPy pads the header for a first axis of any length, so that it can be rewritten.
-        assert len(header) == self._header_bytes
-        with writing(self.path):
-            self._file.seek(0)
-            self._file.write(header)
-            to_disk(self._file)
-            self._file.close()
 
-    def __enter__(self) -> FeatureFile:
-        return self
+class NpyFiles:
+    """One `.npy` file a feature, whose length is written at the end."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.finish()
-        else:
+    def __init__(self, folder: Path, shapes: Shapes, dtype: np.dtype[Any]) -> None:
+        self.rows = 0
+        self._shapes, self._dtype = shapes, dtype
+        self._files: dict[str, tuple[Path, IO[bytes]]] = {}
+        for name, shape in shapes.items():
+            path = folder / f"{name}.npy"
+            with writing(path):
+                file = path.open("wb")
+                self._files[name] = path, file
+                file.write(self._header(shape))
+
+    def append(self, ids: Sequence[str], rows: Mapping[str, np.ndarray]) -> None:
+        for name, (path, file) in self._files.items():
+            stored = _stored(name, rows[name], self._shapes[name], self._dtype)
+            with writing(path):
+                file.write(stored.data)
+        self.rows += len(ids)
+
+    def finish(self) -> list[Path]:
+        for name, (path, file) in self._files.items():
+            with writing(path):
+                # NumPy pads the header for a first axis of any length, so it can be rewritten.
+                file.seek(0)
+                file.write(self._header(self._shapes[name]))
+                to_disk(file)
+                file.close()
+        return [path for path, _ in self._files.values()]
+
+    def close(self) -> None:
+        for _, file in self._files.values():
             # Closing flushes, which fails again on a full disk and would hide the first error.
             with suppress(OSError):
-                self._file.close()
+                file.close()
 
-    def _header(self) -> bytes:
+    def _header(self, shape: tuple[int, ...]) -> bytes:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             header,
             {
-                "descr": np.lib.format.dtype_to_descr(self.dtype),
+                "descr": np.lib.format.dtype_to_descr(self._dtype),
                 "fortran_order": False,
-                "shape": (self.rows, *self.shape),
+                "shape": (self.rows, *shape),
             },
         )
         return header.getvalue()
 
 
-def write_run(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Writes `run.json`: how the features were made."""
-    with writing(folder / RUN), (folder / RUN).open("w", encoding="utf-8") as file:
-        json.dump(facts, file, indent=1)
-        file.write("\n")
-        to_disk(file)
+class ParquetFile:
+    """`features.parquet`: an id and one column of fixed-size bytes a feature, a row group a batch.
+
+    The schema's metadata has the shape and dtype of a row, as JSON under `METADATA`. Bytes rather
+    than lists of numbers: Parquet would store every number on its own, 20 times slower.
+    """
+
+    def __init__(self, path: Path, shapes: Shapes, dtype: np.dtype[Any]) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        self.rows = 0
+        self._path, self._shapes, self._dtype = path, shapes, dtype
+        facts = {
+            name: {"shape": list(shape), "dtype": dtype.name} for name, shape in shapes.items()
+        }
+        columns = [("id", pyarrow.string())] + [
+            (name, pyarrow.binary(int(np.prod(shape)) * dtype.itemsize))
+            for name, shape in shapes.items()
+        ]
+        self._schema = pyarrow.schema(columns, metadata={METADATA: json.dumps(facts).encode()})
+        with writing(path):
+            self._file = path.open("wb")
+            self._writer = parquet.ParquetWriter(
+                self._file, self._schema, compression="none", use_dictionary=False
+            )
+
+    def append(self, ids: Sequence[str], rows: Mapping[str, np.ndarray]) -> None:
+        import pyarrow
+
+        columns = [pyarrow.array(ids, pyarrow.string())]
+        for name, shape in self._shapes.items():
+            stored = _stored(name, rows[name], shape, self._dtype)
+            columns.append(
+                pyarrow.Array.from_buffers(
+                    self._schema.field(name).type, len(ids), [None, pyarrow.py_buffer(stored)]
+                )
+            )
+        with writing(self._path):
+            self._writer.write_table(pyarrow.table(columns, schema=self._schema))
+        self.rows += len(ids)
+
+    def finish(self) -> list[Path]:
+        with writing(self._path):
+            self._writer.close()
+            to_disk(self._file)
+            self._file.close()
+        return [self._path]
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._writer.close()
+        with suppress(OSError):
+            self._file.close()
 
 
-def write_index(folder: Path, paths: Sequence[str], reasons: Sequence[str | None]) -> None:
+def read_rows(folder: Path, manifest: Mapping[str, Any], name: str) -> np.ndarray:
+    """One feature of a complete partition, (rows, ...) of the files' dtype."""
+    if manifest["format"] == "npy":
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
+    from pyarrow import parquet
+
+    facts = manifest["features"][name]
+    column = parquet.read_table(folder / FEATURES_PARQUET, columns=[name])[name]
+    # An array that begins at an offset shares its buffer with others.
+    content = b"".join(
+        chunk.buffers()[1].slice(chunk.offset * chunk.type.byte_width, chunk.nbytes).to_pybytes()
+        for chunk in column.chunks
+    )
+    return np.frombuffer(content, facts["dtype"]).reshape(facts["shape"])
+
+
+def write_index(
+    folder: Path,
+    ids: Sequence[str],
+    reasons: Sequence[str | None],
+    sizes: Sequence[tuple[int | None, int | None]],
+) -> Path:
     """Writes `index.parquet`, one line an image in the order of the input.
 
-    Columns: path (string); row (int64), its row in every `.npy`, null if the image failed; status
-    (string), "ok" or "failed"; reason (string), null if ok.
+    Columns: id (string); row (int64), its row in the features, null if the image failed; status
+    (string), "ok" or "failed"; reason (string), null if ok; width and height (int32) of the upright
+    picture in pixels, null if it failed.
 
     Args:
         reasons: why each image failed, None where it did not.
@@ -122,16 +212,26 @@ def write_index(folder: Path, paths: Sequence[str], reasons: Sequence[str | None
     for reason in reasons:
         rows.append(good if reason is None else None)
         good += reason is None
+    states = ["ok" if reason is None else "failed" for reason in reasons]
     table = pyarrow.table(
         {
-            "path": pyarrow.array(paths, pyarrow.string()),
+            "id": pyarrow.array(ids, pyarrow.string()),
             "row": pyarrow.array(rows, pyarrow.int64()),
-            "status": pyarrow.array(
-                ["ok" if reason is None else "failed" for reason in reasons], pyarrow.string()
-            ),
+            "status": pyarrow.array(states, pyarrow.string()),
             "reason": pyarrow.array(reasons, pyarrow.string()),
+            "width": pyarrow.array([width for width, _ in sizes], pyarrow.int32()),
+            "height": pyarrow.array([height for _, height in sizes], pyarrow.int32()),
         }
     )
-    with writing(folder / INDEX), (folder / INDEX).open("wb") as file:
+    path = folder / INDEX
+    with writing(path), path.open("wb") as file:
         parquet.write_table(table, file)
         to_disk(file)
+    return path
+
+
+def read_index(folder: Path) -> dict[str, list[Any]]:
+    """The columns of a partition's `index.parquet`, by name."""
+    from pyarrow import parquet
+
+    return parquet.read_table(folder / INDEX).to_pydict()
