@@ -114,9 +114,13 @@ def compile_one(item: Compilation, limit: int) -> Finding:
         constexprs={(names.index(name),): value for name, value in item.constants},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in item.divisible},
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", item.arch, 32), options=dict(item.options)
-    )
+    try:
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", item.arch, 32), options=dict(item.options)
+        )
+    except Exception as error:  # the compiler's own, of many kinds
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return Finding(0, 0, 0, 0, 0, (), (f"does not compile: {(lines or [repr(error)])[0]}",))
     usage, instructions = _disassembled(compiled.asm["cubin"])
     threads = 32 * compiled.metadata.num_warps
     shared = compiled.metadata.shared

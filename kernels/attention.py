@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FP8, FP8_MAX, attention_tile, describable, descriptor, launch, part_of
+from .launch import (
+    FP8,
+    FP8_MAX,
+    attention_options,
+    attention_tile,
+    describable,
+    descriptor,
+    launch,
+    part_of,
+)
 from .pieces import to_fp8
 
 
@@ -251,7 +260,7 @@ def attention(
         _attention_kernel,
         (batch * num_heads, programs),
         device=query.device,
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=attention_options(tile),
         query_ptr=query,
         key_value_a=key_value_a,
         key_value_b=key_value_b,

@@ -277,6 +277,14 @@ def patch_embed_tile(weight: torch.dtype) -> Tile:
     return Tile(128, 128, 32, num_warps=8, num_stages=3, slices=2)
 
 
+def patch_embed_options(tile: Tile, weight: torch.dtype) -> dict[str, int]:
+    """Options of the compiler for patch_embed; see `linear_options` for the registers."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if weight == torch.float32:
+        options["maxnreg"] = 128
+    return options
+
+
 def spatial_map_tile(weight: torch.dtype) -> Tile:
     """The tile of spatial_map's product, the same on every part and for every batch."""
     if weight == torch.float32:

@@ -20,6 +20,7 @@ from .launch import (
     describable,
     descriptor,
     launch,
+    linear_options,
     linear_tile,
     part_of,
 )
@@ -227,7 +228,7 @@ def _multiply(
         _linear_kernel,
         (min(tiles, part.processors) if descriptors else tiles,),
         device=x.device,
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=linear_options(tile, out_scale is not None),
         x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),
         weight=descriptor(weight, [tile.block_n, tile.block_k]) if descriptors else weight,
         out=descriptor(y, [tile.block_m, tile.block_n // tile.slices]) if descriptors else y,

@@ -14,9 +14,10 @@ from kernel_checks import (
     poisoned,  # noqa: F401
     strided,
 )
+from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels import attention, launch
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -17,9 +17,10 @@ from kernel_checks import (
     poisoned,  # noqa: F401
     strided,
 )
+from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels import launch, linear, linear_residual
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
 FLAGS = [{}, {"norm_eps": 1e-12}, {"gelu": True}, {"norm_eps": 1e-12, "gelu": True}]
 # Rows, depth, columns: odd ones, cut-down layers of the models, and widths past a tile.
 SHAPES = [(7, 13, 5), (213, 64, 192), (273, 80, 160), (45, 208, 272)]
