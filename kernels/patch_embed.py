@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SUM_BLOCK, launch, patch_embed_tile
+from .launch import SUM_BLOCK, launch, patch_embed_options, patch_embed_tile
 from .pieces import halves, square_sums
 
 
@@ -198,7 +198,7 @@ def patch_embed(
         _patch_embed_kernel,
         (tiles,),
         device=images.device,
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=patch_embed_options(tile, weight.dtype),
         images_ptr=images,
         weight_ptr=weight.contiguous(),
         table_ptr=table.contiguous(),
