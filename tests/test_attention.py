@@ -17,7 +17,7 @@ from kernel_checks import (
 from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels import attention, launch
 
-pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
 
 
 @pytest.mark.parametrize("part", PARTS)

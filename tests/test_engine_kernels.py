@@ -18,6 +18,7 @@ from stellar_fast import encoder, kernels
 from stellar_fast.encoder import OUTPUTS
 from stellar_fast.weights import Fp8Block, map_nodes
 
+pytestmark = pytest.mark.kernels
 GOLDEN = ["encode-tiny16", "encode-tiny14-k8", "encode-tiny16-notemp"]
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 if ON_GPU:

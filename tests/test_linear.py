@@ -20,7 +20,7 @@ from kernel_checks import (
 from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels import launch, linear, linear_residual
 
-pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
 FLAGS = [{}, {"norm_eps": 1e-12}, {"gelu": True}, {"norm_eps": 1e-12, "gelu": True}]
 # Rows, depth, columns: odd ones, cut-down layers of the models, and widths past a tile.
 SHAPES = [(7, 13, 5), (213, 64, 192), (273, 80, 160), (45, 208, 272)]

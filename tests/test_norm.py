@@ -18,7 +18,7 @@ from stellar_fast.kernels.launch import FP8, FP8_MAX
 from stellar_fast.kernels.norm import norm, quantize_rows
 from stellar_fast.reference import ops as oracles
 
-pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
 EPS = 1e-12
 
 

@@ -16,7 +16,7 @@ from stellar_fast.kernels.launch import SUM_BLOCK
 from stellar_fast.kernels.patch_embed import patch_embed
 from stellar_fast.reference import ops as oracles
 
-pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
 PIXELS = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

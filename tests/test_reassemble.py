@@ -17,7 +17,7 @@ from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels.reassemble import reassemble
 from stellar_fast.reference import ops as oracles
 
-pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
 
 
 @pytest.fixture(params=PARTS, autouse=True)

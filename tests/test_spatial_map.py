@@ -17,7 +17,7 @@ from stellar_fast.kernels.reassemble import reassemble
 from stellar_fast.kernels.spatial_map import spatial_map
 from stellar_fast.reference import ops as oracles
 
-pytestmark = pytest.mark.usefixtures("poisoned", "bounded")
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
 TEMPERATURE = 0.06
 
 
