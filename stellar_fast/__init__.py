@@ -18,6 +18,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .extract.features import open_features
     from .loading import load, load_stellar
 
 __version__ = "0.1.0"
@@ -32,9 +33,15 @@ __all__ = [
     "list_models",
     "load",
     "load_stellar",
+    "open_features",
 ]
 
-_LAZY = {"Engine": "engine", "load": "loading", "load_stellar": "loading"}
+_LAZY = {
+    "Engine": "engine",
+    "load": "loading",
+    "load_stellar": "loading",
+    "open_features": "extract.features",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 import os
 from typing import TYPE_CHECKING
@@ -69,9 +70,17 @@ def save_maps(
     _draw(image, maps, title).savefig(path, format="png", dpi=DOTS_PER_INCH)
 
 
+def token_colours(count: int) -> np.ndarray:
+    """A colour for each of `count` tokens: RGB in [0, 1], (count, 3).
+
+    Neighbouring numbers get hues far apart: steps of the golden ratio around the colour circle.
+    """
+    hues = (np.arange(count) * 0.618034) % 1
+    return np.array([colorsys.hsv_to_rgb(hue, 1, 1) for hue in hues]).reshape(count, 3)
+
+
 def _draw(image: Image.Image, maps: np.ndarray, title: str) -> Figure:
     """A matplotlib Figure of `maps` (rows, columns, K); never pyplot, whose state is the user's."""
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -92,8 +101,7 @@ def _draw(image: Image.Image, maps: np.ndarray, title: str) -> Figure:
     axes[0].imshow(photograph, extent=extent)
     axes[0].set_title("photograph", fontsize=9)
 
-    # Neighbouring numbers get hues far apart: steps of the golden ratio around the colour circle.
-    hues = colormaps["hsv"]((np.arange(count) * 0.618034) % 1)[:, :3]
+    hues = token_colours(count)
     strongest = maps.argmax(axis=2)
     axes[1].imshow(photograph, extent=extent)
     axes[1].imshow(hues[strongest], extent=extent, alpha=0.55, interpolation="nearest")

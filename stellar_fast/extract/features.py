@@ -1,0 +1,351 @@
+"""Reading what was extracted: the rows of all partitions as one array a feature, without loading.
+
+A partition is a memory-mapped `.npy` file a feature, or a Parquet file of which the row groups that
+are asked for are read. Rows are the images that did not fail, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import StellarError
+from .layout import PathLike, Plan, check_sums, complete, read_plan
+from .opened import Opened, ok, read_index
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from .dataset import FeatureDataset
+
+NAMED = 5  # partitions that an error lists
+
+
+def open_features(folder: PathLike, *, allow_incomplete: bool = False) -> Features:
+    """The features in an output folder of `stellar-fast extract`.
+
+    Args:
+        allow_incomplete: whether partitions may be missing, as while the extraction runs; the rows
+            are then those of the partitions that are there.
+
+    Raises:
+        StellarError: `folder` is no such output, partitions are missing, or a file of one is.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StellarError(f"{folder}: no such folder")
+    plan = read_plan(folder)
+    manifests = complete(folder, plan)
+    features = Features(folder, plan, manifests)
+    if features.missing and not allow_incomplete:
+        raise StellarError(
+            f"{folder}: {len(features.missing)} of {len(plan.partitions)} partitions are missing: "
+            f"{_listed(features.missing)}; extract again into the same folder to complete it, or "
+            "open what is there with allow_incomplete=True"
+        )
+    return features
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An image that has no row, and why."""
+
+    id: str
+    reason: str
+
+
+class Features:
+    """The features of an output folder; made by `open_features`.
+
+    `features["sparse"]` is one feature, `len(features)` its number of rows. May be pickled, and
+    used from many threads and in forked or spawned processes: files are opened where they are read.
+
+    Attributes:
+        folder: the output folder.
+        configuration: what decided the features: model, weights, precision, preset, dtype and so on
+            (`plan.json` has the same).
+        names: the features there are.
+        missing: names of partitions that are not complete; empty unless that was allowed.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, manifests: dict[int, dict[str, Any]]) -> None:
+        self.folder = folder
+        self.configuration = dict(plan.configuration)
+        self.names: tuple[str, ...] = tuple(plan.configuration["features"])
+        self.missing = [part.name for part in plan.partitions if part.index not in manifests]
+        self._plan = plan
+        self._manifests = [manifests[index] for index in sorted(manifests)]
+        self._folders = [folder / plan.partitions[index].name for index in sorted(manifests)]
+        # Row r is in the last partition that starts at or before it.
+        rows = [manifest["rows"] for manifest in self._manifests]
+        self._starts = list(accumulate(rows, initial=0))
+        self._views = {name: Feature(self, name) for name in self.names}
+        self._files: Opened | None = None
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, name: str) -> Feature:
+        try:
+            return self._views[name]
+        except KeyError:
+            raise KeyError(f"no feature {name!r}; here are: {', '.join(self.names)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._views
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __repr__(self) -> str:
+        missing = f", {len(self.missing)} partitions missing" if self.missing else ""
+        features = ", ".join(
+            f"{name} {self[name].dtype} {list(self[name].shape[1:])}" if len(self) else name
+            for name in self.names
+        )
+        return f"<Features {self.folder}: {len(self)} rows of {features}{missing}>"
+
+    @property
+    def images(self) -> int:
+        """Images in the partitions that are there, those that failed included."""
+        return sum(manifest["images"] for manifest in self._manifests)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The id of every row."""
+        table = self.index
+        return table.filter(ok(table))["id"].to_pylist()
+
+    @cached_property
+    def failed(self) -> list[Failed]:
+        """The images that have no row, in the order of the input."""
+        import pyarrow.compute as compute
+
+        table = self.index
+        table = table.filter(compute.invert(ok(table)))
+        return [Failed(line["id"], line["reason"]) for line in table.to_pylist()]
+
+    @property
+    def index(self) -> pyarrow.Table:
+        """One line an image, in the order of the input: id, row (here, null if it failed), status,
+        reason, width, height. Reads the index of every partition.
+
+        Raises:
+            StellarError: an index cannot be read.
+        """
+        import pyarrow
+        import pyarrow.compute as compute
+
+        tables = []
+        for folder, start in zip(self._folders, self._starts, strict=False):
+            table = read_index(folder)
+            place = table.schema.get_field_index("row")
+            row = compute.add(table["row"], pyarrow.scalar(start, pyarrow.int64()))
+            tables.append(table.set_column(place, "row", row))
+        if not tables:
+            raise StellarError(f"{self.folder}: no partition is complete yet")
+        return pyarrow.concat_tables(tables)
+
+    def ids_of(self, rows: Collection[int] | np.ndarray) -> list[str]:
+        """The ids of some rows; unlike `ids`, reads only the partitions that they are in.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        found = [""] * len(rows)
+        for part, at, inside in self._split(_checked(np.asarray(rows), len(self))):
+            ids = self._opened.ids(part)
+            for place, row in zip(at, inside, strict=True):
+                found[place] = ids[row].as_py()
+        return found
+
+    def verify(self) -> None:
+        """Reads every file and compares it with its checksum.
+
+        Raises:
+            StellarError: files differ; all their partitions are named.
+        """
+        damaged = []
+        for manifest in self._manifests:
+            try:
+                check_sums(self.folder, self._plan, manifest["partition"])
+            except (StellarError, OSError) as error:
+                damaged.append((self._plan.partitions[manifest["partition"]].name, str(error)))
+        if damaged:
+            names = _listed([name for name, _ in damaged])
+            raise StellarError(
+                f"{self.folder}: {len(damaged)} of {len(self._manifests)} partitions are damaged: "
+                f"{names}; the first: {damaged[0][1]}"
+            )
+
+    def dataset(
+        self, names: Collection[str] | None = None, *, with_ids: bool = False
+    ) -> FeatureDataset:
+        """A map-style torch Dataset; works with any number of DataLoader workers.
+
+        Args:
+            names: the features of an item; all of them if left out.
+            with_ids: whether an item has its "id", too.
+
+        Raises:
+            KeyError: no such feature.
+        """
+        from .dataset import FeatureDataset
+
+        return FeatureDataset(self, self.names if names is None else names, with_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_files", "_views", "ids", "failed")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._views = {name: Feature(self, name) for name in self.names}
+        self._files = None
+
+    @property
+    def _opened(self) -> Opened:
+        if self._files is None or self._files.process != os.getpid():  # forked: locks and threads
+            self._files = Opened(self._folders, self._manifests)
+        return self._files
+
+    def _split(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Rows by partition: its number, their places in `rows`, and their rows there."""
+        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        order = np.argsort(parts, kind="stable")
+        for at in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
+            if len(at):
+                part = int(parts[at[0]])
+                yield part, at, rows[at] - self._starts[part]
+
+
+class Feature:
+    """One feature of all images, as a read-only array (rows, ...) of which nothing is loaded.
+
+    Indexed like a NumPy array along its rows: by an integer, a slice, a sequence of integers, or a
+    sequence of as many booleans as there are rows. What comes back is a NumPy array; within one
+    partition of `.npy` files, integers and slices give read-only views of the file.
+    """
+
+    def __init__(self, features: Features, name: str) -> None:
+        self._features, self.name = features, name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, ...).
+
+        Raises:
+            StellarError: no partition is complete, so that the shape of a row is not known.
+        """
+        return (len(self), *self._facts["shape"][1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self._features.configuration["dtype"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that `to_numpy` takes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        if not self._features._manifests:
+            raise StellarError(f"{self._features.folder}: no partition is complete yet")
+        return self._features._manifests[0]["features"][self.name]
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __repr__(self) -> str:
+        return f"<Feature {self.name}: {self.dtype} {self.shape}>"
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        if isinstance(rows, slice):
+            return self._slice(*rows.indices(len(self)))
+        chosen = _checked(np.asarray(rows), len(self))
+        if chosen.ndim == 0:
+            return self._slice(int(chosen), int(chosen) + 1, 1)[0]
+        return self._take(chosen)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in self.blocks():
+            yield from block
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError(f"{self.name} is in files: an array of all of it is always a copy")
+        return np.asarray(self.to_numpy(), dtype=dtype)
+
+    def blocks(self, rows: int = 4096) -> Iterator[np.ndarray]:
+        """All rows in order, at most `rows` at a time, for what does not fit into memory."""
+        if rows < 1:
+            raise ValueError(f"a block has at least 1 row, got {rows}")
+        starts = self._features._starts
+        for start, stop in pairwise(starts):
+            for first in range(start, stop, rows):
+                yield self._slice(first, min(first + rows, stop), 1)
+
+    def to_numpy(self) -> np.ndarray:
+        """All of it in memory: (rows, ...), yours to write to."""
+        result = np.empty(self.shape, self.dtype)
+        at = 0
+        for block in self.blocks():
+            result[at : at + len(block)] = block
+            at += len(block)
+        return result
+
+    def _slice(self, start: int, stop: int, step: int) -> np.ndarray:
+        if step != 1 or stop <= start:
+            return self._take(np.arange(start, stop, step))
+        starts, opened = self._features._starts, self._features._opened
+        pieces = []
+        part = bisect.bisect_right(starts, start) - 1
+        while start < stop:
+            end = min(stop, starts[part + 1])
+            if end > start:
+                pieces.append(
+                    opened.rows(part, self.name, start - starts[part], end - starts[part])
+                )
+            start = end
+            part += 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _take(self, rows: np.ndarray) -> np.ndarray:
+        result = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for part, at, inside in self._features._split(rows):
+            result[at] = self._features._opened.take(part, self.name, inside)
+        return result
+
+
+def _checked(rows: np.ndarray, length: int) -> np.ndarray:
+    """Row numbers from 0 up, of row numbers that may count from the end, or of a mask."""
+    if rows.dtype == bool:
+        if rows.shape != (length,):
+            raise IndexError(f"a mask has {length} booleans, one a row; got shape {rows.shape}")
+        return np.flatnonzero(rows)
+    if rows.size == 0 and rows.ndim == 1:
+        return rows.astype(np.int64)
+    if rows.dtype.kind not in "iu" or rows.ndim > 1:
+        raise IndexError(
+            "rows are chosen by an integer, a slice, or a one-dimensional sequence of integers or "
+            f"booleans; got {rows.dtype} of shape {rows.shape}"
+        )
+    rows = rows.astype(np.int64)
+    wrong = rows[(rows < -length) | (rows >= length)]
+    if wrong.size:
+        raise IndexError(f"row {wrong.flat[0]} is out of range: there are {length} rows")
+    return np.where(rows < 0, rows + length, rows)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
