@@ -136,7 +136,7 @@ def preset_pixels(image: Image.Image, preset: str) -> np.ndarray:
     from torch.nn.functional import interpolate
 
     width, height = image.size
-    rows, columns = _eval_size(height, width)
+    rows, columns = eval_size(height, width)
     if rows * columns > EVAL_MAX_PIXELS:
         raise ImageError(
             "<PIL image>", f"{width}x{height} is too long and narrow for the preset 'eval'"
@@ -218,6 +218,17 @@ def _decode_any(source: Source, max_pixels: int) -> Image.Image:
 
 
 def _decode_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
+    with open_regular(path) as file:
+        return _decode_file(file, max_pixels)
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file that may hold a picture, open.
+
+    Raises:
+        ImageError: it is a folder, a pipe or the like, or empty.
+        OSError: it cannot be opened.
+    """
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(path, "is a folder")
@@ -226,16 +237,15 @@ def _decode_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     if status.st_size == 0:
         raise ImageError(path, "empty file")
     # Opened here: given a path, Pillow would map the file, and a file that shrinks is then SIGBUS.
-    with open(path, "rb") as file:
-        return _decode_file(file, max_pixels)
+    return open(path, "rb")
 
 
 def _decode_file(file: IO[bytes], max_pixels: int) -> Image.Image:
-    with _open(file) as image:
+    with open_image(file) as image:
         return _to_rgb(image, max_pixels)
 
 
-def _open(file: IO[bytes]) -> Image.Image:
+def open_image(file: IO[bytes]) -> Image.Image:
     """`PIL.Image.open` for `FORMATS`, without its own limit of pixels, which warns of pictures that
     `max_pixels` allows."""
     try:
@@ -268,12 +278,12 @@ def _formats() -> tuple[str, ...]:
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    _check_pixels(image, max_pixels)
-    _check_scans(image)
+    check_pixels(image, max_pixels)
+    check_scans(image)
     image.load()
-    _check_pixels(image, max_pixels)  # some formats learn their size while decoding
+    check_pixels(image, max_pixels)  # some formats learn their size while decoding
     # After loading: TIFF orients itself there, and drops the tag.
-    transpose = _TRANSPOSE.get(_orientation(image))
+    transpose = _TRANSPOSE.get(orientation_of(image))
     rgb = _convert(image)
     if transpose is not None:
         rgb = rgb.transpose(transpose)
@@ -283,7 +293,8 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     return rgb
 
 
-def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+def check_pixels(image: Image.Image, max_pixels: int) -> None:
+    """Raises ImageError for no pixels or too many."""
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError("", f"has no pixels ({width}x{height})")
@@ -291,7 +302,8 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
         raise ImageError("", f"{width}x{height} is more than the limit of {max_pixels} pixels")
 
 
-def _check_scans(image: Image.Image) -> None:
+def check_scans(image: Image.Image) -> None:
+    """Raises ImageError for a progressive JPEG, still to be decoded, of too many scans."""
     if not isinstance(image, JpegImageFile) or "progressive" not in image.info:
         return
     if image.fp is None or not image.tile:  # closed, or its pixels are decoded already
@@ -300,7 +312,8 @@ def _check_scans(image: Image.Image) -> None:
         raise ImageError("", f"progressive JPEG of more than {MAX_SCANS} scans")
 
 
-def _orientation(image: Image.Image) -> Any:
+def orientation_of(image: Image.Image) -> Any:
+    """What EXIF or XMP say, 1 to 8 if they are right; None where they say nothing."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Warning:  # rule 9
@@ -352,7 +365,7 @@ def _channels_first(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
-def _eval_size(height: int, width: int) -> tuple[int, int]:
+def eval_size(height: int, width: int) -> tuple[int, int]:
     """Rows and columns after the shorter side became 256; the longer is truncated, as kornia's
     Resize does it: from the ratio width / height in floating point."""
     ratio = width / height

@@ -13,6 +13,8 @@ START_OF_SCAN = 0xDA
 END_OF_IMAGE = 0xD9
 # Not 0 (a byte of pixels), 0xFF (padding), nor the markers without a length: TEM, RST0 to RST7.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])", re.DOTALL)
+# APP1 to APP13, APP15 and comments: all but JFIF's APP0 and Adobe's APP14.
+_METADATA = frozenset((*range(0xE1, 0xEE), 0xEF, 0xFE))
 _BLOCK = 1 << 16
 
 
@@ -40,3 +42,27 @@ def count_scans(file: IO[bytes], start: int, limit: int) -> int:
         file.seek(at)
         at += max(2, int.from_bytes(file.read(2), "big"))
     return scans
+
+
+def bare(data: bytes) -> bytes | None:
+    """The first picture of a JPEG file without metadata, thumbnails and what follows it.
+
+    JFIF's and Adobe's segments stay, which decide what the colours are.
+
+    Returns:
+        None for a file that does not end as a whole one does: what to make of it is not for a
+        decoder that may not notice.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    pieces: list[bytes] = []
+    kept, at = 0, 2
+    while (found := _MARKER.search(data, at)) is not None:
+        code = found[1][0]
+        if code == END_OF_IMAGE:
+            return b"".join([*pieces, data[kept : found.end()]])
+        at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+        if code in _METADATA:
+            pieces.append(data[kept : found.start()])
+            kept = at
+    return None

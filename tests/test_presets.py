@@ -56,7 +56,7 @@ def test_eval_sizes_are_kornias():
     for height, width in sizes:
         output = ResizeGenerator(256, side="short")(torch.Size((1, 3, height, width)))
         expected = tuple(output["output_size"][0].tolist())
-        assert images._eval_size(height, width) == expected, (height, width)
+        assert images.eval_size(height, width) == expected, (height, width)
 
 
 def test_a_strip_at_the_limit_and_one_beyond(tmp_path):
