@@ -31,10 +31,10 @@ from stellar_fast.extract import Pipeline, identify, plan, prepare, run
 
 # On a core it encodes an image in about the time that decoding a photograph takes.
 BACKBONE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
     "num_attention_heads": 2,
-    "intermediate_size": 256,
+    "intermediate_size": 512,
     "patch_size": 16,
     "image_size": 224,
 }
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=9, help="of the engine against the pipeline")
-    parser.add_argument("--round-images", type=int, default=480)
+    parser.add_argument("--round-images", type=int, default=960)
     parser.add_argument("--folder", type=Path, help="for the images and features, if not temporary")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
