@@ -168,6 +168,12 @@ def extract(
             help="cpu, cuda or cuda:N; several with commas; every GPU there is, if left out.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Of a Ray cluster; local is this machine (extra ray)."
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode; one for each core.")
     ] = None,
@@ -247,6 +253,8 @@ def extract(
             local_files_only=local_files_only,
         )
         facts = {"repo": repo, "revision": revision} if weights != "synthetic" else {}
+        if ray is not None and devices is not None:
+            raise ValueError("--ray gives each actor its device; leave --devices out")
         names = extraction.device_names(devices)
         if plan_only:
             engine = load(device=names[0])
@@ -254,7 +262,13 @@ def extract(
             typer.echo(f"{output}: {made.images} images in {len(made.partitions)} partitions")
             return
         try:
-            if len(names) == 1:
+            if ray is not None:
+                from .extract import ray_runner
+
+                summary = ray_runner.run(
+                    job, load, address=ray, workers=workers, facts=facts, log_seconds=log_seconds
+                )
+            elif len(names) == 1:
                 engine = load(device=names[0])
                 summary = extraction.run(job, engine, facts=facts, log_seconds=log_seconds)
             else:

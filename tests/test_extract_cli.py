@@ -230,6 +230,25 @@ def test_a_plan_and_then_its_shares(repo, extracted, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+def test_ray_is_handed_the_job_and_chooses_devices_itself(repo, picture, tmp_path, monkeypatch):
+    from stellar_fast.extract import Summary, ray_runner
+
+    told = {}
+
+    def run(job, load, **arguments):
+        told.update(arguments, engine=load(device=None), output=job.output)
+        return Summary(images=2, rows=1, seconds=dict.fromkeys((*extract.stats.STAGES, "total"), 1))
+
+    monkeypatch.setattr(ray_runner, "run", run)
+    arguments = ("extract", tmp_path, tmp_path / "out", "--repo", repo, "--model", "small")
+    result = invoke(*arguments, "--ray", "head:6379", "--workers", 3, "--log-seconds", 7)
+    assert result.exit_code == cli.SOME_FAILED, result.output
+    assert (told["address"], told["workers"], told["log_seconds"]) == ("head:6379", 3, 7)
+    assert told["engine"].config.name == "small"
+    assert told["output"] == tmp_path / "out"
+    refused(invoke(*arguments, "--ray", "local", "--devices", "cpu"), "leave --devices out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
