@@ -56,7 +56,7 @@ def check_one(path: Path, row: int | None, reason: str | None, features, engine)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            pixels = images.load_image(path, "card")
+            pixels = images.load_image(path.read_bytes(), "card")
         except ImageError as error:
             assert reason == error.reason
             return
