@@ -39,6 +39,7 @@ from stellar_fast.extract import (
     run_devices,
     workers,
 )
+from stellar_fast.extract.stats import Progress
 
 TESTS = Path(__file__).parent
 
@@ -253,3 +254,19 @@ def test_too_many_failures_on_several_devices_are_an_error(photographs, tmp_path
     job = plan(photographs, tmp_path / "out", max_errors=4, **SMALL_PARTS)
     with pytest.raises(StellarError, match=r"images failed, more than --max-errors 4"):
         run_devices(job, load_small, ["cpu", "cpu"])
+
+
+def test_an_interruption_stops_devices_in_the_middle_of_a_partition(
+    photographs, tmp_path, monkeypatch
+):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "update", interrupt)
+    output = tmp_path / "out"
+    job = plan(photographs, output, batch_size=2)  # a minute of work on devices that are slow
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        run_devices(job, load_small, ["slow", "slow"])
+    assert time.perf_counter() - start < 40
+    assert sorted(os.listdir(output)) == [".lock", "inputs.parquet", "plan.json", "stats.json"]
