@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 import threading
+import warnings
 from itertools import product
 
 import numpy as np
@@ -327,6 +329,22 @@ def test_many_threads(output):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_child_forked_while_a_thread_reads(output):
+    """It must not wait for a lock that nobody in it will release."""
+    folder, expected, _ = output
+    features = stellar_fast.open_features(folder)
+    _ = features["cls"][:]
+    with features._files._lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forking threads
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            same = np.array_equal(features["cls"][:], expected["cls"])
+            os._exit(0 if same else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_the_dataset(output):

@@ -24,9 +24,23 @@ def with_orientation(orientation: int, **options) -> bytes:
     return saved(photograph(), "JPEG", exif=exif, **options)
 
 
-def rgb_components() -> bytes:
-    """A JPEG whose components are red, green and blue, by their names and Adobe's word."""
-    return saved(photograph(), "JPEG", keep_rgb=True, quality=95)
+def rgb_components(named: bool, adobe: bool) -> bytes:
+    """A JPEG whose components are red, green and blue, by their names, Adobe's word or both."""
+    data = saved(photograph(), "JPEG", keep_rgb=True, quality=95)
+    marked = data.index(b"\xff\xee")
+    segment = data[marked : marked + 16]
+    assert segment[4:9] == b"Adobe" and segment[-1] == 0
+    if not adobe:
+        data = data.replace(segment, b"")
+    if not named:
+        frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+        renamed = bytearray(data)
+        for number in range(3):
+            for at in (frame + 10 + 3 * number, scan + 5 + 2 * number):
+                assert renamed[at] == b"RGB"[number]
+                renamed[at] = number + 1
+        data = bytes(renamed)
+    return data
 
 
 PLAIN = {
@@ -42,7 +56,9 @@ PLAIN = {
 }
 OTHERS = {
     "cmyk": saved(photograph().convert("CMYK"), "JPEG"),
-    "rgb components": rgb_components(),
+    "rgb by both": rgb_components(named=True, adobe=True),
+    "rgb by names": rgb_components(named=True, adobe=False),
+    "rgb by Adobe": rgb_components(named=False, adobe=True),
     "png": saved(photograph(), "PNG"),
     "transparent": saved(photograph().quantize(16), "PNG", transparency=3),
     "no end": saved(photograph(), "JPEG")[:-2],
