@@ -2,25 +2,19 @@
 
 import json
 import os
-import pickle
 import resource
-import signal
 import subprocess
 import sys
-import threading
-import warnings
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from outputs import made_up, write_output
-from torch.utils.data import DataLoader, Dataset
 
 import stellar_fast
 from stellar_fast.errors import StellarError
 from stellar_fast.extract import opened
-from stellar_fast.extract.features import Failed, Features
+from stellar_fast.extract.features import Failed
 
 ROWS = 23
 FAILED = (0, 3, 10, 11, 12, 13, 14, 24)  # partition 2 of 5 images has no row at all
@@ -294,95 +288,6 @@ def test_a_file_that_is_not_what_the_manifest_says(tmp_path):
     (folder / "index.parquet").write_bytes(bytes((folder / "index.parquet").stat().st_size))
     with pytest.raises(StellarError, match=r"index\.parquet: cannot be read"):
         _ = stellar_fast.open_features(tmp_path / "npy").ids
-
-
-# Processes and threads
-
-
-def test_a_pickle_holds_no_rows(output):
-    folder, expected, _ = output
-    features = stellar_fast.open_features(folder)
-    _ = features["sparse"][:], features.ids, features.failed
-    again = pickle.loads(pickle.dumps(features))
-    assert isinstance(again, Features)
-    assert len(pickle.dumps(features)) < 20_000
-    np.testing.assert_array_equal(again["sparse"][4:9], expected["sparse"][4:9])
-    assert again.ids == features.ids
-
-
-def test_many_threads(output):
-    folder, expected, _ = output
-    features = stellar_fast.open_features(folder)
-    wrong = []
-
-    def work(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        for _ in range(60):
-            name = rng.choice(["sparse", "cls"])
-            rows = rng.integers(0, ROWS, 4)
-            if not np.array_equal(features[name][rows], expected[name][rows]):
-                wrong.append(rows)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-def test_a_child_forked_while_a_thread_reads(output):
-    """It must not wait for a lock that nobody in it will release."""
-    folder, expected, _ = output
-    features = stellar_fast.open_features(folder)
-    _ = features["cls"][:]
-    with features._files._lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forking threads
-        child = os.fork()
-        if not child:
-            signal.alarm(20)
-            same = np.array_equal(features["cls"][:], expected["cls"])
-            os._exit(0 if same else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-
-
-def test_the_dataset(output):
-    folder, expected, _ = output
-    features = stellar_fast.open_features(folder)
-    data = features.dataset()
-    assert isinstance(data, Dataset)
-    assert len(data) == ROWS
-    assert sorted(data[3]) == ["cls", "sparse"]
-    np.testing.assert_array_equal(data[-1]["sparse"].numpy(), expected["sparse"][-1])
-    data[2]["sparse"].zero_()  # a copy
-    np.testing.assert_array_equal(data[2]["sparse"].numpy(), expected["sparse"][2])
-    with pytest.raises(IndexError):
-        data[ROWS]
-    named = features.dataset(["cls"], with_ids=True)[5]
-    assert sorted(named) == ["cls", "id"]
-    assert named["id"] == features.ids[5]
-
-
-@pytest.mark.parametrize(("format", "context"), [*product(FORMATS, ["fork"]), ("npy", "spawn")])
-def test_loader_workers_see_every_row_once(format, context, tmp_path):
-    folder, expected = tmp_path / "out", made_up(ROWS)
-    write_output(folder, expected, failed=FAILED, format=format)
-    features = stellar_fast.open_features(folder)
-    _ = features["sparse"][:]  # files are open here: the workers open their own
-    loader = DataLoader(
-        features.dataset(with_ids=True),
-        batch_size=4,
-        shuffle=True,
-        num_workers=2,
-        multiprocessing_context=context,
-    )
-    found = {}
-    for batch in loader:
-        assert batch["sparse"].shape[1:] == (4, 6)
-        found |= dict(zip(batch["id"], batch["sparse"].numpy(), strict=True))
-    assert sorted(found) == features.ids
-    np.testing.assert_array_equal(np.stack([found[id] for id in features.ids]), expected["sparse"])
 
 
 def test_it_is_at_hand_and_imports_no_torch():
