@@ -18,7 +18,6 @@ from torch import Tensor
 from .launch import (
     FP8,
     FP8_MAX,
-    attention_options,
     attention_tile,
     describable,
     descriptor,
@@ -260,7 +259,7 @@ def attention(
         _attention_kernel,
         (batch * num_heads, programs),
         device=query.device,
-        options=attention_options(tile),
+        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         query_ptr=query,
         key_value_a=key_value_a,
         key_value_b=key_value_b,

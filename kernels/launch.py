@@ -243,14 +243,6 @@ class AttentionTile:
     resident: bool
 
 
-def attention_options(tile: AttentionTile) -> dict[str, int]:
-    """Options of the compiler for attention; see `linear_options` for the registers."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.resident:
-        options["maxnreg"] = 255
-    return options
-
-
 def attention_tile(
     part: Part, dtype: torch.dtype, length: int, head_dim: int, descriptors: bool
 ) -> AttentionTile:
@@ -279,10 +271,8 @@ def patch_embed_tile(weight: torch.dtype) -> Tile:
 
 def patch_embed_options(tile: Tile, weight: torch.dtype) -> dict[str, int]:
     """Options of the compiler for patch_embed; see `linear_options` for the registers."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if weight == torch.float32:
-        options["maxnreg"] = 128
-    return options
+    registers = 128 if weight == torch.float32 else 168
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": registers}
 
 
 def spatial_map_tile(weight: torch.dtype) -> Tile:

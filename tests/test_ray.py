@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,8 @@ def test_an_error_is_the_callers_and_what_is_complete_stays(folder, expected, tm
         extract(folder, output, tmp_path / "marks", "fail")
     done = complete(output, read_plan(output))
     assert 0 < len(done) < 6
+    time.sleep(2)
+    assert complete(output, read_plan(output)) == done, "an actor goes on after the error"
     assert '"outcome": "error: the disk is full"' in (output / "stats.json").read_text()
     summary = run(plan(folder, output, **SMALL_PARTS), load_small("cpu"))  # without Ray, for once
     assert summary.partitions == 6 - len(done)

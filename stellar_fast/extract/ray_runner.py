@@ -12,15 +12,18 @@ import json
 import logging
 import pickle
 import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, StellarError
 from .devices import portable
+from .folder import Locks
 from .job import Job, identify, prepare
-from .layout import PLAN, Plan, difference, read_manifest, read_plan
+from .layout import PLAN, Partition, Plan, difference, read_manifest, read_plan
 from .pipeline import Encoder, Pipeline
 from .runner import LOG_SECONDS, summarized
 from .stats import Progress, Summary
@@ -30,6 +33,7 @@ Load = Callable[..., Encoder]
 
 # For Ray's own messages in a session that is started here: manifests are all that it carries.
 OBJECT_STORE = 128 << 20  # bytes
+STOP_SECONDS = 60.0  # for actors to end, once one of them has failed
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,31 @@ def _run(
             num_cpus=share.cpus,
             num_gpus=share.gpus,
         )
-        _count(results.iter_rows(), job.options.max_errors, summary, progress)
+        answers = iter(results.iter_rows())
+        try:
+            _count(answers, job.options.max_errors, summary, progress)
+        except BaseException:
+            answers.close()  # has Ray stop the actors, without waiting for their end
+            _wait_for_end(job.output, [made.partitions[index] for index in indices])
+            raise
+
+
+def _wait_for_end(output: Path, partitions: Iterable[Partition]) -> None:
+    """Returns when no actor writes any of these, so that a next run finds them free.
+
+    Or after `STOP_SECONDS`: what is still written then, a next run refuses by name.
+    """
+    deadline = time.monotonic() + STOP_SECONDS
+    with Locks(output) as locks:
+        for partition in partitions:
+            while time.monotonic() < deadline:
+                try:
+                    locks.take(partition)
+                except StellarError:
+                    time.sleep(0.05)
+                else:
+                    locks.release(partition)
+                    break
 
 
 def _count(
