@@ -259,7 +259,7 @@ def attention(
         _attention_kernel,
         (batch * num_heads, programs),
         device=query.device,
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=tile.options,
         query_ptr=query,
         key_value_a=key_value_a,
         key_value_b=key_value_b,

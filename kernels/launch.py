@@ -234,6 +234,7 @@ class AttentionTile:
 
     Attributes:
         resident: whether all keys and values of a head stay in shared memory.
+        registers: of a thread, at most; None leaves it to the assembler.
     """
 
     block_q: int
@@ -241,6 +242,13 @@ class AttentionTile:
     num_warps: int
     num_stages: int
     resident: bool
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 def attention_tile(
@@ -258,7 +266,12 @@ def attention_tile(
         if part.arch == 90 and head_dim > 64:
             return AttentionTile(128, 64, num_warps=8, num_stages=2, resident=True)
         warps = 8 if head_dim > 64 else 4
-        return AttentionTile(64, 64, num_warps=warps, num_stages=2, resident=True)
+        # From sm_100 on the assembler gives too few registers when left to itself; on sm_90, it
+        # spills when not.
+        registers = None if part.arch == 90 else 255
+        return AttentionTile(
+            64, 64, num_warps=warps, num_stages=2, resident=True, registers=registers
+        )
     return AttentionTile(64, 64, num_warps=4, num_stages=2, resident=False)
 
 

@@ -48,7 +48,7 @@ Preset = Annotated[
     str,
     typer.Option(help="card (resized to 224x224) or eval (shorter side 256, centre crop 224)."),
 ]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or fp8 (GPUs).")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one, if left out.")
 ]
