@@ -209,7 +209,7 @@ def _run(
             num_cpus=share.cpus,
             num_gpus=share.gpus,
         )
-        answers = iter(results.iter_rows())
+        answers = (answer for answer in results.iter_rows())
         try:
             _count(answers, job.options.max_errors, summary, progress)
         except BaseException:
