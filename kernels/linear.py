@@ -24,7 +24,7 @@ from .launch import (
     linear_tile,
     part_of,
 )
-from .pieces import gelu_erf, halves, row_sums, square_sums, to_fp8
+from .pieces import gelu, halves, row_sums, square_sums, to_fp8
 
 GROUP_M = 8  # tiles of rows that share a column tile of weight in the cache
 
@@ -38,7 +38,7 @@ def _finish(
     out,
     bias_ptr,
     weight_scale_ptr,
-    residual_ptr,
+    residual,
     out_sums_ptr,
     out_factor,
     M,
@@ -64,10 +64,14 @@ def _finish(
         acc = acc * tl.load(weight_scale_ptr + columns, mask=mask_n, other=0.0)[None, :]
     acc = acc + tl.load(bias_ptr + columns, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        acc = gelu_erf(acc)
+        acc = gelu(acc, bias_ptr.dtype.element_ty == tl.float32)
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if RESIDUAL:
-        acc = acc + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if DESCRIPTORS:
+            x = residual.load([first_row, first_column])
+        else:
+            x = tl.load(residual + offsets, mask=mask, other=0.0)
+        acc = acc + x.to(tl.float32)
     if QUANTIZE:
         y = to_fp8(acc * out_factor, FP8_MAX)
     elif DESCRIPTORS:
@@ -79,23 +83,23 @@ def _finish(
     else:
         tl.store(out + offsets, y, mask=mask)
     if RESIDUAL:
-        # Of what was stored: the next launch reads the rounded numbers.
-        stored = tl.where(mask_n[None, :], y.to(tl.float32), 0.0)
-        sums = square_sums(stored, BLOCK_M, WIDTH, SUM_BLOCK)
+        if not DESCRIPTORS:  # which read zeros past the end
+            acc = tl.where(mask_n[None, :], acc, 0.0)
+        sums = square_sums(acc, BLOCK_M, WIDTH, SUM_BLOCK)
         parts = first_column // SUM_BLOCK + tl.arange(0, WIDTH // SUM_BLOCK)
         mask_s = (rows < M)[:, None] & (parts * SUM_BLOCK < N)[None, :]
         at = parts.to(tl.int64)[None, :] * M + rows[:, None]
         tl.store(out_sums_ptr + at, sums, mask=mask_s)
 
 
-@triton.jit(do_not_specialize=["M", "parts"])
+@triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x,  # (M, K): pointer, or descriptor of (BLOCK_M, BLOCK_K)
     weight,  # (N, K): pointer, or descriptor of (BLOCK_N, BLOCK_K)
     out,  # (M, N): pointer, or descriptor of (BLOCK_M, BLOCK_N // SLICES)
     bias_ptr,  # (N,)
     weight_scale_ptr,  # (N,) float32
-    residual_ptr,  # (M, N)
+    residual,  # (M, N): pointer, or descriptor as out's
     sums_ptr,  # (PARTS, M) float32: partial Σx²
     row_scale_ptr,  # (M,) float32
     out_sums_ptr,  # (ceil(N / SUM_BLOCK), M) float32
@@ -104,8 +108,8 @@ def _linear_kernel(
     M,
     N,
     K,
-    parts,
     RMS: tl.constexpr,
+    PARTS: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     GELU: tl.constexpr,
@@ -156,7 +160,7 @@ def _linear_kernel(
 
         rows = first_row + tl.arange(0, BLOCK_M)
         if RMS:
-            mean = row_sums(sums_ptr, rows, M, parts, BLOCK_M) / K
+            mean = row_sums(sums_ptr, rows, M, PARTS, BLOCK_M) / K
             row_factor = tl.where(rows < M, tl.rsqrt(mean + eps), 0.0)
         elif SCALE_ROWS:
             row_factor = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
@@ -167,19 +171,19 @@ def _linear_kernel(
             left, right = halves(acc, BLOCK_M, BLOCK_N)
             _finish(
                 left, row_factor, first_row, first_column, out, bias_ptr, weight_scale_ptr,
-                residual_ptr, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
+                residual, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
                 GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK, FP8_MAX,
             )  # fmt: skip
             _finish(
                 right, row_factor, first_row, first_column + WIDTH, out, bias_ptr,
-                weight_scale_ptr, residual_ptr, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS,
+                weight_scale_ptr, residual, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS,
                 SCALE_COLUMNS, GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK,
                 FP8_MAX,
             )  # fmt: skip
         else:
             _finish(
                 acc, row_factor, first_row, first_column, out, bias_ptr, weight_scale_ptr,
-                residual_ptr, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
+                residual, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
                 GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK, FP8_MAX,
             )  # fmt: skip
 
@@ -219,10 +223,14 @@ def _multiply(
     if sums is not None:
         sums = sums.reshape(-1, rows).contiguous()
     if residual is not None:
-        residual = residual.contiguous()
+        residual = residual.contiguous().view(rows, columns)
     part = part_of(x)
     tile = linear_tile(part, x.dtype, rows, columns, depth)
-    descriptors = part.descriptors and rows > 0 and describable(x, weight, y)
+    read = (x, weight) if residual is None else (x, weight, residual)
+    descriptors = part.descriptors and rows > 0 and describable(*read, y)
+    width = tile.block_n // tile.slices
+    if descriptors and residual is not None:
+        residual = descriptor(residual, [tile.block_m, width])
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
     launch(
         _linear_kernel,
@@ -231,10 +239,10 @@ def _multiply(
         options=linear_options(tile, out_scale is not None),
         x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),
         weight=descriptor(weight, [tile.block_n, tile.block_k]) if descriptors else weight,
-        out=descriptor(y, [tile.block_m, tile.block_n // tile.slices]) if descriptors else y,
+        out=descriptor(y, [tile.block_m, width]) if descriptors else y,
         bias_ptr=bias.contiguous(),
         weight_scale_ptr=weight_scale,
-        residual_ptr=residual,
+        residual=residual,
         sums_ptr=sums,
         row_scale_ptr=None if x_scale is None else x_scale.contiguous(),
         out_sums_ptr=out_sums,
@@ -243,8 +251,8 @@ def _multiply(
         M=rows,
         N=columns,
         K=depth,
-        parts=0 if sums is None else sums.shape[0],
         RMS=norm_eps is not None,
+        PARTS=0 if sums is None else sums.shape[0],
         SCALE_ROWS=x_scale is not None,
         SCALE_COLUMNS=weight_scale is not None,
         GELU=gelu,

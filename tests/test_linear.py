@@ -41,6 +41,23 @@ def test_linear(part, dtype, flags, shape):
         assert_within_budget(linear, *operands(2, *shape), dtype=dtype, **flags)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_over_all_its_arguments(dtype):
+    """Through a product with 1: near zero, in the tails, and as far as the dtype goes."""
+    fine = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    far = torch.tensor([12.0, 100.0, 3000.0, 65000.0], dtype=torch.float64)
+    x = cast(torch.cat([fine, far, -far]).reshape(1, -1, 1), dtype)
+    one, zero = x.new_ones(1, 1), x.new_zeros(1)
+    y = linear(x, one, zero, gelu=True).double()
+    exact = x.double() * torch.special.ndtr(x.double())
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs()
+    bound = 1e-6 * x.double().abs() if dtype == torch.float32 else 5e-5
+    assert ((y - exact).abs() <= rounding + bound).all()
+    odd = x.new_tensor([float("nan"), float("inf")]).reshape(1, 2, 1)
+    found = linear(odd, one, zero, gelu=True).flatten()
+    assert found[0].isnan() and found[1] == float("inf")
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [0, 1, 3])
@@ -55,9 +72,9 @@ def test_linear_residual_and_its_sums(part, dtype, batch, shape):
     plain, _ = oracles.linear_residual(x, weight, bias, residual)
     assert_budget(y, plain, exact, dtype)
     assert torch.equal(kept, residual)
-    # Each partial sum is of 64 columns of what was stored.
+    # Each partial sum is of 64 columns, of the numbers before they are rounded to be stored.
     assert sums.shape == (-(-shape[2] // launch.SUM_BLOCK), batch, shape[0])
-    blocks = y.double().square().split(launch.SUM_BLOCK, dim=-1)
+    blocks = exact.square().split(launch.SUM_BLOCK, dim=-1)
     for found, block in zip(sums, blocks, strict=True):
         torch.testing.assert_close(found.double(), block.sum(-1), rtol=1e-5, atol=1e-5)
 
