@@ -40,6 +40,7 @@ from stellar_fast.graphs import bucket
 from stellar_fast.quantize import FP8
 from stellar_fast.weights import (
     Block,
+    EncoderWeights,
     Fp8Block,
     Fp8Linear,
     Linear,
@@ -79,7 +80,7 @@ def _fp8(block: Block) -> Fp8Block:
     return Fp8Block(**parts, attended_scale=0.1, hidden_scale=0.1)
 
 
-def _shallow(config: ModelConfig) -> ModelConfig:
+def shallow(config: ModelConfig) -> ModelConfig:
     """One block of each kind: first, middle and last; the others launch the same."""
     return dataclasses.replace(
         config,
@@ -88,53 +89,74 @@ def _shallow(config: ModelConfig) -> ModelConfig:
     )
 
 
-def launches(config: ModelConfig, precision: str, arch: int) -> Iterator[launch.Launch]:
-    """Every launch of `config` on `arch`, over batches, sizes, inputs and outputs."""
-    config, dtype = _shallow(config), DTYPES[precision]
-    shapes = names.encode_shapes(config) | names.reconstruct_shapes(config)
+def encoder_of(config: ModelConfig, precision: str) -> EncoderWeights:
+    """Packed weights without data."""
     with META:
+        shapes = names.encode_shapes(config)
         state = {name: torch.empty(shape) for name, shape in shapes.items()}
-        weights = pack_encoder(state, config, dtype, META)
+        weights = pack_encoder(state, config, DTYPES[precision], META)
     if precision == "fp8":
         first, *others = weights.blocks
         weights = dataclasses.replace(weights, blocks=(first, *map(_fp8, others)))
+    return weights
+
+
+def encode(
+    weights: EncoderWeights,
+    config: ModelConfig,
+    batch: int,
+    side: int = 224,
+    pixels: torch.dtype = torch.uint8,
+    outputs: Iterable[str] = OUTPUTS,
+    out_dtype: torch.dtype = torch.float32,
+) -> None:
+    """The real forward, on tensors without data; within `launch.on_part` with a hook."""
+    images = torch.empty(batch, 3, side, side, dtype=pixels, device=META)
+    cells = side // config.backbone.patch_size
+    table = weights.table.table(cells, cells)
+    encoder.encode(kernels, weights, config, images, table, tuple(outputs), out_dtype)
+
+
+def _reconstruct(config: ModelConfig, dtype: torch.dtype) -> None:
+    """As `Engine.reconstruct`, up to the VQ tokenizer, which is convolutions."""
+    shapes = names.encode_shapes(config) | names.reconstruct_shapes(config)
+    with META:
+        state = {name: torch.empty(shape) for name, shape in shapes.items()}
     decode = pack_decoder(state, config, None, dtype, META)
+    cells, width = config.backbone.grid, config.backbone.hidden_size
+    code = position_code(decode.fourier, cells, cells).to(dtype)
+    for batch in (1, 16, 256):
+        lowrank = kernels.reassemble(
+            torch.empty(batch, cells**2, config.num_sparse_tokens, device=META),
+            torch.empty(batch, config.num_sparse_tokens, width, device=META),
+        )
+        x, sums = kernels.linear_residual(
+            lowrank.to(dtype),
+            decode.decoder_proj.weight,
+            decode.decoder_proj.bias,
+            code.expand(batch, -1, -1),
+        )
+        heads = config.decoder.num_attention_heads
+        x, sums = encoder.run_block(kernels, decode.blocks[0], x, sums, heads)
+        (x,) = kernels.norm(x, *_pair(decode.norm), 1e-12, (x.shape[1],), x.dtype)
+        kernels.linear(x, x.new_empty(1024, x.shape[2]), x.new_empty(1024))
+
+
+def launches(config: ModelConfig, precision: str, arch: int) -> Iterator[launch.Launch]:
+    """Every launch of `config` on `arch`, over batches, sizes, inputs and outputs."""
+    config, dtype = shallow(config), DTYPES[precision]
+    weights = encoder_of(config, precision)
     seen: list[launch.Launch] = []
-
-    def encode(batch: int, side: int, pixels: torch.dtype, outputs: Iterable[str], out) -> None:
-        images = torch.empty(batch, 3, side, side, dtype=pixels, device=META)
-        cells = side // config.backbone.patch_size
-        table = weights.table.table(cells, cells)
-        encoder.encode(kernels, weights, config, images, table, tuple(outputs), out)
-
     with launch.on_part(arch, seen.append):
         for batch in BATCHES:
-            encode(batch, 224, torch.uint8, OUTPUTS, torch.float32)
-            encode(batch, 224, torch.uint8, ("sparse", "cls"), torch.float32)
-        encode(8, 224, torch.float32, OUTPUTS, dtype)
-        encode(8, 224, dtype, ("cls",), torch.float32)
+            encode(weights, config, batch)
+            encode(weights, config, batch, outputs=("sparse", "cls"))
+        encode(weights, config, 8, pixels=torch.float32, out_dtype=dtype)
+        encode(weights, config, 8, pixels=dtype, outputs=("cls",))
         for side in (98, 384, 512):
-            encode(8, side, torch.uint8, OUTPUTS, torch.float32)
+            encode(weights, config, 8, side)
         if precision != "fp8":  # the decoder has no FP8 blocks
-            cells = config.backbone.grid
-            code = position_code(decode.fourier, cells, cells).to(dtype)
-            for batch in (1, 16, 256):
-                lowrank = kernels.reassemble(
-                    torch.empty(batch, cells**2, config.num_sparse_tokens, device=META),
-                    torch.empty(
-                        batch, config.num_sparse_tokens, config.backbone.hidden_size, device=META
-                    ),
-                )
-                x, sums = kernels.linear_residual(
-                    lowrank.to(dtype),
-                    decode.decoder_proj.weight,
-                    decode.decoder_proj.bias,
-                    code.expand(batch, -1, -1),
-                )
-                heads = config.decoder.num_attention_heads
-                x, sums = encoder.run_block(kernels, decode.blocks[0], x, sums, heads)
-                (x,) = kernels.norm(x, *_pair(decode.norm), 1e-12, (x.shape[1],), x.dtype)
-                kernels.linear(x, x.new_empty(1024, x.shape[2]), x.new_empty(1024))
+            _reconstruct(config, dtype)
     yield from seen
 
 

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from machine_code import MATRIX, Anatomy, Instruction, anatomy, parse
+
 REGISTERS = 65_536  # of one multiprocessor, from sm_80 to sm_120
 WARPS = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}  # resident on one multiprocessor
 SHARED_OF_SM = {80: 167_936, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
@@ -22,7 +24,7 @@ RESERVED = 1024  # bytes of shared memory that the driver takes of each program
 LARGEST_STEP = 256  # an index times a constant up to this is an index; beyond, an offset
 # The matrix instruction of each part, by the dtype of its operands, for tiles of 64 rows and more;
 # smaller ones take HMMA, or QMMA, everywhere.
-MATRIX = {
+EXPECTED = {
     80: {"half": "HMMA"},
     89: {"half": "HMMA", "fp8": "QMMA"},
     90: {"half": "HGMMA", "fp8": "QGMMA"},
@@ -30,7 +32,6 @@ MATRIX = {
     120: {"half": "HMMA", "fp8": "QMMA"},
 }
 SMALL = {"half": "HMMA", "fp8": "QMMA"}
-LIKE_MATRIX = re.compile(r"^(?:U?T?C?[HQ]G?MMA|[HQ]MMA)")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Finding:
     programs: int
     matrix: tuple[str, ...]
     faults: tuple[str, ...]
+    anatomy: Anatomy | None
 
 
 def jit_function(kernel: tuple[str, str]) -> Any:
@@ -81,7 +83,7 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _disassembled(cubin: bytes) -> tuple[dict[str, int], list[str]]:
+def _disassembled(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
     """Resource usage by name, and the machine instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -96,12 +98,11 @@ def _disassembled(cubin: bytes) -> tuple[dict[str, int], list[str]]:
     if found is None:
         raise ValueError(f"cuobjdump reports no resources: {usage!r}")
     names = ("registers", "stack", "static_shared", "local")
-    instructions = re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", code)
-    return dict(zip(names, map(int, found.groups()), strict=True)), instructions
+    return dict(zip(names, map(int, found.groups()), strict=True)), parse(code)
 
 
-def compile_one(item: Compilation, limit: int) -> Finding:
-    """Compiles and checks; `limit` is the part's shared memory for one program, in bytes."""
+def compiled(item: Compilation) -> Any:
+    """Triton's compiled kernel; what it cannot compile raises an error of its own kinds."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -114,18 +115,24 @@ def compile_one(item: Compilation, limit: int) -> Finding:
         constexprs={(names.index(name),): value for name, value in item.constants},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in item.divisible},
     )
+    return triton.compile(
+        source, target=GPUTarget("cuda", item.arch, 32), options=dict(item.options)
+    )
+
+
+def compile_one(item: Compilation, limit: int) -> Finding:
+    """Compiles and checks; `limit` is the part's shared memory for one program, in bytes."""
     try:
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", item.arch, 32), options=dict(item.options)
-        )
-    except Exception as error:  # the compiler's own, of many kinds
+        kernel = compiled(item)
+    except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        return Finding(0, 0, 0, 0, 0, (), (f"does not compile: {(lines or [repr(error)])[0]}",))
-    usage, instructions = _disassembled(compiled.asm["cubin"])
-    threads = 32 * compiled.metadata.num_warps
-    shared = compiled.metadata.shared
+        reason = f"does not compile: {(lines or [repr(error)])[0]}"
+        return Finding(0, 0, 0, 0, 0, (), (reason,), None)
+    usage, instructions = _disassembled(kernel.asm["cubin"])
+    threads = 32 * kernel.metadata.num_warps
+    shared = kernel.metadata.shared
     faults = []
-    counts = Counter(name.split(".")[0] for name in instructions)
+    counts = Counter(instruction.kind for instruction in instructions)
     if usage["stack"] or usage["local"] or counts["STL"] or counts["LDL"]:
         faults.append(f"spills: {usage['stack']} B of stack, {usage['local']} B of local memory")
     if shared > limit:
@@ -139,9 +146,9 @@ def compile_one(item: Compilation, limit: int) -> Finding:
     )
     if programs < 1 and not faults:
         faults.append("does not fit a multiprocessor")
-    matrix = sorted({name for name in instructions if LIKE_MATRIX.match(name)})
-    faults += _matrix_faults(item.arch, compiled.asm["ttir"], matrix)
-    faults += _offset_faults(compiled.asm["ttir"])
+    matrix = sorted({item.name for item in instructions if MATRIX.match(item.name)})
+    faults += _matrix_faults(item.arch, kernel.asm["ttir"], matrix)
+    faults += _offset_faults(kernel.asm["ttir"])
     return Finding(
         usage["registers"],
         usage["stack"],
@@ -150,6 +157,7 @@ def compile_one(item: Compilation, limit: int) -> Finding:
         programs,
         tuple(matrix),
         tuple(faults),
+        anatomy(instructions, item.arch),
     )
 
 
@@ -161,7 +169,7 @@ def _matrix_faults(arch: int, ttir: str, matrix: list[str]) -> list[str]:
             if any("TF32" in name or ".1684" in name or ".1688.F32" in name for name in matrix):
                 faults.append(f"float32 products are not exact: {', '.join(matrix)}")
             continue
-        kinds = MATRIX[arch] if int(rows) >= 64 else SMALL
+        kinds = EXPECTED[arch] if int(rows) >= 64 else SMALL
         wanted = kinds.get("fp8" if operand.startswith("f8") else "half")
         if wanted is None or not any(name.split(".")[0] == wanted for name in matrix):
             faults.append(

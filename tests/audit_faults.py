@@ -86,7 +86,7 @@ def differing_tiles() -> list[str]:
         )
         for rows in (128, 64)
     ]
-    finding = Finding(99, 0, 0, 0, 1, ("HGMMA.64x128x16.F32.BF16",), ())
+    finding = Finding(99, 0, 0, 0, 1, ("HGMMA.64x128x16.F32.BF16",), (), None)
     assert families(items[:1], [finding]) == []
     return families(items, [finding, finding])
 
