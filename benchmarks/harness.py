@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,8 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "openvino", "triton")
+SUMMARY: list[str] = []  # lines that `pytest benchmarks/` prints at its end
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "numpy", "openvino", "onnxruntime", "transformers", "triton")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,22 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
+def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """The relative error of each output; an output that is missing is an AssertionError."""
+    for name in exact:
+        assert name in found, f"{name}: no such output"
+    return {name: relative_error(found[name], exact[name]) for name in exact}
+
+
+def over_budget(measured: Mapping[str, float], plain: Mapping[str, float]) -> str | None:
+    """The first error that exceeds twice plain PyTorch's at that dtype, in words."""
+    for name, error in measured.items():
+        budget = 2 * plain[name]
+        if not error <= budget:  # nor is NaN
+            return f"{name}: error {error:.2e} exceeds its budget {budget:.2e}"
+    return None
+
+
 def within_budget(
     found: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 ) -> None:
@@ -70,12 +89,9 @@ def within_budget(
 
     No figure is written for a result that fails this.
     """
-    for name in exact:
-        assert name in found, f"{name}: no such output"
-        error = relative_error(found[name], exact[name])
-        budget = 2 * relative_error(plain[name], exact[name])
-        if not error <= budget:  # nor is NaN
-            raise AssertionError(f"{name}: error {error:.2e} exceeds its budget {budget:.2e}")
+    reason = over_budget(errors(found, exact), errors(plain, exact))
+    if reason is not None:
+        raise AssertionError(reason)
 
 
 def processor() -> dict[str, object]:
@@ -110,12 +126,15 @@ def commit() -> str:
     """The commit measured; "-dirty" where the code differs from it."""
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).parent.parent
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "stellar_fast", "kernels", "reference")
+    files = [Path(path) for m in sys.modules.values() if (path := getattr(m, "__file__", None))]
+    here = [
+        str(path) for path in files if path.parent == ROOT / "benchmarks"
+    ]  # the benchmarks at work
+    changed = git("status", "--porcelain", "--", "stellar_fast", "kernels", "reference", *here)
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 

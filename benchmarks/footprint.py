@@ -1,0 +1,105 @@
+"""What one implementation takes to load, and at its peak, in a process that does nothing else.
+
+    python -P benchmarks/footprint.py engine-fp32 FOLDER stellar-b16 8
+
+prints one line of JSON. FOLDER holds `config.json` and a weights file; `write_checkpoint` makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from stellar_fast.reference.model import STELLARModel
+from torch import Tensor
+
+import stellar_fast
+from stellar_fast.config import ModelConfig
+from stellar_fast.hub import locate
+from stellar_fast.loading import SYNTHETIC_SEED
+from stellar_fast.names import encode_shapes
+from stellar_fast.synthetic import synthetic_state
+
+NAMES = ("engine-fp32", "engine-bf16", "reference-fp32")
+Encode = Callable[[Tensor], object]
+
+
+def write_config(config: ModelConfig, folder: Path) -> None:
+    """`config.json` in the published layout."""
+    backbone = config.backbone
+    entry = {
+        "weights": "weights.safetensors",
+        "num_sparse_tokens": config.num_sparse_tokens,
+        "num_decoder_layers": config.num_decoder_layers,
+        "spatial_temp": config.spatial_temp,
+        "backbone": {name: getattr(backbone, name) for name in backbone.__dataclass_fields__},
+    }
+    (folder / "config.json").write_text(json.dumps({"models": {config.name: entry}}))
+
+
+def write_checkpoint(config: ModelConfig, folder: Path) -> None:
+    """`config.json`, and a file of the encoder's seeded random weights."""
+    write_config(config, folder)
+    state = synthetic_state(encode_shapes(config), SYNTHETIC_SEED)
+    save_file(state, folder / "weights.safetensors")
+
+
+def _load(name: str, folder: Path, model: str) -> Encode:
+    kind, precision = name.split("-")
+    if kind == "engine":
+        return stellar_fast.load(model, repo=folder, device="cpu", precision=precision).encode
+    located = locate(model, repo=folder)
+    reference = STELLARModel(
+        num_sparse_tokens=located.config.num_sparse_tokens,
+        spatial_temp=located.config.spatial_temp,
+        vit_pretrained=located.config.backbone,
+        do_recon=False,
+        do_clustering=False,
+    )
+    reference.load_state_dict(load_file(located.weights), strict=False)
+    return torch.no_grad()(reference.eval().encode)
+
+
+def _peak() -> int:
+    """The most memory this process has had resident, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def measure(name: str, folder: Path, model: str, batch: int) -> dict[str, object]:
+    before = _peak()
+    start = time.perf_counter()
+    encode = _load(name, folder, model)
+    seconds = time.perf_counter() - start
+    loaded = _peak()
+    encode(torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+    return {
+        "name": name.replace("-", " "),
+        "batch": batch,
+        "load_seconds": seconds,
+        "imported_mib": before,
+        "loaded_mib": loaded,
+        "peak_mib": _peak(),
+    }
+
+
+def measure_all(config: ModelConfig, folder: Path, batch: int) -> list[dict[str, object]]:
+    """Each of NAMES in a new process, on one checkpoint, which is warm in the page cache."""
+    write_checkpoint(config, folder)
+    found = []
+    for name in NAMES:
+        command = [sys.executable, "-P", __file__, name, str(folder), config.name, str(batch)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout))
+    return found
+
+
+if __name__ == "__main__":
+    name, folder, model, batch = sys.argv[1:]
+    print(json.dumps(measure(name, Path(folder), model, int(batch))))
