@@ -6,10 +6,11 @@ on is refused, and its row says why instead.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import harness
 import torch
@@ -21,61 +22,110 @@ BASELINE = "reference fp32 eager"
 OURS = "engine "  # how the names of our own rows begin
 
 
-@dataclass(frozen=True)
-class Entrant:
-    """One implementation.
+class Entrant(Protocol):
+    """One implementation, in this process or in another.
 
     Attributes:
         precision: whose error budget it must keep, "fp32" or "bf16".
-        encode: images (B, 3, H, W) float32 to named outputs.
-        exact: its own float64 outputs, where it computes something else than the model; its budget
-            is then the one of "dense".
-        facts: further fields of its row, such as seconds to prepare.
+        facts: further fields of its row.
     """
 
     name: str
     precision: str
+    facts: Mapping[str, object]
+
+    def load(self, images: Tensor) -> None:
+        """Takes the input of the next runs, (B, 3, H, W) float32."""
+
+    def run(self) -> float:
+        """Encodes it once: seconds."""
+
+    def fetch(self) -> Outputs:
+        """What the last run gave."""
+
+    def exact(self, images: Tensor) -> Outputs | None:
+        """Its own float64 outputs, if it computes something else than the model, else None."""
+
+
+@dataclass
+class Local:
+    """An entrant in this process."""
+
+    name: str
+    precision: str
     encode: Encode
-    exact: Encode | None = None
     facts: Mapping[str, object] = field(default_factory=dict)
 
+    def load(self, images: Tensor) -> None:
+        self._images = images
 
-@dataclass(frozen=True)
-class Task:
-    """Inputs, and what decides whether outputs on them are right.
+    def run(self) -> float:
+        start = time.perf_counter()
+        self._found = self.encode(self._images)
+        return time.perf_counter() - start
 
-    Attributes:
-        inputs: sets of images, each (B, 3, H, W) float32.
-        exact: the float64 outputs for each set.
-        plain: for each precision and set, the errors of plain PyTorch at that dtype.
+    def fetch(self) -> Outputs:
+        return self._found
+
+    def exact(self, images: Tensor) -> None:
+        return None
+
+
+class Pool:
+    """Images, and what is right for each of them; batches are cut from it.
+
+    An image's features do not depend on its batch, so float64 runs once over the pool.
+
+    Args:
+        model: its name.
+        images: (N, 3, H, W) float32.
+        exact: the model in float64.
+        plain: plain PyTorch by precision; twice its error is the budget.
     """
 
-    model: str
-    inputs: Sequence[Tensor]
-    exact: Sequence[Outputs]
-    plain: Mapping[str, Sequence[Mapping[str, float]]]
+    CHUNK = 8
 
-    @classmethod
-    def of(
-        cls,
-        model: str,
-        inputs: Sequence[Tensor],
-        exact: Encode,
-        plain: Mapping[str, Encode],
-    ) -> Task:
-        truths = [exact(images) for images in inputs]
-        errors = {
-            precision: [
-                harness.errors(encode(images), truth)
-                for images, truth in zip(inputs, truths, strict=True)
-            ]
-            for precision, encode in plain.items()
-        }
-        return cls(model, inputs, truths, errors)
+    def __init__(
+        self, model: str, images: Tensor, exact: Encode, plain: Mapping[str, Encode]
+    ) -> None:
+        self.model, self.images = model, images
+        self.exact = self.over(exact)
+        self.plain = {precision: self.over(encode) for precision, encode in plain.items()}
+        self._own: dict[str, Outputs] = {}
+        self._budgets: dict[tuple, dict[str, float]] = {}
 
-    @property
-    def batch(self) -> int:
-        return self.inputs[0].shape[0]
+    def over(self, encode: Encode) -> Outputs:
+        """The outputs for every image of the pool, computed in chunks."""
+        parts = [encode(chunk) for chunk in self.images.split(self.CHUNK)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def rows(self, batch: int, index: int) -> Tensor:
+        """Which images make up set number `index`: neighbours, around the end."""
+        return (torch.arange(batch) + index * batch) % len(self.images)
+
+    def judge(self, entrant: Entrant, found: Outputs, rows: Tensor) -> tuple[dict, str | None]:
+        """The errors of what an entrant found for these rows, and why it is refused, if it is."""
+        truth = self.exact
+        budget = self._budget(entrant.precision, rows)
+        if (own := self._own_truth(entrant)) is not None:
+            truth, budget = own, dict.fromkeys(own, budget["dense"])
+        errors = harness.errors(found, {name: value[rows] for name, value in truth.items()})
+        return errors, harness.over_budget(errors, budget)
+
+    def _budget(self, precision: str, rows: Tensor) -> dict[str, float]:
+        key = (precision, tuple(rows.tolist()))
+        if key not in self._budgets:
+            plain = {name: value[rows] for name, value in self.plain[precision].items()}
+            truth = {name: value[rows] for name, value in self.exact.items()}
+            self._budgets[key] = harness.errors(plain, truth)
+        return self._budgets[key]
+
+    def _own_truth(self, entrant: Entrant) -> Outputs | None:
+        if entrant.name not in self._own:
+            if entrant.exact(self.images[:1]) is None:
+                return None
+            self._own[entrant.name] = self.over(lambda images: entrant.exact(images) or {})
+        return self._own[entrant.name]
 
 
 def pictures(batch: int, side: int, seed: int) -> Tensor:
@@ -88,71 +138,80 @@ def pictures(batch: int, side: int, seed: int) -> Tensor:
 
 
 class Contest:
-    """Times the entrants in turns; construction warms each up and refuses those that are wrong."""
+    """Times the entrants in turns, in another order each round; construction warms each up.
 
-    def __init__(self, task: Task, entrants: Sequence[Entrant]) -> None:
-        self.task = task
+    Args:
+        sets: how many sets of `batch` images the rounds rotate through.
+    """
+
+    def __init__(
+        self, pool: Pool, entrants: Sequence[Entrant], batch: int, sets: int, rounds: int
+    ) -> None:
+        self.pool, self.batch, self.sets = pool, batch, sets
         self.entrants = {entrant.name: entrant for entrant in entrants}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.entrants}
         self.worst: dict[str, dict[str, float]] = {name: {} for name in self.entrants}
         self.refused: dict[str, str] = {}
-        self._own: dict[tuple[str, int], Outputs] = {}
-        self._found: dict[str, tuple[int, Outputs]] = {}
-        self._rounds = 0
-        for name, entrant in self.entrants.items():
-            self._found[name] = (0, entrant.encode(task.inputs[0]))
-            self.check()
-
-    def turn(self, name: str) -> None:
-        """One timed call of an entrant, on the inputs of this round."""
-        index = self._rounds % len(self.task.inputs)
-        images = self.task.inputs[index]
-        encode = self.entrants[name].encode
-        start = time.perf_counter()
-        found = encode(images)
-        self.seconds[name].append(time.perf_counter() - start)
-        self._found[name] = (index, found)
-
-    def round(self, without: str | None = None) -> None:
-        """A turn of each that is not refused; `without` has its turn next, by the caller."""
-        self.check()
-        self._rounds += 1
         for name in self.entrants:
-            if name not in self.refused and name != without:
-                self.turn(name)
+            self.turn(name, 0)
+        self.seconds = {name: [] for name in self.entrants}
+        order = random.Random(0)
+        names = list(self.entrants)
+        self._schedule = [
+            (name, index) for index in range(rounds) for name in order.sample(names, len(names))
+        ]
 
-    def check(self) -> None:
-        """Holds the outputs of the last turns against float64, outside of any timing."""
-        for name, (index, found) in self._found.items():
-            entrant, plain = self.entrants[name], self.task.plain
-            truth, budget = self.task.exact[index], plain[entrant.precision][index]
-            if entrant.exact is not None:
-                truth = self._own_truth(entrant, index)
-                budget = dict.fromkeys(truth, budget["dense"])
-            errors = harness.errors(found, truth)
-            worst = self.worst[name]
-            for output, error in errors.items():
-                worst[output] = error if output not in worst else max(worst[output], error)
-            if reason := harness.over_budget(errors, budget):
-                self.refused.setdefault(name, reason)
-        self._found.clear()
+    def turn(self, name: str, index: int) -> None:
+        """A timed call of an entrant on the inputs of one round, and its check."""
+        self._load(name, index)
+        self._run(name)
+        self._check(name, index)
 
-    def _own_truth(self, entrant: Entrant, index: int) -> Outputs:
-        assert entrant.exact is not None
-        if (entrant.name, index) not in self._own:
-            self._own[entrant.name, index] = entrant.exact(self.task.inputs[index])
-        return self._own[entrant.name, index]
+    def _load(self, name: str, index: int) -> None:
+        rows = self.pool.rows(self.batch, index % self.sets)
+        self.entrants[name].load(self.pool.images[rows])
+
+    def _run(self, name: str) -> None:
+        self.seconds[name].append(self.entrants[name].run())
+
+    def _check(self, name: str, index: int) -> None:
+        entrant = self.entrants[name]
+        rows = self.pool.rows(self.batch, index % self.sets)
+        errors, reason = self.pool.judge(entrant, entrant.fetch(), rows)
+        worst = self.worst[name]
+        for output, error in errors.items():
+            # NaN stays: it is neither above nor below.
+            worst[output] = error if not error <= worst.get(output, -1.0) else worst[output]
+        if reason is not None:
+            self.refused.setdefault(name, reason)
+
+    def until(self, name: str) -> None:
+        """Every scheduled turn up to the next one of `name`, which the caller runs by `next`."""
+        while self._schedule and self._schedule[0][0] != name:
+            self.turn(*self._schedule.pop(0))
+        self._load(*self._schedule[0])
+
+    def next(self) -> None:
+        """The call that `until` left; `done` follows."""
+        self._run(self._schedule[0][0])
+
+    def done(self) -> None:
+        self._check(*self._schedule.pop(0))
+
+    def finish(self) -> None:
+        """Every turn that is left."""
+        while self._schedule:
+            self.turn(*self._schedule.pop(0))
 
     def rows(self) -> list[dict[str, object]]:
         """A row an entrant, with `speedup` against the baseline or with `refused`."""
-        self.check()
         base = harness.Timing.of(self.seconds[BASELINE]).median
         rows = []
         for name, entrant in self.entrants.items():
             facts = {
                 "name": name,
-                "model": self.task.model,
-                "batch": self.task.batch,
+                "model": self.pool.model,
+                "batch": self.batch,
                 "precision": entrant.precision,
                 "error": self.worst[name],
                 **entrant.facts,
@@ -161,7 +220,7 @@ class Contest:
                 rows.append({**facts, "refused": self.refused[name]})
                 continue
             timing = harness.Timing.of(self.seconds[name])
-            rows.append(harness.row(timing, self.task.batch, **facts, speedup=base / timing.median))
+            rows.append(harness.row(timing, self.batch, **facts, speedup=base / timing.median))
         return rows
 
 
@@ -174,10 +233,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             batch = row["batch"]
             lines.append(f"{row['model']}, batch {batch}")
         if "refused" in row:
-            lines.append(f"  {row['name']:36} refused: {row['refused']}")
+            lines.append(f"  {row['name']:44} refused: {row['refused']}")
         else:
             lines.append(
-                f"  {row['name']:36} {row['images_per_second']:8.2f} img/s {row['speedup']:6.2f}x  "
+                f"  {row['name']:44} {row['images_per_second']:8.2f} img/s {row['speedup']:6.2f}x  "
                 f"({row['low']:.4f}-{row['high']:.4f} s a batch, {row['rounds']} rounds)"
             )
     return lines

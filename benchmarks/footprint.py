@@ -1,6 +1,6 @@
 """What one implementation takes to load, and at its peak, in a process that does nothing else.
 
-    python -P benchmarks/footprint.py engine-fp32 FOLDER stellar-b16 8
+    python -P benchmarks/footprint.py engine-fp32 FOLDER stellar-b16 8 224
 
 prints one line of JSON. FOLDER holds `config.json` and a weights file; `write_checkpoint` makes it.
 """
@@ -8,7 +8,6 @@ prints one line of JSON. FOLDER holds `config.json` and a weights file; `write_c
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -68,17 +67,22 @@ def _load(name: str, folder: Path, model: str) -> Encode:
 
 
 def _peak() -> int:
-    """The most memory this process has had resident, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    """The most memory this program has had resident, in MiB.
+
+    Linux's own count: `ru_maxrss` goes on from that of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) // 1024
 
 
-def measure(name: str, folder: Path, model: str, batch: int) -> dict[str, object]:
+def measure(name: str, folder: Path, model: str, batch: int, side: int) -> dict[str, object]:
     before = _peak()
     start = time.perf_counter()
     encode = _load(name, folder, model)
     seconds = time.perf_counter() - start
     loaded = _peak()
-    encode(torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+    encode(torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)))
     return {
         "name": name.replace("-", " "),
         "batch": batch,
@@ -89,17 +93,28 @@ def measure(name: str, folder: Path, model: str, batch: int) -> dict[str, object
     }
 
 
-def measure_all(config: ModelConfig, folder: Path, batch: int) -> list[dict[str, object]]:
+def measure_all(
+    config: ModelConfig, folder: Path, batch: int, side: int = 224
+) -> list[dict[str, object]]:
     """Each of NAMES in a new process, on one checkpoint, which is warm in the page cache."""
     write_checkpoint(config, folder)
     found = []
     for name in NAMES:
-        command = [sys.executable, "-P", __file__, name, str(folder), config.name, str(batch)]
+        command = [
+            sys.executable,
+            "-P",
+            __file__,
+            name,
+            str(folder),
+            config.name,
+            str(batch),
+            str(side),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found.append(json.loads(done.stdout))
     return found
 
 
 if __name__ == "__main__":
-    name, folder, model, batch = sys.argv[1:]
-    print(json.dumps(measure(name, Path(folder), model, int(batch))))
+    name, folder, model, *numbers = sys.argv[1:]
+    print(json.dumps(measure(name, Path(folder), model, *map(int, numbers))))

@@ -1,6 +1,7 @@
 """What a STELLAR model can be run with on a CPU: ours, plain PyTorch, and others' runtimes.
 
-Every function gives an `Entrant`, or raises `Absent` with the reason where a package is missing.
+Each runs in a process of its own (`Remote`). Within one process they are not independent: eager
+PyTorch took 1.26 s a batch alone, and 1.43 s after OpenVINO had been loaded beside it.
 """
 
 from __future__ import annotations
@@ -8,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import multiprocessing
+import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import footprint
 import harness
 import torch
-from contest import BASELINE, Encode, Entrant
+from contest import BASELINE, Encode, Local, Outputs
 from stellar_fast.reference.model import STELLARModel
 from torch import Tensor, nn
 
@@ -40,7 +46,7 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Absent(f"{name} is not installed (extra `peers`): {error}") from error
+        raise Absent(f"{name} is not installed (extra `peers`)") from error
 
 
 @contextlib.contextmanager
@@ -56,17 +62,19 @@ def _without_root() -> Iterator[None]:
 
 
 class Subject:
-    """One model with seeded random weights, and the implementations that are always there.
+    """One model with seeded random weights.
 
     Args:
         config: its geometry, published or not.
-        folder: where `config.json` for the engine's loader is put.
+        folder: for `config.json`, which the engine's loader reads, and for exported graphs.
     """
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         footprint.write_config(config, folder)
         self.reference = functools.cache(self._reference)
+        self.openvino_graph = functools.cache(self._openvino_graph)
+        self.vit = functools.cache(self._vit)
 
     def _reference(self, precision: str) -> STELLARModel:
         model = STELLARModel(
@@ -81,31 +89,36 @@ class Subject:
         return model.to(DTYPES[precision]).eval().requires_grad_(False)
 
     def eager(self, precision: str) -> Encode:
-        model = self.reference(precision)
-
-        def encode(images: Tensor) -> dict[str, Tensor]:
-            with torch.no_grad():
-                return model.encode(images)
-
-        return encode
-
-    def plain(self, precision: str) -> Entrant:
-        name = BASELINE if precision == "fp32" else f"reference {precision} eager"
-        return Entrant(name, precision, self.eager(precision))
-
-    def engine(self, precision: str) -> Entrant:
-        """Ours, with the loader's defaults."""
-        engine = stellar_fast.load(
-            self.config.name,
-            repo=self.folder,
-            device="cpu",
-            precision=precision,
-            weights="synthetic",
-        )
-        return Entrant(f"engine {precision}", precision, engine.encode)
+        """The model in plain PyTorch."""
+        return torch.no_grad()(self.reference(precision).encode)
 
     def tuple_module(self) -> nn.Module:
         return _Tuple(self.reference("fp32")).eval()
+
+    def _openvino_graph(self) -> Any:
+        package = _package("openvino")
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the tracer's, about sizes it takes for constant
+            side = self.config.backbone.image_size
+            example = torch.zeros(2, 3, side, side)
+            return package.convert_model(self.tuple_module(), example_input=example)
+
+    def _vit(self, precision: str) -> nn.Module:
+        with _without_root():
+            package = _package("transformers")
+            vit_config, vit_model = package.ViTConfig, package.ViTModel  # imported when asked for
+        backbone = self.config.backbone
+        config = vit_config(
+            hidden_size=backbone.hidden_size,
+            num_hidden_layers=backbone.num_hidden_layers,
+            num_attention_heads=backbone.num_attention_heads,
+            intermediate_size=backbone.intermediate_size,
+            patch_size=backbone.patch_size,
+            image_size=backbone.image_size,
+        )
+        torch.manual_seed(SYNTHETIC_SEED)
+        model = vit_model(config, add_pooling_layer=False).eval()
+        return model.to(DTYPES[precision]).requires_grad_(False)
 
 
 class _Tuple(nn.Module):
@@ -120,53 +133,59 @@ class _Tuple(nn.Module):
         return tuple(out[name] for name in OUTPUTS)
 
 
-def compiled(subject: Subject, example: Tensor) -> Entrant:
+def _eager(subject: Subject, example: Tensor, precision: str) -> Encode:
+    return subject.eager(precision)
+
+
+def _engine(subject: Subject, example: Tensor, precision: str) -> Encode:
+    """Ours, with the loader's defaults."""
+    return stellar_fast.load(
+        subject.config.name,
+        repo=subject.folder,
+        device="cpu",
+        precision=precision,
+        weights="synthetic",
+    ).encode
+
+
+def _compiled(subject: Subject, example: Tensor, precision: str) -> Encode:
     """torch.compile in its slowest and best mode, for the shape of `example`."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise Absent("torch.compile needs a C++ compiler, and there is none")
     torch._dynamo.reset()
     model = torch.compile(subject.tuple_module(), mode="max-autotune", dynamic=False)
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
+    def encode(images: Tensor) -> Outputs:
         with torch.no_grad():
             return dict(zip(OUTPUTS, model(images), strict=True))
 
-    start = time.perf_counter()
-    encode(example)
-    # Without caches: what a machine pays that compiles this for the first time.
-    facts = {"prepare_seconds": time.perf_counter() - start}
-    return Entrant("reference fp32 torch.compile max-autotune", "fp32", encode, facts=facts)
+    return encode
 
 
-def openvino(subject: Subject, example: Tensor, precision: str) -> Entrant:
+def _openvino(subject: Subject, example: Tensor, precision: str) -> Encode:
     """OpenVINO at the shape of `example`, told to keep to `precision` and to aim for latency."""
-    package = _package("openvino")
-    start = time.perf_counter()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer's, about sizes that it takes for constant
-        model = package.convert_model(
-            subject.tuple_module(), example_input=example, input=list(example.shape)
-        )
+    package, graph = _package("openvino"), subject.openvino_graph()
+    graph.reshape(list(example.shape))
     hints = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(precision, precision),
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled_model = package.Core().compile_model(model, "CPU", hints)
-    facts = {"prepare_seconds": time.perf_counter() - start}
+    model = package.Core().compile_model(graph, "CPU", hints)
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
-        found = compiled_model(images.numpy())
+    def encode(images: Tensor) -> Outputs:
+        found = model(images.numpy())
         return {name: torch.from_numpy(found[index]) for index, name in enumerate(OUTPUTS)}
 
-    return Entrant(f"OpenVINO {precision}", precision, encode, facts=facts)
+    return encode
 
 
-def onnxruntime(subject: Subject, example: Tensor, folder: Path) -> Entrant:
+def _onnxruntime(subject: Subject, example: Tensor, precision: str) -> Encode:
     """ONNX Runtime with all of its graph optimisations, at the shape of `example`."""
     package = _package("onnxruntime")
     for needed in ("onnx", "onnxscript"):
         _package(needed)
-    path = folder / f"batch-{len(example)}.onnx"
-    start = time.perf_counter()
+    path = subject.folder / f"batch-{len(example)}.onnx"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -182,65 +201,147 @@ def onnxruntime(subject: Subject, example: Tensor, folder: Path) -> Entrant:
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = package.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = package.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    facts = {"prepare_seconds": time.perf_counter() - start}
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
+    def encode(images: Tensor) -> Outputs:
         found = session.run(list(OUTPUTS), {"images": images.numpy()})
         return {name: torch.from_numpy(a) for name, a in zip(OUTPUTS, found, strict=True)}
 
-    return Entrant("ONNX Runtime fp32", "fp32", encode, facts=facts)
+    return encode
 
 
-def transformers_vit(subject: Subject) -> Entrant:
+def _vit(subject: Subject, example: Tensor, precision: str) -> Encode:
     """Hugging Face's ViTModel at the same width, depth and patches: the backbone alone.
 
     It has neither the sparse tokens in its sequence nor the spatial map, so it does less. Its
     outputs are held against its own in float64.
     """
-    with _without_root():
-        package = _package("transformers")
-        vit_config, vit_model = package.ViTConfig, package.ViTModel  # imported when asked for
-    backbone = subject.config.backbone
-    config = vit_config(
-        hidden_size=backbone.hidden_size,
-        num_hidden_layers=backbone.num_hidden_layers,
-        num_attention_heads=backbone.num_attention_heads,
-        intermediate_size=backbone.intermediate_size,
-        patch_size=backbone.patch_size,
-        image_size=backbone.image_size,
-    )
-    torch.manual_seed(SYNTHETIC_SEED)
-    model = vit_model(config, add_pooling_layer=False).eval()
-    exact = vit_model(config, add_pooling_layer=False).eval()
-    exact.load_state_dict(model.state_dict())
+    model = subject.vit(precision)
 
-    def run(model: nn.Module, dtype: torch.dtype) -> Encode:
-        model = model.to(dtype)
+    def encode(images: Tensor) -> Outputs:
+        with torch.no_grad():
+            return {"last_hidden_state": model(images.to(DTYPES[precision])).last_hidden_state}
 
-        def encode(images: Tensor) -> dict[str, Tensor]:
-            with torch.no_grad():
-                return {"last_hidden_state": model(images.to(dtype)).last_hidden_state}
-
-        return encode
-
-    facts = {"attention": config._attn_implementation, "backbone_only": True}
-    return Entrant(
-        "transformers ViTModel fp32 (backbone only)",
-        "fp32",
-        run(model, torch.float32),
-        run(exact, torch.float64),
-        facts,
-    )
+    return encode
 
 
-def present(
-    makers: dict[str, Callable[[], Entrant]],
-) -> tuple[list[Entrant], dict[str, str]]:
-    """The entrants that are there, and for the others the reason why not."""
-    entrants, absent = [], {}
-    for name, make in makers.items():
+Maker = Callable[[Subject, Tensor, str], Encode]
+VIT = "transformers ViTModel fp32 (backbone only)"
+IMPLEMENTATIONS: dict[str, tuple[Maker, str]] = {
+    BASELINE: (_eager, "fp32"),
+    "reference bf16 eager": (_eager, "bf16"),
+    "engine fp32": (_engine, "fp32"),
+    "engine bf16": (_engine, "bf16"),
+    "torch.compile max-autotune fp32": (_compiled, "fp32"),
+    VIT: (_vit, "fp32"),
+    "OpenVINO fp32": (_openvino, "fp32"),
+    "OpenVINO bf16": (_openvino, "bf16"),
+    "ONNX Runtime fp32": (_onnxruntime, "fp32"),
+}
+
+
+def local(subject: Subject, name: str, example: Tensor) -> Local:
+    """An implementation in this process, made for the shape of `example`."""
+    make, precision = IMPLEMENTATIONS[name]
+    return Local(name, precision, make(subject, example, precision))
+
+
+class Remote:
+    """An implementation in a process of its own, for one shape at a time.
+
+    Raises:
+        Absent: by `prepare`, where its package is missing.
+        RuntimeError: by any method, with the error of the other process.
+    """
+
+    def __init__(self, name: str, config: ModelConfig, folder: Path, threads: int) -> None:
+        self.name, self.precision = name, IMPLEMENTATIONS[name][1]
+        self.facts: dict[str, object] = {}
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, name, config, folder, threads)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _ask(self, command: str, argument: object = None) -> Any:
+        self._connection.send((command, argument))
+        kind, answer = self._connection.recv()
+        if kind == "absent":
+            raise Absent(answer)
+        if kind == "error":
+            raise RuntimeError(f"{self.name}: {answer}")
+        return answer
+
+    def prepare(self, example: Tensor) -> None:
+        """Makes it for the shape of `example`; `prepare_seconds` lasts to its first result."""
+        self.facts = {"prepare_seconds": self._ask("prepare", example.numpy())}
+
+    def load(self, images: Tensor) -> None:
+        self._ask("load", images.numpy())
+
+    def run(self) -> float:
+        return self._ask("run")
+
+    def fetch(self) -> Outputs:
+        return {name: torch.from_numpy(a) for name, a in self._ask("fetch").items()}
+
+    def exact(self, images: Tensor) -> Outputs | None:
+        if self.name != VIT:
+            return None
+        return {name: torch.from_numpy(a) for name, a in self._ask("exact", images.numpy()).items()}
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def _serve(
+    connection: Connection, name: str, config: ModelConfig, folder: Path, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    folder.mkdir(exist_ok=True)
+    worker = _Worker(name, Subject(config, folder))
+    while True:
         try:
-            entrants.append(make())
+            command, argument = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("ok", getattr(worker, command)(argument))
         except Absent as reason:
-            absent[name] = str(reason)
-    return entrants, absent
+            answer = ("absent", str(reason))
+        except Exception as error:  # the other process is told, and raises it
+            answer = ("error", f"{type(error).__name__}: {error}")
+        connection.send(answer)
+
+
+class _Worker:
+    """What `Remote` asks for, in the other process; arrays travel as NumPy's."""
+
+    def __init__(self, name: str, subject: Subject) -> None:
+        self.name, self.subject = name, subject
+        self.local: Local | None = None
+
+    def prepare(self, example: Any) -> float:
+        self.local = None  # frees the one of another shape first
+        start = time.perf_counter()
+        self.local = local(self.subject, self.name, torch.from_numpy(example))
+        self.load(example)
+        self.run()
+        return time.perf_counter() - start
+
+    def load(self, images: Any) -> None:
+        self.local.load(torch.from_numpy(images))
+
+    def run(self, _: None = None) -> float:
+        return self.local.run()
+
+    def fetch(self, _: None = None) -> dict[str, Any]:
+        found = self.local.fetch()
+        return {name: value.detach().float().numpy() for name, value in found.items()}
+
+    def exact(self, images: Any) -> dict[str, Any]:
+        found = _vit(self.subject, None, "fp64")(torch.from_numpy(images))
+        return {name: value.numpy() for name, value in found.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Iterator
@@ -23,15 +22,17 @@ from stellar_fast.config import MODELS
 
 MODEL = "stellar-b16"
 OURS = "engine fp32"
-# batch: (sets of inputs, rounds). The sets of a batch are 4.8 MB and more together, twice a core's
-# L2 cache. A round at batch 32 takes half a minute on two cores; three give a median and a spread.
-PLAN = {1: (8, 16), 8: (3, 5), 32: (2, 3)}
+# batch: (sets of inputs, rounds). The sets of a batch are 9.6 MB and more together, several times a
+# core's L2 cache. A round at batch 32 takes half a minute on two cores.
+PLAN = {1: (16, 16), 8: (5, 5), 32: (2, 3)}
+POOL = 40  # images that the sets are cut from
 LATENCY_CALLS, LATENCY_SECONDS = 1000, 60
 CHOICES = (
+    "every implementation in a process of its own, called in turns, in another order each round",
     "bf16 at batch 32 only on processors with bf16 matrix units: elsewhere it takes twice as long "
     "as fp32 in every implementation, which batches 1 and 8 show",
     "OpenVINO, ONNX Runtime and torch.compile are given the exact shape, which suits them best; "
-    "prepare_seconds is what they take for it, with no cache of theirs but the file system's",
+    "prepare_seconds is from weights in memory, or drawn, to the first result of that shape",
     f"latency: at most {LATENCY_CALLS} calls each and {LATENCY_SECONDS} s together, whichever is "
     "less; `calls` says how many",
 )
@@ -48,16 +49,22 @@ class Record:
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory) -> peers.Subject:
-    return peers.Subject(MODELS[MODEL], tmp_path_factory.mktemp("model"))
+def pool(tmp_path_factory) -> contest.Pool:
+    subject = peers.Subject(MODELS[MODEL], tmp_path_factory.mktemp("model"))
+    plain = {precision: subject.eager(precision) for precision in ("fp32", "bf16")}
+    return contest.Pool(MODEL, contest.pictures(POOL, 224, 0), subject.eager("fp64"), plain)
 
 
 @pytest.fixture(scope="module")
-def entrants(subject) -> dict[str, contest.Entrant]:
-    """Those that take any batch, made once."""
-    found = [subject.plain("fp32"), subject.plain("bf16"), subject.engine("fp32")]
-    found += [subject.engine("bf16")]
-    return {entrant.name: entrant for entrant in found}
+def remotes(tmp_path_factory) -> Iterator[dict[str, peers.Remote]]:
+    folder, threads = tmp_path_factory.mktemp("remotes"), torch.get_num_threads()
+    found = {
+        name: peers.Remote(name, MODELS[MODEL], folder / str(index), threads)
+        for index, name in enumerate(peers.IMPLEMENTATIONS)
+    }
+    yield found
+    for remote in found.values():
+        remote.close()
 
 
 @pytest.fixture(scope="module")
@@ -111,42 +118,30 @@ def _table(found: Record) -> Iterator[str]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("batch", PLAN)
-def test_encode(batch, benchmark, subject, entrants, record, tmp_path):
+def test_encode(batch, benchmark, pool, remotes, record):
     """No figure outside its error budget; only a wrong engine fails, a wrong peer is refused."""
     sets, rounds = PLAN[batch]
-    inputs = [contest.pictures(batch, 224, seed) for seed in range(sets)]
     units = harness.processor()["bf16_matrix_units"]
-    precisions = ("fp32", "bf16") if batch < 32 or units else ("fp32",)
-    task = contest.Task.of(
-        MODEL,
-        inputs,
-        subject.eager("fp64"),
-        {precision: subject.eager(precision) for precision in precisions},
-    )
-    always = [entrant for entrant in entrants.values() if entrant.precision in precisions]
-    makers = {
-        "torch.compile": lambda: peers.compiled(subject, inputs[0]),
-        "ONNX Runtime fp32": lambda: peers.onnxruntime(subject, inputs[0], tmp_path),
-        "transformers ViTModel": lambda: peers.transformers_vit(subject),
-    }
-    for precision in precisions:
-        makers[f"OpenVINO {precision}"] = functools.partial(
-            peers.openvino, subject, inputs[0], precision
-        )
-    others, absent = peers.present(makers)
-    record.skipped.update(absent)
+    entrants = []
+    for name, remote in remotes.items():
+        if name in record.skipped or (batch == 32 and remote.precision == "bf16" and not units):
+            continue
+        try:
+            remote.prepare(pool.images[:batch])
+        except peers.Absent as reason:
+            record.skipped[name] = str(reason)
+        else:
+            entrants.append(remote)
 
-    match = contest.Contest(task, [*always, *others])
-    if OURS in match.refused:  # the others are still worth their figures
-        for _ in range(rounds):
-            match.round()
-    else:
-        benchmark.pedantic(
-            lambda: match.turn(OURS),
-            setup=lambda: match.round(without=OURS),
-            rounds=rounds,
-            iterations=1,
-        )
+    match = contest.Contest(pool, entrants, batch, sets, rounds)
+    benchmark.pedantic(
+        match.next,
+        setup=lambda: match.until(OURS),
+        teardown=match.done,
+        rounds=rounds,
+        iterations=1,
+    )
+    match.finish()
     rows = match.rows()
     benchmark.extra_info["rows"] = rows
     record.rows.extend(rows)
@@ -155,23 +150,23 @@ def test_encode(batch, benchmark, subject, entrants, record, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_latency_of_one_image(entrants, record):
+def test_latency_of_one_image(pool, remotes, record):
     """Median and 99th percentile of single calls, engine and plain PyTorch in turns."""
-    inputs = [contest.pictures(1, 224, seed) for seed in range(PLAN[1][0])]
     names = [OURS, contest.BASELINE]
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        remotes[name].prepare(pool.images[:1])
     start = time.perf_counter()
-    for call in range(LATENCY_CALLS + 2):
+    for call in range(LATENCY_CALLS):
         if call > 30 and time.perf_counter() - start > LATENCY_SECONDS:
             break
         for name in names:
-            before = time.perf_counter()
-            entrants[name].encode(inputs[call % len(inputs)])
-            seconds[name].append(time.perf_counter() - before)
+            remotes[name].load(pool.images[call % POOL, None])
+            seconds[name].append(remotes[name].run())
     for name in names:
-        calls = seconds[name][2:]  # the first two warm up
-        median, p99 = np.percentile(calls, [50, 99]).tolist()
-        record.latency.append({"name": name, "median": median, "p99": p99, "calls": len(calls)})
+        median, p99 = np.percentile(seconds[name], [50, 99]).tolist()
+        calls = len(seconds[name])
+        record.latency.append({"name": name, "median": median, "p99": p99, "calls": calls})
 
 
 @pytest.mark.timeout(300)
