@@ -138,9 +138,10 @@ def pictures(batch: int, side: int, seed: int) -> Tensor:
 
 
 class Contest:
-    """Times the entrants in turns, in another order each round; construction warms each up.
+    """Times the entrants in turns, in another order each round.
 
     Args:
+        entrants: each warm: it has run at this shape.
         sets: how many sets of `batch` images the rounds rotate through.
     """
 
@@ -152,9 +153,6 @@ class Contest:
         self.seconds: dict[str, list[float]] = {name: [] for name in self.entrants}
         self.worst: dict[str, dict[str, float]] = {name: {} for name in self.entrants}
         self.refused: dict[str, str] = {}
-        for name in self.entrants:
-            self.turn(name, 0)
-        self.seconds = {name: [] for name in self.entrants}
         order = random.Random(0)
         names = list(self.entrants)
         self._schedule = [

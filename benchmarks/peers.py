@@ -302,6 +302,8 @@ def _serve(
 ) -> None:
     torch.set_num_threads(threads)
     folder.mkdir(exist_ok=True)
+    # An empty cache: what a machine pays that compiles this for the first time.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     worker = _Worker(name, Subject(config, folder))
     while True:
         try:
