@@ -24,8 +24,7 @@ sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 import harness
 from contest import OURS
 
-# Of two runs of the same code minutes apart on two cores, ratios of medians differed by up to 3 %
-# beyond their quartiles.
+# What may differ between runs beside what their quartiles show: chosen, not measured.
 DRIFT = 0.03
 SAME = ("name", "family", "model", "threads", "cores")
 Row = Mapping[str, Any]

@@ -30,8 +30,8 @@ LATENCY_CALLS, LATENCY_SECONDS = 1000, 45
 LOAD = os.getloadavg()  # before any process of ours
 CHOICES = (
     "every implementation in a process of its own, called in turns, in another order each round",
-    "bf16 at batch 32 only on processors with bf16 matrix units: elsewhere it takes twice as long "
-    "as fp32 in every implementation, which batches 1 and 8 show",
+    "bf16 at batch 32 only on processors with bf16 matrix units: elsewhere it is slower "
+    "than fp32 in every implementation, which batches 1 and 8 show",
     "OpenVINO, ONNX Runtime and torch.compile are given the exact shape, which suits them best; "
     "prepare_seconds is from weights in memory, or drawn, to the first result of that shape, with "
     "no compilation cached",
