@@ -16,7 +16,8 @@ class Case:
     """One op of one model at one batch.
 
     Attributes:
-        name: qkv, attention, proj, fc1, fc2, patch_embed, norm, spatial_map or reassemble.
+        name: qkv, attention, proj, fc1, fc2, quantize_rows, patch_embed, norm, spatial_map or
+            reassemble.
         rows, columns, depth: of a matrix product; otherwise rows of the op, channels, and 0.
         launches: times that a forward pass runs it.
         flops: of one run, a multiply and an add counted as two.
@@ -42,7 +43,8 @@ class Case:
 def cases(config: ModelConfig, batch: int, precision: str) -> Iterator[Case]:
     """The ops of a forward pass of `batch` images; the last block counted as a whole one.
 
-    fp8 is the products of the blocks; its other ops are in bf16.
+    fp8 has the ops of the blocks that compute in it, which the first and the last do not; the
+    others are those of bf16.
     """
     vit, tokens = config.backbone, config.num_sparse_tokens
     width, hidden, layers = vit.hidden_size, vit.intermediate_size, vit.num_hidden_layers
@@ -51,6 +53,8 @@ def cases(config: ModelConfig, batch: int, precision: str) -> Iterator[Case]:
     small = BYTES[precision]
     size = max(small, 2)  # fp8 is read; what leaves a product for another op is bf16
     rows = batch * length
+    fp8 = precision == "fp8"
+    blocks = layers - 2 if fp8 else layers
 
     def case(name, count, columns, depth, launches, flops, moved):
         return Case(
@@ -66,9 +70,12 @@ def cases(config: ModelConfig, batch: int, precision: str) -> Iterator[Case]:
         out = small if name == "fc1" else size
         moved = small * depth * (rows + columns) + out * rows * columns
         moved += size * columns + size * residual * rows * columns
-        yield case(name, rows, columns, depth, layers, 2 * rows * columns * depth, moved)
+        yield case(name, rows, columns, depth, blocks, 2 * rows * columns * depth, moved)
     moved = 3 * size * rows * width + small * rows * width
-    yield case("attention", rows, width, 0, layers, 4 * rows * length * width, moved)
+    yield case("attention", rows, width, 0, blocks, 4 * rows * length * width, moved)
+    if fp8:
+        yield case("quantize_rows", rows, width, 0, 2 * blocks, 5 * rows * width, 3 * rows * width)
+        return
     moved = batch * 3 * vit.image_size**2 + size * (pixels * width + rows * width)
     moved += 4 * (1 + patches) * width
     yield case(

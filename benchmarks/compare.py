@@ -14,7 +14,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,21 @@ def _spread(row: Row) -> float:
 
 
 def _rows(result: Result) -> dict[tuple[str, str, int], Row]:
-    return {(row["name"], row["model"], row["batch"]): row for row in result["rows"]}
+    rows = result["rows"]
+    if result["name"] == "ops":
+        rows = [flat for row in rows for flat in _implementations(row, result["baseline"])]
+    return {(row["name"], row["model"], row["batch"]): row for row in rows}
+
+
+def _implementations(row: Row, baseline: str) -> Iterator[Row]:
+    """The row of an op as two of the shape that `encode` has: ours, and the baseline."""
+    facts = {"model": f"{row['model']} {row['op']} {row['precision']}", "batch": row["batch"]}
+    if "refused" in row:
+        yield {"name": OURS, **facts, "refused": row["refused"]}
+        return
+    mine, other = row[row["ours"]], row[baseline]
+    yield {"name": OURS, **facts, **mine, "speedup": other["median"] / mine["median"]}
+    yield {"name": baseline, **facts, **other}
 
 
 def changes(new: Result, old: Result) -> list[Change]:
@@ -75,7 +89,7 @@ def changes(new: Result, old: Result) -> list[Change]:
     for (name, model, batch), row in before.items():
         if not name.startswith(OURS) or "refused" in row or (model, batch) not in ran:
             continue
-        label = f"{name}, {model}, batch {batch}"
+        label = f"{name.strip()}, {model}, batch {batch}"
         now = after.get((name, model, batch))
         if now is None or "refused" in now:
             reason = "no such row" if now is None else now["refused"]

@@ -1,23 +1,27 @@
-"""Each kernel on the device beside what PyTorch offers for the same op, on the same inputs."""
+"""Random inputs of each op as a forward pass hands them over, and whether a result is right."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from cases import Case
-from gpu_timing import Call, sets_beyond_cache, time_in_turn
 from harness import relative_error
 from stellar_fast.reference import ops as oracles
 from torch import Tensor
 
-from stellar_fast import torch_ops
 from stellar_fast.config import LAYER_NORM_EPS, MODELS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8 = oracles.FP8
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,  # of everything but the operands of products
+}
+STATIC_SCALE = 4 / oracles.FP8_MAX  # of an FP8 result: numbers up to 4 keep their magnitude
 OPS = {
     **dict.fromkeys(("qkv", "fc1"), "linear"),
     **dict.fromkeys(("proj", "fc2"), "linear_residual"),
@@ -43,10 +47,15 @@ def arguments(case: Case, device: torch.device, seed: int) -> tuple[list[Any], d
     def weight(out: int, depth: int) -> Tensor:
         return draw(out, depth, scale=depth**-0.5)
 
+    def centred(columns: int) -> Tensor:
+        x = draw(batch, length, columns, kind=torch.float32)
+        return (x - x.mean(-1, keepdim=True)).to(dtype)
+
+    if case.precision == "fp8":
+        return _fp8_arguments(case, draw, batch, length)
     match op_of(case):
         case "linear":
-            x = draw(batch, length, case.depth, kind=torch.float32)
-            x = (x - x.mean(-1, keepdim=True)).to(dtype)
+            x = centred(case.depth)
             sums = x.float().square().unflatten(-1, (-1, 64)).sum(-1).permute(2, 0, 1).contiguous()
             keywords = {"norm_eps": LAYER_NORM_EPS, "sums": sums, "gelu": case.name == "fc1"}
             return [x, weight(case.columns, case.depth), draw(case.columns)], keywords
@@ -67,9 +76,15 @@ def arguments(case: Case, device: torch.device, seed: int) -> tuple[list[Any], d
             sparse = draw(tokens, width)
             return [images, weight(width, 3 * size**2) / 128, table, sparse, size, 127.5], {}
         case "norm":
-            x = draw(batch, length, width)
             lengths = [1, patches, tokens]
-            return [x, draw(width), draw(width), LAYER_NORM_EPS, lengths, torch.float32], {}
+            return [
+                centred(width),
+                draw(width),
+                draw(width),
+                LAYER_NORM_EPS,
+                lengths,
+                torch.float32,
+            ], {}
         case "spatial_map":
             dense = draw(batch, patches, width, kind=torch.float32)
             sparse = draw(batch, tokens, width, kind=torch.float32)
@@ -79,6 +94,35 @@ def arguments(case: Case, device: torch.device, seed: int) -> tuple[list[Any], d
             spatial = draw(batch, patches, tokens, kind=torch.float32).softmax(-1)
             return [spatial, draw(batch, tokens, width, kind=torch.float32)], {}
     raise ValueError(f"unknown op {case.name!r}")
+
+
+def _fp8_arguments(
+    case: Case, draw: Callable[..., Tensor], batch: int, length: int
+) -> tuple[list[Any], dict[str, Any]]:
+    x = draw(batch, length, case.depth or case.columns)
+    match op_of(case):
+        case "quantize_rows":
+            return [x, LAYER_NORM_EPS], {}
+        case "attention":
+            qkv = draw(batch, length, 3 * case.columns)
+            heads = MODELS[case.model].backbone.num_attention_heads
+            views = [qkv[..., : case.columns], qkv[..., case.columns :]]
+            return [*views, heads], {"out_scale": STATIC_SCALE}
+    rows, scale = oracles.quantize_rows(x, LAYER_NORM_EPS)
+    weight = draw(case.columns, case.depth, scale=case.depth**-0.5)
+    weight_scale = weight.float().abs().amax(1) / oracles.FP8_MAX
+    small = (weight.float() / weight_scale[:, None]).to(FP8)
+    bias = draw(case.columns)
+    if op_of(case) == "linear_residual":
+        # One scale for all rows, which a static one is; it is part of the weight's.
+        largest = x.float().abs().amax() / oracles.FP8_MAX
+        residual = draw(batch, length, case.columns)
+        values = [(x.float() / largest).to(FP8), small, bias, residual]
+        return values, {"weight_scale": weight_scale * largest}
+    keywords: dict[str, Any] = {"x_scale": scale, "weight_scale": weight_scale}
+    if case.name == "fc1":
+        keywords |= {"gelu": True, "out_scale": STATIC_SCALE}
+    return [rows, small, bias], keywords
 
 
 def _widened(value: Any) -> Any:
@@ -99,7 +143,8 @@ def refusal(case: Case, kernel: Callable[..., Any], inputs: tuple[list, dict]) -
     """Why `kernel` gets no figure on these inputs, with the numbers; None where it is right.
 
     The error against float64 may be twice that of the oracle in the case's dtype, and the rounding
-    of the result.
+    of the result. A result in FP8 is held against the numbers before they were quantized, whose
+    rounding the oracle's error has in it.
     """
     values, keywords = inputs
     oracle = getattr(oracles, op_of(case))
@@ -108,69 +153,19 @@ def refusal(case: Case, kernel: Callable[..., Any], inputs: tuple[list, dict]) -
         ours = results(kernel(*values, **keywords))
         plain = results(oracle(*values, **keywords))
         wide = {name: _widened(value) for name, value in keywords.items()}
+        scale = wide.pop("out_scale", None)
         exact = results(oracle(*map(_widened, values), **wide))
+        if scale is not None:
+            limit = oracles.FP8_MAX
+            exact = [(result / scale).clamp(-limit, limit) for result in exact]
     if writes_sums:
         ours, plain, exact = ours[:1], plain[:1], exact[:1]
     if not len(ours) == len(plain) == len(exact):
         return f"{len(ours)} results instead of {len(exact)}"
     for i, (found, near, right) in enumerate(zip(ours, plain, exact, strict=True)):
-        rounded = torch.finfo(found.dtype).eps / 2 / math.sqrt(3)
+        rounded = 0.0 if scale is not None else torch.finfo(found.dtype).eps / 2 / math.sqrt(3)
         budget = 2 * relative_error(near, right) + rounded
         error = relative_error(found, right)
         if not error <= budget:  # nor is NaN
             return f"result {i}: error {error:.3e} exceeds its budget {budget:.3e}"
     return None
-
-
-def measure(case: Case, seconds: float, compiles: bool) -> dict[str, Any]:
-    """A row: the kernel and its baselines in turn; or why it is refused.
-
-    A baseline that cannot run says why instead of a time.
-    """
-    from stellar_fast import kernels
-
-    device, name = torch.device("cuda"), op_of(case)
-    kernel = getattr(kernels, name)
-    first = arguments(case, device, 0)
-    reason = refusal(case, kernel, first)
-    row: dict[str, Any] = {"key": case.key, "flops": case.flops, "bytes": case.moved}
-    if reason is not None:
-        return {**row, "refused": reason}
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    count = sets_beyond_cache(int(case.moved), cache)
-    sets = [first, *(arguments(case, device, seed) for seed in range(1, count))]
-    functions = {
-        "kernel": kernel,
-        "eager": getattr(oracles, name),
-        "torch_ops": getattr(torch_ops, name),
-    }
-    refused: dict[str, str] = {}
-    if compiles:
-        start = time.perf_counter()
-        functions["compile"] = torch.compile(
-            getattr(oracles, name), mode="max-autotune-no-cudagraphs", dynamic=False
-        )
-    calls: dict[str, list[Call]] = {}
-    for key, function in functions.items():
-        alternatives = [
-            lambda function=function, values=values, keywords=keywords: function(
-                *values, **keywords
-            )
-            for values, keywords in sets
-        ]
-        try:
-            alternatives[0]()
-            torch.cuda.synchronize()
-        except (RuntimeError, TypeError) as error:
-            refused[key] = str(error).splitlines()[0]
-            continue
-        calls[key] = alternatives
-        if key == "compile":
-            row["compile_seconds"] = time.perf_counter() - start
-    with torch.no_grad():
-        timings = time_in_turn(calls, seconds=seconds)
-    for key, timing in timings.items():
-        row[key] = {"median": timing.median, "low": timing.low, "high": timing.high}
-    median = timings["kernel"].median
-    row |= {"tflops": case.flops / median / 1e12, "gb_per_second": case.moved / median / 1e9}
-    return {**row, "not_run": refused} if refused else row

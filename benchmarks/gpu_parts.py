@@ -15,7 +15,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
 import ceilings
-import gpu_ops
+import op_race
 import torch
 from cases import BATCHES, cases, flops_per_image
 from gpu_timing import time_in_turn
@@ -182,8 +182,9 @@ def jobs(part: str) -> Iterator[Job]:
         case "tests":
             yield "tests", tests
         case "ops":
-            for case in cases(MODELS["stellar-h16"], 64, "bf16"):
-                yield case.key, lambda case=case: gpu_ops.measure(case, 1.0, compiles=True)
+            for precision in quick:
+                for case in cases(MODELS["stellar-h16"], 64, precision):
+                    yield case.key, lambda case=case: op_race.measure(case, 1.0, compiles=True)
         case "ceilings":
             for name in ("bf16", "copy", "fp16", *quick[1:]):
                 yield name, lambda name=name: ceilings.measure(name)

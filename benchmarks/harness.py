@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -136,6 +137,11 @@ def commit() -> str:
     ]  # the benchmarks at work
     changed = git("status", "--porcelain", "--", "stellar_fast", "kernels", "reference", *here)
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def folder_of(device: str) -> str:
+    """The folder under `results` for a device of this name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_result(device: str, name: str, rows: list[dict], **facts: object) -> Path:
