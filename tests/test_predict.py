@@ -1,0 +1,169 @@
+"""Predicted times: what machine code is read as, the work of a launch, and the arithmetic."""
+
+import json
+from dataclasses import replace
+
+import audit
+import machine_code
+import predict
+import pytest
+from audit_compile import Finding
+from cases import flops_per_image
+from machine_code import Anatomy, Instruction
+
+from stellar_fast.config import MODELS
+
+CHIP = predict.Chip("chip", 10, 1000, 1e9, matrix=8e12, copy=1e12, source="a test")
+FINDING = Finding(128, 0, 0, 0, 1, ("HGMMA",), (), Anatomy(100, 1000, False, {"HGMMA": 4}))
+WORK = predict.Work(tiles=20, passes=10, products=0.0, read=0.0, flops=0.0, moved=0.0)
+
+
+def code(*names: str) -> list[Instruction]:
+    """Instructions at addresses 0, 16, …; "BRA:3" branches to the one numbered 3."""
+    found = []
+    for index, name in enumerate(names):
+        kind, _, target = name.partition(":")
+        found.append(Instruction(16 * index, kind, 16 * int(target) if target else None))
+    return found
+
+
+def seconds(work: predict.Work, finding: Finding = FINDING, warps: int = 4, **changes) -> float:
+    fp8 = changes.pop("fp8", False)
+    return predict.predict(work, finding, warps, fp8, replace(CHIP, **changes), 1e9).seconds
+
+
+def test_listings_are_read():
+    text = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/               @P0 BRA 0x30 ;
+        /*0020*/              @!P1 HMMA.16816.F32 R4, R2, R3, R4 ;
+        /*0030*/                   EXIT ;
+    """
+    found = machine_code.parse(text)
+    assert [(item.name, item.target) for item in found] == [
+        ("MOV", None), ("BRA", 0x30), ("HMMA.16816.F32", None), ("EXIT", None)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "arch", "expected"),
+    [
+        (["FFMA"] * 10, 90, 10),
+        (["FFMA"] * 10, 80, 20),
+        (["MUFU.EX2"] * 10, 90, 80),
+        (["LDS"] * 10, 90, 40),
+        (["LOP3"] * 10, 90, 20),
+        (["FFMA"] * 10 + ["LOP3"] * 10, 90, 20),
+        (["HMMA.16816.F32"] * 10 + ["BAR"], 90, 0),
+    ],
+)
+def test_cycles_are_those_of_the_busiest_pipe(names, arch, expected):
+    assert machine_code.cycles(code(*names), arch) == expected
+
+
+def test_a_nested_loop_is_told_from_its_tile():
+    names = ["FADD", *["FMUL"] * 20, "FFMA", "HMMA.1", "FFMA", "BRA:21", *["FMUL"] * 30, "BRA:1"]
+    found = machine_code.anatomy(code(*names), 90)
+    assert (found.loop, found.tile, found.flattened) == (2, 50, False)
+    assert found.matrix == {"HMMA.1": 1}
+
+
+def test_what_a_flattened_loop_skips_is_of_the_tile():
+    names = ["FADD", "FFMA", "HMMA.1", "BRA:74", *["FMUL"] * 70, "FADD", "BRA:1"]
+    found = machine_code.anatomy(code(*names), 90)
+    assert (found.loop, found.tile, found.flattened) == (2, 70, True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_launches_do_the_arithmetic_of_the_model(model):
+    """Counted from a forward's launches, and from the model's sizes: two separate ways.
+
+    The launches leave out the mixtures with K tokens, under a hundredth of it.
+    """
+    items = predict.forward(MODELS[model], "bf16", 2, 90)
+    found = sum(predict.work_of(item).flops for item in items)
+    assert found == pytest.approx(2 * flops_per_image(MODELS[model]), rel=0.01)
+
+
+def test_bytes_are_those_of_operands_and_results():
+    items = predict.forward(MODELS["stellar-h16"], "bf16", 64, 90)
+    rows, width = 64 * 273, 1280
+    moved = {}
+    for item in items:
+        moved.setdefault(predict.label(item), predict.work_of(item).moved)
+    assert moved["qkv"] == pytest.approx(2 * width * (rows + 3 * width + 3 * rows), rel=0.01)
+    assert moved["proj"] == pytest.approx(2 * width * (3 * rows + width), rel=0.02)
+    assert moved["attention"] == pytest.approx(2 * 4 * rows * width, rel=0.01)
+
+
+def test_fp8_reads_half():
+    (qkv,) = {
+        predict.work_of(item).read
+        for item in predict.forward(MODELS["stellar-b16"], "bf16", 64, 90)
+        if predict.label(item) == "qkv"
+    }
+    found = {
+        predict.work_of(item).read
+        for item in predict.forward(MODELS["stellar-b16"], "fp8", 64, 90)
+        if predict.label(item) == "qkv"
+    }
+    assert found == {qkv, qkv / 2}  # the first block stays in bf16
+
+
+def test_an_unknown_kernel_is_refused():
+    item = predict.forward(MODELS["stellar-b16"], "bf16", 1, 90)[0]
+
+    def _other_kernel(): ...
+
+    other = type("Kernel", (), {"fn": _other_kernel})
+    with pytest.raises(ValueError, match="no prediction for _other_kernel"):
+        predict.work_of(replace(item, kernel=other))
+
+
+def test_two_waves_of_instructions():
+    # 10 passes of 100 cycles and 1,000 beside them, twice, by a scheduler each; filling up, twice.
+    assert seconds(WORK) == pytest.approx(predict.START + 2 * (2e-6 + predict.FILL))
+    two = replace(FINDING, programs=2)
+    assert seconds(WORK, two) == pytest.approx(predict.START + 4e-6)  # they hide one another
+    assert seconds(WORK, warps=8) == pytest.approx(predict.START + 2 * (4e-6 + predict.FILL))
+
+
+def test_products_hide_instructions_unless_they_wait_for_one_another():
+    work = replace(WORK, products=0.8e12 * 3e-6, tiles=10)  # 3 us of a processor's matrix rate
+    assert seconds(work) == pytest.approx(predict.START + 3e-6 + 1e-6 + predict.FILL)
+    assert seconds(work, fp8=True) == pytest.approx(predict.START + 1.5e-6 + 1e-6 + predict.FILL)
+    waiting = replace(work, alternates=True)
+    assert seconds(waiting) == pytest.approx(predict.START + 4e-6 + 1e-6 + predict.FILL)
+
+
+def test_a_launch_takes_its_bytes_and_the_caches_time():
+    assert seconds(replace(WORK, moved=1e8)) == pytest.approx(predict.START + 1e-4)
+    assert seconds(replace(WORK, read=1e6)) == pytest.approx(
+        predict.START + 20 * 1e6 / (predict.CACHE * 1e9 * 10)
+    )
+
+
+def test_nothing_is_predicted_below_its_floor_and_all_is_labelled(monkeypatch, tmp_path, capsys):
+    def planted(items, workers):
+        return [FINDING] * len(items)
+
+    monkeypatch.setattr(audit, "audit", planted)
+    out = tmp_path / "p.json"
+    assert predict.main(["--model", "stellar-b16", "--batch", "64", "--json", str(out)]) == 0
+    assert "PREDICTED" in capsys.readouterr().out.splitlines()[0]
+    content = json.loads(out.read_text())
+    assert content["prediction"] is True
+    for result in content["results"]:
+        rows = result["rows"]
+        assert {"qkv", "attention", "proj", "fc1", "fc2", "patch_embed"} <= {r["op"] for r in rows}
+        assert all(row["seconds"] >= row["floor"] for row in rows)
+        total = sum(row["times"] * row["seconds"] for row in rows)
+        assert result["seconds"] == pytest.approx(total)
+        assert result["images_per_second"] == pytest.approx(64 / total)
+
+
+def test_code_that_fails_its_audit_is_not_predicted(monkeypatch):
+    bad = replace(FINDING, faults=("8 bytes of stack",))
+    monkeypatch.setattr(audit, "audit", lambda items, workers: [bad] * len(items))
+    with pytest.raises(ValueError, match="8 bytes of stack"):
+        predict.rows_of(MODELS["stellar-b16"], "bf16", 1, CHIP, 90, 1)
