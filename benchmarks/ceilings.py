@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from gpu_timing import time_in_turn
@@ -24,6 +25,38 @@ class Floor:
         """`flops_rate` in FLOP/s and `bytes_rate` in B/s."""
         compute, memory = flops / flops_rate, moved / bytes_rate
         return cls(compute, "flops") if compute >= memory else cls(memory, "bytes")
+
+
+def rates(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """FLOP/s by precision, and bytes/s of "copy", from the rows of a `gpu.py` result file."""
+    found = {}
+    for row in rows:
+        if row["part"] == "ceilings":
+            if "tflops" in row:
+                found[row["key"]] = row["tflops"] * 1e12
+            elif "gb_per_second" in row:
+                found[row["key"]] = row["gb_per_second"] * 1e9
+    return found
+
+
+def with_floor(row: dict[str, Any], known: Mapping[str, float]) -> dict[str, Any]:
+    """`row` with its floor by `rates` of its run, where it has flops, bytes and a time of ours.
+
+    Adds `floor` (seconds), `bound`, `of_floor` (floor over time), and `of_ceiling`: the share of
+    the matrix ceiling of its precision that its FLOPs reach, which for a model is its utilisation.
+    """
+    ours = row.get(row.get("ours", "engine"))
+    rate, copy = known.get(row.get("precision", "")), known.get("copy")
+    if "flops" not in row or not isinstance(ours, dict) or rate is None or copy is None:
+        return row
+    floor = Floor.of(row["flops"], row["bytes"], rate, copy)
+    return {
+        **row,
+        "floor": floor.seconds,
+        "bound": floor.bound,
+        "of_floor": floor.seconds / ours["median"],
+        "of_ceiling": row["flops"] / ours["median"] / rate,
+    }
 
 
 def product(precision: str, side: int = SIDE) -> Callable[[], object]:

@@ -1,10 +1,14 @@
 """Everything that a GPU lent for minutes is asked, in order of importance, each part bounded.
 
-The result file is written after every row, so a run cut short leaves a true one; the next run
-goes on with what the file lacks for the same device and commit. Every part has a process of its
-own: one that crashes or outlasts its time is recorded as failed, and the rest goes on.
+The result file is written after every row, so a run cut short leaves a true one. The same command
+again goes on with what the file lacks: it finds the newest file of the same device and commit by
+itself, whatever the date. Every part has processes of its own: what crashes or outlasts its time is
+recorded as failed, and the rest goes on.
 
-    python -P benchmarks/gpu.py [--parts ceilings encode] [--dry-run] [--minutes 9] [--resume FILE]
+    python -P benchmarks/gpu.py [--parts ceilings encode] [--dry-run] [--minutes 9]
+                                [--out FOLDER] [--resume FILE | --fresh] [--commit HASH]
+
+The package must be importable: `pip install --no-deps --no-build-isolation -e .` needs no network.
 """
 
 from __future__ import annotations
@@ -12,31 +16,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import re
-import selectors
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
-from harness import RESULTS, commit, versions
+import harness
+from gpu_run import Part, Results, run_part
 
 MOST_MINUTES = 9.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """One question to the device; `seconds` bounds it."""
-
-    name: str
-    seconds: float
-    command: tuple[str, ...]
+SOURCES = ("stellar_fast", "kernels", "reference", "benchmarks/*.py")
 
 
 def _part(name: str, seconds: float) -> Part:
@@ -44,125 +37,56 @@ def _part(name: str, seconds: float) -> Part:
     return Part(name, seconds, (sys.executable, "-P", script, name))
 
 
+# The first five fill one run, if each takes all of its time.
 PARTS = (
     _part("environment", 30),
+    _part("ceilings", 30),
     _part("tests", 150),
-    _part("ops", 150),
-    _part("ceilings", 40),
-    _part("encode", 180),
-    _part("sweep", 300),
+    _part("encode", 210),
+    _part("ops", 120),
+    _part("compile", 240),
+    _part("audit", 100),
+    _part("waterfall", 200),
+    _part("sweep", 400),
+    _part("curves", 140),
 )
 
 
-class Results:
-    """A result file that is whole at every moment."""
-
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {**facts, "rows": []}
-        if path.exists():
-            found = json.loads(path.read_text())
-            for name in ("commit", "device"):
-                if found.get(name) != facts[name]:
-                    raise ValueError(
-                        f"{path} was measured at {name} {found.get(name)!r}, this is "
-                        f"{facts[name]!r}: leave out --resume"
-                    )
-            self.content = found
-
-    def finished(self, part: str) -> set[str]:
-        """Keys of the rows of `part` that need no second run: failures do."""
-        return {
-            row["key"]
-            for row in self.content["rows"]
-            if row["part"] == part and "failed" not in row
-        }
-
-    def add(self, part: str, row: dict[str, Any]) -> None:
-        """Appends or replaces the row of this key, and writes the file."""
-        row = {"part": part, **row}
-        same = (part, row["key"])
-        kept = [r for r in self.content["rows"] if (r["part"], r["key"]) != same]
-        self.content["rows"] = [*kept, row]
-        self._write()
-
-    def clear(self, part: str, key: str) -> None:
-        """Takes an earlier failure out."""
-        rows = self.content["rows"]
-        self.content["rows"] = [r for r in rows if (r["part"], r["key"]) != (part, key)]
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part")
-        with beside.open("w") as file:
-            file.write(json.dumps(self.content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+def schedule(parts: Sequence[Part], minutes: float) -> Iterator[tuple[Part, list[int]]]:
+    """Each part, and the runs of `minutes` that it falls into where all take all of their time."""
+    run, left = 1, 60 * minutes
+    for part in parts:
+        needed, runs = part.seconds, []
+        while needed > 0:
+            if left <= 0:
+                run, left = run + 1, 60 * minutes
+            runs.append(run)
+            taken = min(needed, left)
+            needed, left = needed - taken, left - taken
+        yield part, runs
 
 
-def run_part(part: Part, results: Results, seconds: float) -> bool:
-    """Runs `part` for `seconds` at most, its rows added as they come; whether it finished.
-
-    The process reads the keys already measured from its input, as a JSON list, and prints a row a
-    line, each an object with a `key`; its last row has the key "finished".
-    """
-    if "finished" in results.finished(part.name):
-        return True
-    end = time.monotonic() + seconds
-    process = subprocess.Popen(
-        part.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+def listing(parts: Sequence[Part], minutes: float) -> Iterator[str]:
+    """What `--dry-run` prints."""
+    last = 1
+    for part, runs in schedule(parts, minutes):
+        last = runs[-1]
+        when = f"run {runs[0]}" if len(runs) == 1 else f"runs {runs[0]} to {runs[-1]}"
+        yield f"{part.name:12} at most {part.seconds:4.0f} s  {when}"
+    yield f"in all at most {60 * minutes:.0f} s in one run, {sum(p.seconds for p in parts):.0f} s"
+    yield (
+        f"in {last} runs if every part takes all of its time: give the same command again, with "
+        "--resume FILE where the file has been moved"
     )
-    assert process.stdin is not None and process.stdout is not None
-    reason, buffer = "", b""
-    try:
-        try:
-            process.stdin.write(json.dumps(sorted(results.finished(part.name))).encode())
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # it died before it read; its exit status says so below
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while True:
-                if not selector.select(max(0.0, end - time.monotonic())):
-                    reason = f"cut off after {seconds:.0f} s"
-                    break
-                chunk = os.read(process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    break
-                *lines, buffer = (buffer + chunk).split(b"\n")
-                for line in filter(None, lines):
-                    results.add(part.name, json.loads(line))
-        if not reason:
-            try:
-                status = process.wait(max(0.1, end - time.monotonic()))
-                reason = f"exit status {status}" if status else ""
-            except subprocess.TimeoutExpired:
-                reason = f"cut off after {seconds:.0f} s"
-    except ValueError as error:
-        reason = f"printed what is no row: {error}"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    if not reason and "finished" not in results.finished(part.name):
-        reason = "ended without its last row"
-    if reason:
-        results.add(part.name, {"key": "part", "failed": reason})
-        return False
-    results.clear(part.name, "part")
-    results._write()
-    return True
 
 
-def run(parts: list[Part], results: Results, minutes: float) -> bool:
+def run(parts: Sequence[Part], results: Results, minutes: float) -> bool:
     """All of `parts` within `minutes`; whether all of them finished."""
     end, whole = time.monotonic() + 60 * minutes, True
     for part in parts:
         left = min(part.seconds, end - time.monotonic())
         if left < 1:
-            print(f"{part.name}: no time left; run again with --resume {results.path}")
+            print(f"{part.name}: no time left; give the same command again to go on")
             whole = False
             continue
         finished = run_part(part, results, left)
@@ -178,43 +102,111 @@ def device_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = [part.name for part in PARTS]
-    parser.add_argument("--parts", nargs="+", choices=known, default=known)
-    parser.add_argument("--dry-run", action="store_true", help="list the parts and their bounds")
-    parser.add_argument("--minutes", type=float, default=MOST_MINUTES)
-    parser.add_argument("--resume", type=Path, help="a result file of this device and commit")
-    options = parser.parse_args(arguments)
-    if not 0 < options.minutes <= MOST_MINUTES:
-        parser.error(f"--minutes must be above 0 and at most {MOST_MINUTES:g}")
-    parts = [part for part in PARTS if part.name in options.parts]
-    if options.dry_run:
-        for part in parts:
-            print(f"{part.name:12} at most {part.seconds:4.0f} s")
-        print(f"in all at most {60 * options.minutes:.0f} s in one run")
-        return 0
-    device = device_name()
-    if device is None:
-        print("no CUDA device on this machine; --dry-run lists what would run", file=sys.stderr)
-        return 1
+def commit() -> str:
+    """The commit measured; "-dirty" where the package or a benchmark differs from it.
+
+    Raises:
+        ValueError: git cannot tell.
+    """
+    try:
+        head, changed = (
+            subprocess.run(
+                ["git", "-C", str(harness.ROOT), *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+            for arguments in (
+                ["rev-parse", "--short", "HEAD"],
+                ["status", "--porcelain", "--", *SOURCES],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"git cannot tell the commit, give --commit: {error}") from error
+    return head + ("-dirty" if changed else "")
+
+
+def earlier(folders: Sequence[Path], facts: dict[str, Any]) -> Path | None:
+    """The newest result file of the same device and commit; None for a commit that is dirty."""
+    found = []
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            content = json.loads(path.read_text())
+            if content.get("name") == "gpu" and all(
+                content.get(name) == facts[name] for name in ("device", "commit")
+            ):
+                last = content.get("runs") or [content]
+                found.append(((last[-1]["date"], last[-1]["time"]), path))
+    if not found or facts["commit"].endswith("-dirty"):
+        return None
+    return max(found)[1]
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    """A path in `folder` that is not there yet."""
+    path, number = folder / f"{stem}.json", 2
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.json", number + 1
+    return path
+
+
+def open_results(options: argparse.Namespace, device: str) -> Results:
+    """The file that this run writes, with what an earlier one of the same code left.
+
+    Raises:
+        ValueError: git cannot tell the commit, or `--resume` names a file of another one.
+    """
     now = datetime.datetime.now(datetime.UTC)
     facts = {
         "name": "gpu",
         "device": device,
         "date": now.date().isoformat(),
         "time": now.time().isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
+        "commit": options.commit or commit(),
+        "versions": harness.versions(),
         "command": "python -P benchmarks/gpu.py",
     }
-    folder = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = options.resume or RESULTS / folder / f"{facts['date']}-{facts['commit']}.json"
+    name = harness.folder_of(device)
+    folder = (options.out or harness.RESULTS) / name
+    source = options.resume
+    if source is None and not options.fresh:
+        source = earlier([folder, harness.RESULTS / name], facts)
+    if source is None:
+        return Results(_unused(folder, f"{facts['date']}-{facts['commit']}"), facts)
+    path = folder / source.name
+    if path.exists() and path.resolve() != source.resolve():
+        path = _unused(folder, source.stem)
+    return Results(path, facts, source)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = [part.name for part in PARTS]
+    parser.add_argument("--parts", nargs="+", choices=known, default=known)
+    parser.add_argument("--dry-run", action="store_true", help="list the parts and their bounds")
+    parser.add_argument("--minutes", type=float, default=MOST_MINUTES)
+    parser.add_argument("--out", type=Path, help="folder for the result file, not results/")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--resume", type=Path, help="a result file of this device and commit")
+    source.add_argument("--fresh", action="store_true", help="repeat what was measured")
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    options = parser.parse_args(arguments)
+    if not 0 < options.minutes <= MOST_MINUTES:
+        parser.error(f"--minutes must be above 0 and at most {MOST_MINUTES:g}")
+    parts = [part for part in PARTS if part.name in options.parts]
+    if options.dry_run:
+        print("\n".join(listing(parts, options.minutes)))
+        return 0
+    device = device_name()
+    if device is None:
+        print("no CUDA device on this machine; --dry-run lists what would run", file=sys.stderr)
+        return 1
     try:
-        results = Results(path, facts)
-    except ValueError as error:
+        results = open_results(options, device)
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    print(f"-> {results.path}", flush=True)
     return 0 if run(parts, results, options.minutes) else 1
 
 

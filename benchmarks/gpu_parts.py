@@ -1,83 +1,55 @@
-"""The parts of `gpu.py`, each in a process of its own: rows as JSON lines on standard output."""
+"""The parts of `gpu.py`, in a process of their own each: rows as JSON lines on standard output."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
 import ceilings
+import gpu_encode
+import gpu_waterfall
 import op_race
+import op_rivals
 import torch
-from cases import BATCHES, cases, flops_per_image
-from gpu_timing import time_in_turn
-from harness import within_budget
-from stellar_fast.reference import ops as oracles
-from stellar_fast.reference.model import STELLARModel
-from torch import Tensor
+from cases import BATCHES, Case, cases
+from gpu_run import RESTART
 
-import stellar_fast
-from stellar_fast import encoder
 from stellar_fast.config import MODELS
-from stellar_fast.encoder import OUTPUTS
-from stellar_fast.loading import SYNTHETIC_SEED
-from stellar_fast.names import encode_shapes
-from stellar_fast.synthetic import synthetic_state
 
-Job = tuple[str, Callable[[], dict[str, Any]]]
+ROOT = Path(__file__).parent.parent
 GOALS = (
-    ("stellar-h16", 64),
-    ("stellar-l16", 64),
-    ("stellar-b16", 64),
-    ("stellar-h16", 1),
-    ("stellar-b16", 1),
+    ("stellar-h16", (64, 1)),
+    ("stellar-b16", (64, 1)),
+    ("stellar-l16", (64,)),
 )
-CHECKED = 4  # images on which the error budget is held
+# Against eager float32, which every model has a goal for.
+SMALLER = (("stellar-b8", 8), ("stellar-b24", 8))
+COMPILED = (("stellar-h16", 64), ("stellar-b16", 64), ("stellar-l16", 64), ("stellar-h16", 1))
+SIDES = (224, 384, 512)
+ORDER = ("stellar-h16", "stellar-b16", "stellar-l16", "stellar-b8", "stellar-b24")
+COMPILE_LIMIT = 200
 
 
-def reference(model: str) -> STELLARModel:
-    """The published model in plain PyTorch, float32 on the device, with the engine's weights."""
-    config = MODELS[model]
-    plain = STELLARModel(
-        num_sparse_tokens=config.num_sparse_tokens,
-        spatial_temp=config.spatial_temp,
-        vit_pretrained=config.backbone,
-        do_recon=False,
-        do_clustering=False,
-    )
-    state = dict(synthetic_state(encode_shapes(config), SYNTHETIC_SEED))
-    plain.load_state_dict(state, strict=False)
-    return plain.eval().cuda()
+class Job(NamedTuple):
+    """A row to be measured.
 
+    Attributes:
+        limit: seconds after which the process is ended.
+        outlasted: the row's fields in that case; a failure if None.
+    """
 
-def refusal(engine: stellar_fast.Engine, images: Tensor) -> str | None:
-    """Why the engine gets no figure; plain PyTorch computes with the engine's own weights."""
-    grid = engine.config.backbone.grid
-    with torch.no_grad():
-        exact = reference(engine.config.name).double().encode(images.double() / 255)
-        weights = engine._encoder
-        plain = encoder.encode(
-            oracles,
-            weights,
-            engine.config,
-            images,
-            weights.table.table(grid, grid),
-            OUTPUTS,
-            torch.float32,
-        )
-    try:
-        within_budget(engine.encode(images), plain, exact)
-    except AssertionError as error:
-        return str(error)
-    return None
+    key: str
+    run: Callable[[], dict[str, Any]]
+    limit: float = 90.0
+    outlasted: dict[str, Any] | None = None
 
 
 def environment() -> dict[str, Any]:
@@ -104,73 +76,123 @@ def environment() -> dict[str, Any]:
     }
 
 
+def command(arguments: list[str]) -> dict[str, Any]:
+    """A row of a command of this repository: its last line, and what failed."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-P", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    lines = done.stdout.splitlines()
+    row: dict[str, Any] = {
+        "command": " ".join(["python", "-P", *arguments]),
+        "summary": lines[-1] if lines else "",
+        "exit": done.returncode,
+        "seconds": time.perf_counter() - start,
+    }
+    if done.returncode:
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        why = "\n".join(failed) or f"exit status {done.returncode}: {done.stderr[-2000:]}"
+        row["failed"] = why[:4000]
+    return row
+
+
 def tests() -> dict[str, Any]:
     """The tests that need a device, the slow ones left out."""
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu and not slow", "tests"]
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    lines = done.stdout.splitlines()
-    row = {"summary": lines[-1] if lines else "", "seconds": time.perf_counter() - start}
-    if done.returncode:
-        row["failed"] = "\n".join(line for line in lines if line.startswith("FAILED"))[:4000]
-        row["failed"] = row["failed"] or f"exit status {done.returncode}: {done.stderr[-2000:]}"
-    return row
+    return command(["-m", "pytest", "-q", "-m", "gpu and not slow", "tests"])
 
 
-def throughput(model: str, batch: int, precision: str, seconds: float = 2.0) -> dict[str, Any]:
-    """Images a second of the engine and of the eager reference, in turn; memory; latency."""
-    start = time.perf_counter()
-    engine = stellar_fast.load(
-        model, weights="synthetic", device="cuda", precision=precision, max_batch=batch
-    )
-    row: dict[str, Any] = {"backend": engine.backend, "load_seconds": time.perf_counter() - start}
-    sets = [
-        torch.randint(0, 256, (batch, 3, 224, 224), device="cuda", dtype=torch.uint8)
-        for _ in range(4)
-    ]
-    reason = refusal(engine, sets[0][:CHECKED])
-    if reason is not None:
-        return {**row, "refused": reason}
-    start = time.perf_counter()
-    engine.encode(sets[0])
-    torch.cuda.synchronize()
-    row["capture_seconds"] = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
-    engine.encode(sets[0])
-    torch.cuda.synchronize()
-    row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    plain = reference(model)
-    half = reference(model).bfloat16()
-    calls = {
-        "engine": [lambda x=x: engine.encode(x, check_range=False) for x in sets],
-        "eager_fp32": [lambda x=x: plain.encode(x.float() / 255) for x in sets],
-        "eager_bf16": [lambda x=x: half.encode(x.bfloat16() / 255) for x in sets],
-    }
-    with torch.no_grad():
-        timings = time_in_turn(calls, seconds=seconds, least=5)
-    for name, timing in timings.items():
-        row[name] = {
-            "median": timing.median,
-            "low": timing.low,
-            "high": timing.high,
-            "images_per_second": batch / timing.median,
-        }
-    row["tflops"] = flops_per_image(MODELS[model]) * batch / timings["engine"].median / 1e12
-    if batch == 1:
-        taken = []
-        for i in range(1000):
-            begin = time.perf_counter()
-            engine.encode(sets[i % 4], check_range=False)
-            torch.cuda.synchronize()
-            taken.append(time.perf_counter() - begin)
-        row["latency_median"] = statistics.median(taken)
-        row["latency_p99"] = statistics.quantiles(taken, n=100)[98]
-    return row
+def audit() -> dict[str, Any]:
+    """The static audit of what this device runs."""
+    from stellar_fast.kernels.launch import part_of_capability
+
+    arch = part_of_capability(*torch.cuda.get_device_capability()).arch
+    return command(["benchmarks/audit.py", "--arch", str(arch), "--quick"])
 
 
 def has_fp8() -> bool:
     return torch.cuda.get_device_capability() >= (8, 9)
+
+
+def op(case: Case, compiles: bool) -> dict[str, Any]:
+    """A kernel beside its rivals; `compiles`: torch.compile among them, in a row of its own."""
+    row = op_race.measure(case, 1.0, compiles=compiles)
+    if not compiles:
+        return row
+    return {**row, "compile_mode": op_rivals.COMPILE_MODE}
+
+
+def _ops(precisions: tuple[str, ...]) -> Iterator[Job]:
+    for batch in (64, 1):
+        for precision in precisions:
+            for case in cases(MODELS["stellar-h16"], batch, precision):
+                yield Job(case.key, lambda c=case: op(c, False), 40)
+    for case in cases(MODELS["stellar-h16"], 64, precisions[0]):
+        yield Job(f"{case.key}/compile", lambda c=case: op(c, True), 60)
+
+
+def _encode(precisions: tuple[str, ...]) -> Iterator[Job]:
+    for model, batches in GOALS:
+        for precision in precisions:
+            for batch in batches:
+                against = ["eager_fp32", "eager_bf16"] if precision == "bf16" else ["eager_fp32"]
+                if model == "stellar-b16" and precision == "bf16":
+                    against.append("vit_bf16")
+
+                def run(m=model, b=batch, p=precision, a=tuple(against)) -> dict[str, Any]:
+                    return gpu_encode.throughput(m, b, p, against=a, closely=True)
+
+                yield Job(f"{model}/b{batch}/{precision}", run, 120)
+    for model, batch in SMALLER:
+
+        def small(m=model, b=batch) -> dict[str, Any]:
+            return gpu_encode.throughput(m, b, "bf16", against=("eager_fp32",))
+
+        yield Job(f"{model}/b{batch}/bf16", small)
+
+
+def _compile(precisions: tuple[str, ...]) -> Iterator[Job]:
+    for model, batch in COMPILED:
+        why = f"did not finish within {COMPILE_LIMIT} s, our own load included"
+        outlasted = {
+            "model": model,
+            "batch": batch,
+            "compile_mode": gpu_encode.COMPILE_MODE,
+            "not_run": {"compile": why},
+        }
+
+        def run(m=model, b=batch) -> dict[str, Any]:
+            return gpu_encode.compiled(m, b, precisions)
+
+        yield Job(f"{model}/b{batch}/compile", run, COMPILE_LIMIT, outlasted)
+
+
+def _sweep(precisions: tuple[str, ...]) -> Iterator[Job]:
+    groups = [(p, ORDER[:3]) for p in precisions]
+    groups += [(p, ORDER[3:]) for p in precisions]
+    groups += [("fp16", ORDER), ("fp32", ORDER)]
+    for precision, models in groups:
+        for model in models:
+            for batch in BATCHES:
+                against = ("eager_fp32", "eager_bf16") if batch in (8, 64) else ()
+
+                def run(m=model, b=batch, p=precision, a=against) -> dict[str, Any]:
+                    a = a if p == "bf16" else ()
+                    return gpu_encode.throughput(m, b, p, against=a, seconds=1.0, least=4)
+
+                yield Job(f"{model}/b{batch}/{precision}", run)
+
+
+def _curves(precisions: tuple[str, ...]) -> Iterator[Job]:
+    points = [("stellar-b16", 64, side) for side in SIDES]
+    points += [(model, 64, 224) for model in ("stellar-b8", "stellar-b24")]
+    points += [("stellar-h16", 16, side) for side in SIDES]
+    for precision in precisions:
+        for model, batch, side in points:
+
+            def run(m=model, b=batch, p=precision, s=side) -> dict[str, Any]:
+                return gpu_encode.throughput(m, b, p, side=s, seconds=1.0)
+
+            yield Job(f"{model}/b{batch}/{precision}/{side}", run)
 
 
 def jobs(part: str) -> Iterator[Job]:
@@ -178,52 +200,81 @@ def jobs(part: str) -> Iterator[Job]:
     quick = ("bf16", "fp8") if has_fp8() else ("bf16",)
     match part:
         case "environment":
-            yield "environment", environment
+            yield Job("environment", environment, 30)
         case "tests":
-            yield "tests", tests
-        case "ops":
-            for precision in quick:
-                for case in cases(MODELS["stellar-h16"], 64, precision):
-                    yield case.key, lambda case=case: op_race.measure(case, 1.0, compiles=True)
+            yield Job("tests", tests, 145)
+        case "audit":
+            yield Job("audit", audit, 95)
         case "ceilings":
-            for name in ("bf16", "copy", "fp16", *quick[1:]):
-                yield name, lambda name=name: ceilings.measure(name)
-        case "encode" | "sweep":
-            precisions = quick if part == "encode" else (*quick, "fp16", "fp32")
-            points = GOALS if part == "encode" else [(m, b) for b in BATCHES for m in MODELS]
-            for model, batch in points:
-                for precision in precisions:
-                    yield (
-                        f"{model}/b{batch}/{precision}",
-                        lambda m=model, b=batch, p=precision: throughput(m, b, p),
-                    )
+            for name in ("bf16", "copy", *quick[1:], "fp16"):
+                yield Job(name, lambda name=name: ceilings.measure(name), 25)
+        case "encode":
+            yield from _encode(quick)
+        case "compile":
+            yield from _compile(quick)
+        case "ops":
+            yield from _ops(quick)
+        case "waterfall":
+            for key, run in gpu_waterfall.jobs(quick):
+                yield Job(key, run)
+        case "sweep":
+            yield from _sweep(quick)
+        case "curves":
+            yield from _curves(quick)
         case _:
             raise ValueError(f"unknown part {part!r}")
 
 
-def work(part: str, done: set[str], write: Callable[[dict[str, Any]], None]) -> bool:
-    """Every row of `part` that is not in `done`; whether none failed."""
-    whole = True
-    for key, job in jobs(part):
-        if key in done:
+def lost() -> bool:
+    """Whether an error has made the device useless to this process."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def work(
+    part: str,
+    done: set[str],
+    write: Callable[[dict[str, Any]], None],
+    is_lost: Callable[[], bool] = lost,
+) -> int:
+    """Every row of `part` that is not in `done`: 0, 1 where one failed, or RESTART.
+
+    `write` gets a line before each row, which says how long it may take, and the row.
+    """
+    status = 0
+    for item in jobs(part):
+        job = Job(*item)
+        if job.key in done:
             continue
+        begin: dict[str, Any] = {"begin": job.key, "limit": job.limit}
+        write(begin if job.outlasted is None else {**begin, "outlasted": job.outlasted})
         try:
-            row = {"key": key, **job()}
+            row = {**job.run(), "key": job.key}
         except Exception as error:
-            row = {"key": key, "failed": f"{type(error).__name__}: {error}"[:2000]}
-        whole &= "failed" not in row
+            row = {"key": job.key, "failed": f"{type(error).__name__}: {error}"[:2000]}
+        gone = is_lost()
+        if gone and "failed" not in row:
+            row = {"key": job.key, "failed": "the CUDA context was lost in this row"}
+        status |= "failed" in row
         write(row)
-    return whole
+        if gone:
+            return RESTART
+    return status
 
 
 def main() -> int:
     done = set(json.load(sys.stdin))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no row
-    whole = work(sys.argv[1], done, lambda row: print(json.dumps(row), file=out, flush=True))
-    if whole:
+    status = work(sys.argv[1], done, lambda row: print(json.dumps(row), file=out, flush=True))
+    if status == 0:
         print(json.dumps({"key": "finished"}), file=out, flush=True)
-    return 0 if whole else 1
+    return status
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import gpu
 import gpu_ops
 import gpu_parts
+import gpu_run
 import pytest
 import torch
 from cases import cases, flops_per_image
@@ -196,15 +197,41 @@ def test_a_row_that_fails_does_not_end_its_part(monkeypatch):
     items = [("a", broken), ("b", lambda: {"x": 1}), ("c", lambda: {"x": 2})]
     monkeypatch.setattr(gpu_parts, "jobs", lambda part: iter(items))
     rows = []
-    assert not gpu_parts.work("fake", {"c"}, rows.append)
+    assert gpu_parts.work("fake", {"c"}, rows.append) == 1
     assert rows == [
+        {"begin": "a", "limit": 90.0},
         {"key": "a", "failed": "RuntimeError: CUDA error: an illegal memory access"},
+        {"begin": "b", "limit": 90.0},
         {"key": "b", "x": 1},
     ]
+
+
+def test_a_lost_context_ends_the_process_and_no_row_of_it_counts(monkeypatch):
+    items = [("a", lambda: {"x": 1}), ("b", lambda: {"x": 2}), ("c", lambda: {"x": 3})]
+    monkeypatch.setattr(gpu_parts, "jobs", lambda part: iter(items))
+    rows = []
+    status = gpu_parts.work("fake", set(), rows.append, is_lost=lambda: rows[-1]["begin"] == "b")
+    assert status == gpu_run.RESTART
+    assert rows[1] == {"key": "a", "x": 1}
+    assert rows[-1]["key"] == "b" and "context was lost" in rows[-1]["failed"]
 
 
 def test_every_part_has_rows(monkeypatch):
     monkeypatch.setattr(gpu_parts, "has_fp8", lambda: True)
     for item in gpu.PARTS:
-        found = [key for key, _ in gpu_parts.jobs(item.name)]
-        assert found and len(set(found)) == len(found)
+        if item.command[-1] != item.name:
+            continue  # a program of its own
+        found = list(gpu_parts.jobs(item.name))
+        keys = [job.key for job in found]
+        assert keys and len(set(keys)) == len(keys)
+        assert all(job.limit <= item.seconds for job in found), item.name
+
+
+def test_the_first_run_holds_what_matters_most():
+    runs = {part.name: found for part, found in gpu.schedule(gpu.PARTS, gpu.MOST_MINUTES)}
+    for name in ("environment", "ceilings", "tests", "encode", "ops"):
+        assert runs[name] == [1], name
+    assert runs["compile"] == [2]
+    text = "\n".join(gpu.listing(gpu.PARTS, gpu.MOST_MINUTES))
+    assert f"in {max(max(found) for found in runs.values())} runs" in text and "--resume" in text
+    assert [found for _, found in gpu.schedule(gpu.PARTS[:3], 2)] == [[1], [1], [1, 2]]
