@@ -83,11 +83,14 @@ def test_linear_residual_and_its_sums(part, dtype, batch, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_take_the_place_of_statistics(part, dtype):
     x, weight, bias = (cast(v, dtype) for v in operands(2, 21, 80, 48))
-    halves = torch.stack([half.float().square().sum(-1) for half in x.split([64, 16], dim=-1)])
+    # Three parts in memory where a fourth, NaN, is next: kernels read by powers of two.
+    sums = x.new_full((4, 2, 21), float("nan"), dtype=torch.float32)[:3]
+    for found, columns in zip(sums, x.split([40, 24, 16], dim=-1), strict=True):
+        found.copy_(columns.float().square().sum(-1))
     with on_part(part):
-        given = linear(x, weight, bias, norm_eps=1e-6, sums=halves)
+        given = linear(x, weight, bias, norm_eps=1e-6, sums=sums)
         taken = linear(x, weight, bias, norm_eps=1e-6)
-        other = linear(x, weight, bias, norm_eps=1e-6, sums=4 * halves)
+        other = linear(x, weight, bias, norm_eps=1e-6, sums=4 * sums)
     torch.testing.assert_close(given, taken, rtol=1e-3, atol=1e-3)
     bias = bias.float()
     torch.testing.assert_close((other.float() - bias) * 2, taken.float() - bias, rtol=0, atol=2e-2)
