@@ -36,6 +36,7 @@ from torch import Tensor
 import stellar_fast
 
 LATENCY_CALLS = 1000
+ENERGY_SECONDS = 2.0  # NVML's counter steps every 20 to 100 ms
 
 
 def in_turn(
@@ -72,7 +73,7 @@ def in_turn(
     return {**row, "not_run": not_run} if not_run else row
 
 
-def latency(call: Callable[[int], object], calls: int = LATENCY_CALLS) -> Row:
+def latency(call: Callable[[int], object], calls: int) -> Row:
     """Host seconds of single calls, each waited for."""
     taken = []
     for index in range(calls):
@@ -93,7 +94,8 @@ def energy(call: Call, batch: int) -> Row:
         meter = EnergyMeter(str(torch.cuda.get_device_properties(DEVICE).uuid))
     except OSError as error:
         return {"energy": f"not reported: {error}"}
-    return {"joules_per_image": joules_per_call(meter, call, torch.cuda.synchronize) / batch}
+    joules = joules_per_call(meter, call, torch.cuda.synchronize, ENERGY_SECONDS)
+    return {"joules_per_image": joules / batch}
 
 
 def captures(engine: stellar_fast.Engine) -> bool:
@@ -144,7 +146,7 @@ def throughput(
     if closely:
         row |= energy(calls[0], batch)
         if batch == 1:
-            row |= latency(lambda index: calls[index % SETS]())
+            row |= latency(lambda index: calls[index % SETS](), LATENCY_CALLS)
     return row
 
 

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = 2.0  # the counter steps every 20 to 100 ms
-
 
 class EnergyMeter:
     """Joules since the driver was loaded.
@@ -48,7 +46,7 @@ def joules_per_call(
     meter: EnergyMeter,
     call: Callable[[], object],
     synchronize: Callable[[], None],
-    seconds: float = SECONDS,
+    seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Mean energy of back-to-back calls over `seconds`, what the device draws idle included."""

@@ -26,7 +26,7 @@ from stellar_fast.reference.model import STELLARModel
 from torch import Tensor
 
 import stellar_fast
-from stellar_fast import encoder
+from stellar_fast import encoder, torch_ops
 from stellar_fast.config import MODELS
 from stellar_fast.encoder import OUTPUTS
 from stellar_fast.loading import SYNTHETIC_SEED
@@ -128,7 +128,8 @@ def refusal(
     """
     count, side = min(len(images), CHECKED), images.shape[-1]
     found = engine.encode(images, outputs=outputs, check_range=False)
-    weights, cells = engine._encoder, side // engine.config.backbone.patch_size
+    weights = torch_ops.restore(engine._encoder)
+    cells = side // engine.config.backbone.patch_size
     with torch.no_grad():
         exact = {name: truth(engine.config.name, side)[name][:count] for name in found}
         plain = encoder.encode(
@@ -156,7 +157,7 @@ def weight_bytes(engine: stellar_fast.Engine) -> int:
         sizes.append(tensor.numel() * tensor.element_size())
         return tensor
 
-    map_nodes(engine._encoder, Tensor, add)
+    map_nodes(torch_ops.restore(engine._encoder), Tensor, add)
     return sum(sizes)
 
 

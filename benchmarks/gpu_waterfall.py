@@ -36,7 +36,7 @@ def measure(model: str, batch: int, precision: str, switch: Switch) -> dict[str,
         reason = refusal(subject, sets[0], outputs)
         if reason is not None:
             return {**row, "refused": f"{label}: {reason}"}
-        if subject.cuda_graphs and not gpu_encode.captures(subject):
+        if subject._graphs is not None and not gpu_encode.captures(subject):
             return {**row, "refused": f"{label}: its CUDA graph could not be captured"}
     calls = {
         "full": encode_calls(engine, sets, outputs=switch.outputs),
