@@ -15,6 +15,7 @@ has a measured time for a launch, it is printed beside the prediction, with its 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
 import audit
+import harness
 from audit_compile import Compilation, Finding
 from stellar_fast.kernels import launch
 from torch import Tensor
@@ -308,6 +310,25 @@ def summary(rows: Iterable[dict[str, Any]], batch: int) -> dict[str, float]:
     return {"seconds": seconds, "floor": floor, "images_per_second": batch / seconds}
 
 
+def kept(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a file of predictions holds: of each launch, no more than the report needs."""
+    now = datetime.datetime.now(datetime.UTC)
+    fields = ("op", "times", "seconds", "floor", "bound")
+    return {
+        "name": "predicted",
+        "prediction": True,
+        "date": now.date().isoformat(),
+        "time": now.time().isoformat(timespec="seconds"),
+        "commit": harness.commit(),
+        "versions": harness.versions(),
+        "chips": {str(arch): asdict(CHIPS[arch]) for arch in {r["arch"] for r in results}},
+        "results": [
+            {**result, "rows": [{key: row[key] for key in fields} for row in result["rows"]]}
+            for result in results
+        ],
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=sorted(CHIPS))
@@ -336,9 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
                     )  # fmt: skip
                     _print(model, precision, batch, rows, total)
     if options.json:
-        options.json.write_text(
-            json.dumps({"prediction": True, "results": results}, indent=1) + "\n"
-        )
+        options.json.write_text(json.dumps(kept(results), indent=1) + "\n")
     return 0
 
 
