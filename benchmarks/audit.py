@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported, here and in the workers
+if __name__ == "__main__":  # before Triton is imported; workers inherit it
+    os.environ.pop("TRITON_INTERPRET", None)
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # as every launch sets it; silences a warning
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 

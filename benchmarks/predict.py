@@ -17,12 +17,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before Triton is imported; workers inherit it
+    os.environ.pop("TRITON_INTERPRET", None)
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
 import audit
@@ -106,7 +109,7 @@ def _moved(item: launch.Launch) -> float:
     """Bytes of every operand and result, once."""
     total = 0
     for name, value in item.arguments.items():
-        if name == "key_value_b":  # the same memory as key_value_a
+        if name in ("key_value_b", "tail_a", "tail_b"):  # the same memory as key_value_a
             continue
         tensor = getattr(value, "base", value)
         if isinstance(tensor, Tensor):
@@ -139,14 +142,15 @@ def work_of(item: launch.Launch) -> Work:
         )
     if name == "_attention_kernel":
         steps = -(-a["S"] // a["BLOCK_K"])
+        keys = a["WHOLE"] * a["BLOCK_K"] + a["TAIL"] if a["RESIDENT"] else steps * a["BLOCK_K"]
         dim = a["DIM_A"] + a["DIM_B"]
         pairs = item.grid[0]
         tiles = pairs * -(-a["Q"] // a["BLOCK_Q"])
-        kept = 4.0 * steps * a["BLOCK_K"] * dim  # keys and values, two bytes each
+        kept = 4.0 * keys * dim  # keys and values, two bytes each
         return Work(
             tiles=tiles,
             passes=1 if a["RESIDENT"] else steps,
-            products=4.0 * a["BLOCK_Q"] * steps * a["BLOCK_K"] * dim,
+            products=4.0 * a["BLOCK_Q"] * keys * dim,
             read=kept * programs / tiles if a["RESIDENT"] else kept,
             flops=4.0 * a["Q"] * a["S"] * a["HEAD_DIM"] * pairs,
             moved=moved,

@@ -9,6 +9,7 @@ that is no power of two is two pieces, 80 as 64 + 16.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -75,12 +76,12 @@ def _attend(
     scores = tl.dot(q_a, k_a.T, input_precision="ieee")
     if DIM_B > 0:
         scores = tl.dot(q_b, k_b.T, scores, input_precision="ieee")
-    scores *= scale
     if TAIL:
         scores = tl.where((tl.arange(0, BLOCK) < left)[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    p = tl.exp2(scores - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
+    # Scaled where the peak is taken off, which is one instruction, and not before.
+    p = tl.exp2(scores * scale - (new_peak * scale)[:, None])
+    shrink = tl.exp2((peak - new_peak) * scale)
     total = total * shrink + tl.sum(p, 1)
     p = p.to(v_a.dtype)
     acc_a = tl.dot(p, v_a, acc_a * shrink[:, None], input_precision="ieee")
@@ -108,6 +109,8 @@ def _attention_kernel(
     query_ptr,  # (B, Q, heads * HEAD_DIM)
     key_value_a,  # (B, S, 2 * heads * HEAD_DIM): pointer, or descriptor of (1, BLOCK_K, DIM_A)
     key_value_b,  # the same of (1, BLOCK_K, DIM_B)
+    tail_a,  # as key_value_a, of (1, TAIL, DIM_A)
+    tail_b,
     out_ptr,  # (B, Q, heads * HEAD_DIM)
     Q,
     S,
@@ -120,7 +123,9 @@ def _attention_kernel(
     stride_ks,
     QUANTIZE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    RESIDENT: tl.constexpr,  # blocks of keys kept in shared memory; 0 streams them
+    RESIDENT: tl.constexpr,  # whether keys stay in shared memory: WHOLE blocks and one of TAIL rows
+    WHOLE: tl.constexpr,
+    TAIL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
@@ -142,7 +147,7 @@ def _attention_kernel(
     keys_b = ()
     values_a = ()
     values_b = ()
-    for block in tl.static_range(RESIDENT):
+    for block in tl.static_range(WHOLE):
         k_a, k_b = _key_value_block(
             key_value_a, key_value_b, image, block * BLOCK_K, key, key_offset, S, stride_ks,
             DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
@@ -155,6 +160,16 @@ def _attention_kernel(
         keys_b = keys_b + (k_b,)
         values_a = values_a + (v_a,)
         values_b = values_b + (v_b,)
+    if RESIDENT:
+        tail_first = WHOLE * BLOCK_K
+        tail_key_a, tail_key_b = _key_value_block(
+            tail_a, tail_b, image, tail_first, key, key_offset, S, stride_ks,
+            DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, TAIL,
+        )  # fmt: skip
+        tail_value_a, tail_value_b = _key_value_block(
+            tail_a, tail_b, image, tail_first, value, value_offset, S, stride_ks,
+            DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, TAIL,
+        )  # fmt: skip
 
     for first in tl.range(tl.program_id(1) * BLOCK_Q, Q, tl.num_programs(1) * BLOCK_Q):
         q_a = _rows(query_ptr, first, Q, stride_qs, HEAD_DIM, BLOCK_Q, DIM_A)
@@ -167,12 +182,15 @@ def _attention_kernel(
             q_b = _rows(query_ptr + DIM_A, first, Q, stride_qs, HEAD_DIM - DIM_A, BLOCK_Q, DIM_B)
             acc_b = tl.zeros((BLOCK_Q, DIM_B), tl.float32)
         if RESIDENT:
-            for block in tl.static_range(RESIDENT):
+            for block in tl.static_range(WHOLE):
                 peak, total, acc_a, acc_b = _attend(
                     q_a, q_b, keys_a[block], keys_b[block], values_a[block], values_b[block],
-                    peak, total, acc_a, acc_b, S - block * BLOCK_K, scale, DIM_B, BLOCK_K,
-                    block == RESIDENT - 1,
+                    peak, total, acc_a, acc_b, S, scale, DIM_B, BLOCK_K, False,
                 )  # fmt: skip
+            peak, total, acc_a, acc_b = _attend(
+                q_a, q_b, tail_key_a, tail_key_b, tail_value_a, tail_value_b, peak, total,
+                acc_a, acc_b, S - tail_first, scale, DIM_B, TAIL, True,
+            )  # fmt: skip
         else:
             for start in range(0, S, BLOCK_K):
                 k_a, k_b = _key_value_block(
@@ -240,7 +258,8 @@ def attention(
         and describable(key_value)
     )
     tile = attention_tile(part, query.dtype, length, head_dim, descriptors)
-    blocks = triton.cdiv(length, tile.block_k)
+    whole = (length - 1) // tile.block_k if tile.resident else 0
+    tail = max(16, triton.next_power_of_2(length - whole * tile.block_k)) if tile.resident else 0
     tiles = triton.cdiv(queries, tile.block_q)
     programs = tiles
     if tile.resident:
@@ -251,10 +270,15 @@ def attention(
         dtype=query.dtype if out_scale is None else FP8,
         device=query.device,
     )
-    key_value_a, key_value_b = key_value, None
-    if descriptors:
-        key_value_a = descriptor(key_value, [1, tile.block_k, dim_a])
-        key_value_b = descriptor(key_value, [1, tile.block_k, dim_b]) if dim_b else None
+
+    def blocks_of(rows: int) -> tuple[Any, Any]:
+        if not descriptors or rows == 0:
+            return key_value, None
+        second = descriptor(key_value, [1, rows, dim_b]) if dim_b else None
+        return descriptor(key_value, [1, rows, dim_a]), second
+
+    key_value_a, key_value_b = blocks_of(tile.block_k)
+    tail_a, tail_b = blocks_of(tail)
     launch(
         _attention_kernel,
         (batch * num_heads, programs),
@@ -263,6 +287,8 @@ def attention(
         query_ptr=query,
         key_value_a=key_value_a,
         key_value_b=key_value_b,
+        tail_a=tail_a,
+        tail_b=tail_b,
         out_ptr=out,
         Q=queries,
         S=length,
@@ -275,7 +301,9 @@ def attention(
         stride_ks=key_value.stride(1),
         QUANTIZE=out_scale is not None,
         DESCRIPTORS=descriptors,
-        RESIDENT=blocks if tile.resident else 0,
+        RESIDENT=tile.resident,
+        WHOLE=whole,
+        TAIL=tail,
         HEAD_DIM=head_dim,
         DIM_A=dim_a,
         DIM_B=dim_b,

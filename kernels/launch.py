@@ -260,18 +260,12 @@ def attention_tile(
     pointers would, they spill.
     """
     if dtype == torch.float32:
-        return AttentionTile(32, 32, num_warps=4, num_stages=1, resident=False)
-    kept = -(-length // 64) * 64 * head_dim * 2 * 2
+        # Left to itself, the assembler gives so few registers that it spills.
+        return AttentionTile(32, 32, num_warps=4, num_stages=1, resident=False, registers=128)
+    kept = -(-length // 16) * 16 * head_dim * 2 * 2
     if descriptors and part.shared > 200_000 and kept <= part.shared // 2:
-        if part.arch == 90 and head_dim > 64:
-            return AttentionTile(128, 64, num_warps=8, num_stages=2, resident=True)
-        warps = 8 if head_dim > 64 else 4
-        # From sm_100 on the assembler gives too few registers when left to itself; on sm_90, it
-        # spills when not.
-        registers = None if part.arch == 90 else 255
-        return AttentionTile(
-            64, 64, num_warps=warps, num_stages=2, resident=True, registers=registers
-        )
+        # One stage: with the next query rows on their way, fewer programs would fit side by side.
+        return AttentionTile(64, 64, num_warps=4, num_stages=1, resident=True)
     return AttentionTile(64, 64, num_warps=4, num_stages=2, resident=False)
 
 

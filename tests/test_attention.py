@@ -31,7 +31,10 @@ def test_every_head_dim(part, dtype, head_dim):
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 213), (213, 213), (17, 273), (5, 700)])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [(1, 1), (5, 64), (70, 65), (5, 128), (17, 213), (213, 213), (17, 273), (5, 700)],
+)
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_every_length(part, dtype, queries, keys, head_dim):
     with on_part(part):

@@ -1,13 +1,15 @@
 """Predicted times: what machine code is read as, the work of a launch, and the arithmetic."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import audit
 import machine_code
 import predict
 import pytest
-from audit_compile import Finding
+from audit_compile import Compilation, Finding
 from cases import flops_per_image
 from machine_code import Anatomy, Instruction
 
@@ -143,11 +145,20 @@ def test_a_launch_takes_its_bytes_and_the_caches_time():
     )
 
 
-def test_nothing_is_predicted_below_its_floor_and_all_is_labelled(monkeypatch, tmp_path, capsys):
-    def planted(items, workers):
-        return [FINDING] * len(items)
+@pytest.fixture
+def planted(monkeypatch) -> None:
+    """FINDING for every compilation: Triton interprets in this process and compiles nothing."""
 
-    monkeypatch.setattr(audit, "audit", planted)
+    def compilation(item, arch):
+        name, options = item.kernel.fn.__name__, tuple(sorted(item.options.items()))
+        return Compilation(arch, ("kernels", name), (), (), (), options)
+
+    monkeypatch.setattr(audit, "compilation", compilation)
+    monkeypatch.setattr(audit, "audit", lambda items, workers: [FINDING] * len(items))
+
+
+@pytest.mark.usefixtures("planted")
+def test_nothing_is_predicted_below_its_floor_and_all_is_labelled(tmp_path, capsys):
     out = tmp_path / "p.json"
     assert predict.main(["--model", "stellar-b16", "--batch", "64", "--json", str(out)]) == 0
     assert "PREDICTED" in capsys.readouterr().out.splitlines()[0]
@@ -162,8 +173,25 @@ def test_nothing_is_predicted_below_its_floor_and_all_is_labelled(monkeypatch, t
         assert result["images_per_second"] == pytest.approx(64 / total)
 
 
+@pytest.mark.usefixtures("planted")
 def test_code_that_fails_its_audit_is_not_predicted(monkeypatch):
     bad = replace(FINDING, faults=("8 bytes of stack",))
     monkeypatch.setattr(audit, "audit", lambda items, workers: [bad] * len(items))
     with pytest.raises(ValueError, match="8 bytes of stack"):
         predict.rows_of(MODELS["stellar-b16"], "bf16", 1, CHIP, 90, 1)
+
+
+@pytest.mark.slow
+def test_the_program_predicts_from_compiled_kernels():
+    command = [sys.executable, "-P", predict.__file__, "--model", "stellar-b16"]
+    done = subprocess.run(
+        [*command, "--precision", "bf16", "--batch", "1"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("PREDICTED")
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if "/SM" in line}
+    assert {"qkv", "attention", "proj", "fc1", "fc2", "patch_embed", "norm"} <= set(rows)
+    assert all(float(row[2]) >= float(row[3]) > 0 for row in rows.values())
