@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import subprocess
 import sys
@@ -44,9 +45,10 @@ PARTS = (
     _part("tests", 150),
     _part("encode", 210),
     _part("ops", 120),
-    _part("compile", 240),
-    _part("audit", 100),
+    _part("compile", 300),
+    _part("kernels", 240),
     _part("waterfall", 200),
+    _part("audit", 100),
     _part("sweep", 400),
     _part("curves", 140),
 )
@@ -93,6 +95,14 @@ def run(parts: Sequence[Part], results: Results, minutes: float) -> bool:
         print(f"{part.name}: {'finished' if finished else 'not finished'}", flush=True)
         whole &= finished
     return whole
+
+
+def importable() -> bool:
+    """Whether the package with its kernels can be imported from anywhere."""
+    try:
+        return importlib.util.find_spec("stellar_fast.kernels") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def device_name() -> str | None:
@@ -200,6 +210,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = device_name()
     if device is None:
         print("no CUDA device on this machine; --dry-run lists what would run", file=sys.stderr)
+        return 1
+    if not importable():
+        hint = "pip install --no-deps --no-build-isolation -e ."
+        print(f"stellar_fast.kernels cannot be imported; {hint}", file=sys.stderr)
         return 1
     try:
         results = open_results(options, device)

@@ -42,7 +42,8 @@ def _rate(row: dict[str, Any]) -> tuple[float, tuple[float, float]]:
     return rate, (rate - row["batch"] / row["high"], row["batch"] / row["low"] - rate)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, with a canvas and no part in pyplot's state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     FigureCanvasAgg(figure)
@@ -59,7 +60,7 @@ def _where(result: dict[str, Any]) -> str:
 
 def throughput(result: dict[str, Any]) -> Figure:
     """Images a second against batch, a line an implementation."""
-    figure = _figure(10, 5.2)
+    figure = new_figure(10, 5.2)
     axis = figure.add_subplot()
     by_name = implementations(result["rows"])
     styles = _styles(list(by_name))
@@ -99,7 +100,7 @@ def by_batch(result: dict[str, Any]) -> Figure:
     names = list(by_name)[::-1]
     styles = _styles(list(by_name))
     batches = sorted({row["batch"] for row in result["rows"]})
-    figure = _figure(3.2 + 2.8 * len(batches), 1.5 + 0.36 * len(names))
+    figure = new_figure(3.2 + 2.8 * len(batches), 1.5 + 0.36 * len(names))
     axes = figure.subplots(1, len(batches), sharey=True, sharex=True, squeeze=False)[0]
     for axis, batch in zip(axes, batches, strict=True):
         for place, name in enumerate(names):

@@ -57,6 +57,33 @@ def test_without_a_device_there_is_one_error(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_without_the_package_there_is_one_error(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "device_name", lambda: "fake")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert gpu.main([]) == 1
+    error = capsys.readouterr().err
+    assert "pip install" in error and error.count("\n") == 1
+
+
+def test_the_test_parts_name_files_with_their_mark(monkeypatch):
+    monkeypatch.setattr(gpu_parts, "has_fp8", lambda: True)
+    monkeypatch.setattr(gpu_parts, "command", lambda arguments: {"arguments": arguments})
+    for name, file, other in (
+        ("tests", "tests/test_gpu.py", "tests/test_ray.py"),
+        ("kernels", "tests/test_linear.py", "tests/test_gpu.py"),
+    ):
+        (job,) = gpu_parts.jobs(name)
+        arguments = job.run()["arguments"]
+        assert file in arguments and other not in arguments
+        assert all((gpu_parts.ROOT / path).exists() for path in arguments if path.endswith(".py"))
+
+
+def test_a_command_says_how_it_ended():
+    row = gpu_parts.command(["-c", "print('FAILED x'); print('1 failed'); raise SystemExit(1)"])
+    assert (row["summary"], row["exit"], row["failed"]) == ("1 failed", 1, "FAILED x")
+    assert "failed" not in gpu_parts.command(["-c", "print('1 passed')"])
+
+
 def test_more_than_nine_minutes_are_refused():
     with pytest.raises(SystemExit):
         gpu.main(["--minutes", "10", "--dry-run"])
