@@ -108,3 +108,17 @@ def test_odd_widths_take_pointers():
             linear(x, weight, draw(16).half())
     assert [item.arguments["DESCRIPTORS"] for item in seen] == [True, False]
     assert [item.arguments["EVEN_K"] for item in seen] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "width"),
+    [
+        (273, 1280, 64),  # 60 narrow tiles for 132 processors, 30 wider ones
+        (273, 3840, 128),  # 180 narrow ones are two waves, 90 wider ones one
+        (8 * 273, 3840, 256),
+        (64 * 273, 1280, 256),
+    ],
+)
+def test_wide_tiles_once_they_keep_all_processors_busy(rows, columns, width):
+    tile = launch.linear_tile(launch.PARTS[90], torch.bfloat16, rows, columns, 1280)
+    assert tile.block_n == width
