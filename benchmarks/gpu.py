@@ -75,10 +75,16 @@ def listing(parts: Sequence[Part], minutes: float) -> Iterator[str]:
         last = runs[-1]
         when = f"run {runs[0]}" if len(runs) == 1 else f"runs {runs[0]} to {runs[-1]}"
         yield f"{part.name:12} at most {part.seconds:4.0f} s  {when}"
-    yield f"in all at most {60 * minutes:.0f} s in one run, {sum(p.seconds for p in parts):.0f} s"
+    first = [part.name for part, runs in schedule(parts, minutes) if runs == [1]]
+    total = sum(part.seconds for part in parts)
     yield (
-        f"in {last} runs if every part takes all of its time: give the same command again, with "
-        "--resume FILE where the file has been moved"
+        f"{total:.0f} s in all, runs of at most {60 * minutes:.0f} s; if every part takes all of "
+        f"its time, {last} of them"
+    )
+    yield f"a first run then holds {', '.join(first)}"
+    yield (
+        "the same command again goes on with the rest; give --resume FILE where the result file "
+        "has been moved"
     )
 
 

@@ -260,5 +260,7 @@ def test_the_first_run_holds_what_matters_most():
         assert runs[name] == [1], name
     assert runs["compile"] == [2]
     text = "\n".join(gpu.listing(gpu.PARTS, gpu.MOST_MINUTES))
-    assert f"in {max(max(found) for found in runs.values())} runs" in text and "--resume" in text
+    most = max(max(found) for found in runs.values())
+    assert f"all of its time, {most} of them" in text and "--resume" in text
+    assert "a first run then holds environment, ceilings, tests, encode, ops\n" in text
     assert [found for _, found in gpu.schedule(gpu.PARTS[:3], 2)] == [[1], [1], [1, 2]]

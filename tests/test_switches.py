@@ -4,17 +4,19 @@ from collections import Counter
 
 import pytest
 import torch
-from engines import small_engine
+from engines import SMALL, image, small_engine
 from kernel_checks import DEVICE, assert_budget
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
 from switches import FEW, SWITCHES, without
+from test_engine_parity import reference_of
 
 from stellar_fast import encoder
 from stellar_fast.encoder import OUTPUTS
 from stellar_fast.weights import map_nodes
 
 pytestmark = pytest.mark.kernels
+META = {"backbone": SMALL, "num_sparse_tokens": 8, "spatial_temp": 0.06, "weights_seed": 1}
 BY_NAME = {switch.name: switch for switch in SWITCHES}
 
 
@@ -132,4 +134,17 @@ def test_features_stay_within_the_budget(name, engine):
     )
     exact = computed(wide)
     for key in switch.outputs_off:
+        assert_budget(found[key], plain[key], exact[key], torch.float16)
+
+
+@pytest.mark.parametrize("name", [n for n in CHANGES if "fp8" in BY_NAME[n].precisions])
+def test_fp8_features_stay_within_the_budget(name, fp8_engine):
+    x = image(1, 64, 64)
+    found = without(BY_NAME[name], fp8_engine).encode(x)
+    weights = map_nodes(fp8_engine._encoder, torch.Tensor, torch.Tensor.cpu)
+    table = weights.table.table(4, 4)
+    plain = encoder.encode(oracles, weights, fp8_engine.config, x, table, OUTPUTS, torch.float32)
+    with torch.no_grad():
+        exact = reference_of(META).encode(x.double())
+    for key in OUTPUTS:
         assert_budget(found[key], plain[key], exact[key], torch.float16)
