@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from cases import flops_per_image
+from gpu_results import Measured, Row
 from matplotlib.figure import Figure
 from plots import MARKERS, OTHERS, OURS, PLAIN, new_figure
-from report_gpu import Measured, Row, waterfall_rows
+from report_gpu import waterfall_rows
 
 from stellar_fast.config import MODELS
 

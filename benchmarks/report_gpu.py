@@ -6,97 +6,13 @@ is no file at all, the table is one sentence that says so.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gpu_goals
-from ceilings import rates, with_floor
+from gpu_results import Measured, Row, newest, newest_cpu, newest_predictions
 
-RESULTS = Path(__file__).parent / "results"
 NOTHING = "Nothing has been measured on a GPU yet"
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A result file of `gpu.py`: its rows by part and key, and its ceilings."""
-
-    path: Path
-    result: Row
-
-    @property
-    def ceilings(self) -> dict[str, float]:
-        """FLOP/s by precision, and bytes/s of "copy"."""
-        return rates(self.result["rows"])
-
-    def rows(self, part: str) -> list[Row]:
-        """The rows of a part that are no bookkeeping, with their floors."""
-        return [
-            with_floor(row, self.ceilings)
-            for row in self.result["rows"]
-            if row["part"] == part and row["key"] not in ("part", "finished")
-        ]
-
-    def row(self, part: str, key: str) -> Row | None:
-        return next((row for row in self.rows(part) if row["key"] == key), None)
-
-    def encode(self, model: str, batch: int, precision: str) -> Row | None:
-        """The row of `encode`, else of the sweep."""
-        key = f"{model}/b{batch}/{precision}"
-        return self.row("encode", key) or self.row("sweep", key)
-
-    @property
-    def tests(self) -> Row | None:
-        return self.row("tests", "tests")
-
-    @property
-    def where(self) -> str:
-        """Device, dates, commit, versions, command, tests, ceilings and file, for below a table."""
-        result, versions = self.result, self.result["versions"]
-        dates = sorted({run["date"] for run in result.get("runs", [])} or {result["date"]})
-        rates = [
-            f"{name} {rate / 1e9:.0f} GB/s" if name == "copy" else f"{name} {rate / 1e12:.0f}"
-            for name, rate in self.ceilings.items()
-        ]
-        tests = self.tests
-        green = "not run" if tests is None else ("RED: " * ("failed" in tests)) + tests["summary"]
-        packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton"))
-        place = self.path.relative_to(RESULTS.parent.parent).as_posix()
-        return (
-            f"{result['device']}, {' and '.join(dates)}, commit {result['commit']}, {packages}; "
-            f"`{result['command']}`; GPU tests at that commit: {green}; ceilings of the same run, "
-            f"in TFLOP/s: {', '.join(rates) or 'not measured'}; `{place}`."
-        )
-
-
-def _files(folder: Path, name: str) -> Iterator[tuple[Path, Row]]:
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        if result.get("name") == name:
-            yield path, result
-
-
-def newest() -> Measured | None:
-    """The latest result file of `gpu.py`, whatever the device."""
-    found = [
-        ((last["date"], last["time"]), path, result)
-        for folder in sorted(RESULTS.glob("*/"))
-        for path, result in _files(folder, "gpu")
-        for last in [(result.get("runs") or [result])[-1]]
-    ]
-    if not found:
-        return None
-    _, path, result = max(found, key=lambda item: item[:2])
-    return Measured(path, result)
-
-
-def newest_predictions() -> Row | None:
-    """The latest file of `predict.py --json` that was kept."""
-    found = list(_files(RESULTS / "predicted", "predicted"))
-    return max(found, key=lambda item: (item[1]["date"], item[1]["time"]))[1] if found else None
 
 
 def goals() -> str:
@@ -104,11 +20,77 @@ def goals() -> str:
     measured = newest()
     if measured is None:
         return f"{NOTHING}, so no goal for one can be met or missed yet."
-    cpu = [result for _, result in _files(RESULTS / "cpu", "encode")]
-    newest_cpu = max(cpu, key=lambda r: (r["date"], r.get("time", "")), default=None)
     lines = ["| goal | | measured | of the goal | met |", "|---|---|---|---|---|"]
-    lines += gpu_goals.lines(measured, newest_cpu)
+    lines += gpu_goals.lines(measured, newest_cpu())
     return "\n".join([*lines, "", measured.where])
+
+
+ENCODE_HEAD = (
+    "images/s", "of the matrix ceiling", "times eager fp32, eager bf16", "times torch.compile bf16",
+    "one image: median, 99th percentile", "peak memory", "load, first call", "energy an image",
+)  # fmt: skip
+
+
+def _encode_cells(row: Row, compiled: Row | None) -> Iterator[str]:
+    """The cells of `ENCODE_HEAD`; empty where the row has no such figure."""
+    ours = row["engine"]
+    batch, median = row["batch"], ours["median"]
+    low, high = batch / ours["high"], batch / ours["low"]
+    yield f"{ours['images_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
+    yield f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else ""
+    eager = [
+        f"{row[name]['median'] / median:.2f}x" if name in row else "not run"
+        for name in ("eager_fp32", "eager_bf16")
+        if name in row or name in row.get("not_run", {})
+    ]
+    yield ", ".join(eager)
+    own = (compiled or {}).get(f"engine_{row['precision']}")
+    if own and "compile" in compiled:
+        yield f"{compiled['compile']['median'] / own['median']:.2f}x"
+    else:
+        yield "not run" if compiled and "compile" in compiled.get("not_run", {}) else ""
+    tail = [f"{1e3 * row[k]:.2f} ms" for k in ("latency_median", "latency_p99") if k in row]
+    yield ", ".join(tail)
+    yield f"{row['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in row else ""
+    seconds = [f"{row[k]:.1f} s" for k in ("load_seconds", "first_call_seconds") if k in row]
+    yield ", ".join(seconds)
+    joules = row.get("joules_per_image")
+    yield f"{1e3 * joules:.1f} mJ" if joules else ("not reported" if "energy" in row else "")
+
+
+def encode() -> str:
+    """The engine end to end at the goals' points."""
+    measured = newest()
+    if measured is None:
+        return f"{NOTHING}: how many images a second the engine encodes is not known."
+    rows = measured.rows("encode")
+    if not rows:
+        return f"No engine was timed in this run. {measured.where}"
+    lines = [f"| | {' | '.join(ENCODE_HEAD)} |", "|---" * (1 + len(ENCODE_HEAD)) + "|"]
+    notes = []
+    for row in rows:
+        model, batch, precision = row["key"].split("/")
+        name = f"{model} {precision}, batch {batch[1:]}"
+        compiled = measured.row("compile", f"{model}/{batch}/compile")
+        if "engine" in row:
+            lines.append(f"| {name} | {' | '.join(_encode_cells(row, compiled))} |")
+        else:
+            why = "refused" if "refused" in row else "failed"
+            lines.append(f"| {name} | {why}{' |' * len(ENCODE_HEAD)}")
+            notes.append(f"{name} {why}: {row.get(why, '').splitlines()[0]}.")
+        notes += [
+            f"{name}: {peer} did not run ({w})." for peer, w in row.get("not_run", {}).items()
+        ]
+        if "vit_bf16" in row:
+            ratio = row["vit_bf16"]["median"] / row["engine"]["median"]
+            notes.append(f"{name}: {ratio:.2f}x transformers ViTModel bf16, the backbone alone.")
+    for row in measured.rows("compile"):
+        model, batch, _ = row["key"].split("/")
+        if "compile_seconds" in row:
+            seconds = f"{row['compile_seconds']:.0f} s"
+            notes.append(f"torch.compile of {model} at batch {batch[1:]} took {seconds}.")
+        notes += [f"{row['key']}: {why}." for why in row.get("not_run", {}).values()]
+    return "\n".join([*lines, "", " ".join([*notes, measured.where])])
 
 
 def _microseconds(seconds: float) -> str:
@@ -279,6 +261,7 @@ def _plot(name: str) -> Callable[[], Any]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "gpu-goals": goals,
+    "gpu-encode": encode,
     "gpu-kernels": kernels,
     "gpu-waterfall": waterfall,
     "predicted": predicted,

@@ -167,14 +167,19 @@ def test_an_engine_that_fails_has_a_failed_row():
 
 
 def test_a_lost_device_is_no_rivals_fault():
+    ran = []
+
     def lost():
+        ran.append(1)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    not_run: dict[str, str] = {}
     with pytest.raises(RuntimeError, match="illegal memory access"):
         time_in_turn(
-            {"a": [lambda: None], "b": [lost]}, seconds=0, not_run={}, synchronize=lost,
-            event=HostEvent,
+            {"a": [lambda: None], "b": [lost]}, seconds=0, not_run=not_run, event=HostEvent,
+            synchronize=lambda: lost() if ran else None,
         )  # fmt: skip
+    assert not not_run
 
 
 def test_the_compiler_is_timed_beside_ours_and_may_fail(monkeypatch):

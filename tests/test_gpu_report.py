@@ -2,6 +2,7 @@
 
 import json
 
+import gpu_results
 import pytest
 import report
 import report_gpu
@@ -109,7 +110,7 @@ PREDICTED = {
 def plant(tmp_path, monkeypatch):
     """Writes a result file of these parts."""
     results = tmp_path / "benchmarks" / "results"
-    monkeypatch.setattr(report_gpu, "RESULTS", results)
+    monkeypatch.setattr(gpu_results, "RESULTS", results)
     monkeypatch.setattr(report, "ROOT", tmp_path)
 
     def write(parts: dict, device: str = "NVIDIA H200", **facts: object) -> None:
@@ -131,7 +132,7 @@ def plant(tmp_path, monkeypatch):
 
 @pytest.fixture
 def predicted(plant):
-    folder = report_gpu.RESULTS / "predicted"
+    folder = gpu_results.RESULTS / "predicted"
     folder.mkdir(parents=True)
     (folder / "2026-01-01-abc.json").write_text(json.dumps(PREDICTED))
     older = {**PREDICTED, "date": "2025-01-01", "results": []}
@@ -144,7 +145,7 @@ def line(table: str, start: str) -> list[str]:
 
 
 def test_without_a_file_every_table_is_one_sentence_and_no_plot_is_drawn(plant):
-    for name in ("gpu-goals", "gpu-kernels", "gpu-waterfall"):
+    for name in ("gpu-goals", "gpu-encode", "gpu-kernels", "gpu-waterfall"):
         text = report_gpu.TABLES[name]()
         assert text.startswith("Nothing has been measured on a GPU yet")
         assert text.count(".") == 1 and "\n" not in text
@@ -155,6 +156,7 @@ def test_a_file_of_ceilings_alone_draws_nothing_and_claims_nothing(plant):
     plant(PARTS)
     assert all(plot() is None for plot in report_gpu.PLOTS.values())
     assert "No kernel was timed" in report_gpu.kernels()
+    assert "No engine was timed" in report_gpu.encode()
     assert "No optimisation was switched off" in report_gpu.waterfall()
     rows = [row for row in report_gpu.goals().splitlines() if row.startswith("| ")][1:]
     found = [row for row in rows if not row.endswith("| | |")]
@@ -208,7 +210,7 @@ def test_a_compiler_that_did_not_finish_leaves_the_goal_open(plant):
 @pytest.mark.parametrize("units", [True, False])
 def test_goals_of_cpus_count_on_those_with_matrix_units(plant, units):
     plant(ALL)
-    folder = report_gpu.RESULTS / "cpu"
+    folder = gpu_results.RESULTS / "cpu"
     folder.mkdir()
     rows = [
         {"name": name, "batch": batch, "median": seconds}
@@ -229,6 +231,30 @@ def test_goals_of_cpus_count_on_those_with_matrix_units(plant, units):
         assert line(table, "the same at batch 1")[2:] == ["1.30x", "1.30", "yes"]
     else:
         assert line(table, "the same at batch 1")[2].startswith("not measured")
+
+
+def test_the_engine_stands_beside_its_peers(plant):
+    first = encoded(
+        "stellar-h16", 64, "bf16", 0.032, eager_fp32=timing(0.4, 64), vit_bf16=timing(0.048, 64),
+        not_run={"eager_bf16": "out of memory"}, peak_bytes=3 * 2**30, load_seconds=9.04,
+        first_call_seconds=5.0, joules_per_image=0.35,
+    )  # fmt: skip
+    plant({**ALL, "encode": [first, *ALL["encode"][1:]]})
+    table = report_gpu.encode()
+    share = FLOPS * 64 / 0.032 / 800e12
+    assert line(table, "stellar-h16 bf16, batch 64")[1:] == [
+        "2,000 (1,667 to 2,222)", f"{share:.0%}", "12.50x, not run", "1.40x", "", "3,072 MiB",
+        "9.0 s, 5.0 s", "350.0 mJ",
+    ]  # fmt: skip
+    assert line(table, "stellar-h16 fp8, batch 64")[4] == "1.80x"
+    assert line(table, "stellar-h16 bf16, batch 1")[5] == "1.23 ms, 1.50 ms"
+    assert line(table, "stellar-l16 fp8")[1:3] == ["refused", ""]
+    assert "stellar-l16 fp8, batch 64 refused: cls: error 2e-01 exceeds 1e-01." in table
+    assert "batch 64: 1.50x transformers ViTModel" in table
+    assert "eager_bf16 did not run (out of memory)" in table
+    assert "torch.compile of stellar-h16 at batch 64 took 80 s." in table
+    rows = [row for row in table.splitlines() if row.startswith("|")]
+    assert len({row.replace("\\|", "").count("|") for row in rows}) == 1, "a rectangle"
 
 
 def test_kernels_stand_beside_floors_predictions_and_rivals(plant, predicted):
