@@ -27,6 +27,10 @@ SHORTEST = 200e-6  # seconds of a replay: events resolve half a microsecond
 Call = Callable[[], object]
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _replayed(call: Call) -> tuple[Call, int]:
     """`call` as a CUDA graph that repeats it for `SHORTEST`, and how often: no launch is timed."""
 
@@ -71,12 +75,14 @@ class Race:
         self.seconds: dict[str, list[float]] = {}
         self.compile_seconds: float | None = None
         self._round = 0
-        cuda = device.type == "cuda"
-        cache = torch.cuda.get_device_properties(device).L2_cache_size if cuda else CPU_CACHE
-        count = sets_beyond_cache(int(case.moved), cache, GPU_SETS if cuda else CPU_SETS)
+        self._graphs = on_gpu(device)
+        cache, most = CPU_CACHE, CPU_SETS
+        if self._graphs:
+            cache, most = torch.cuda.get_device_properties(device).L2_cache_size, GPU_SETS
+        count = sets_beyond_cache(int(case.moved), cache, most)
         self._sets = [arguments(case, device, seed) for seed in range(count)]
         self.ours, function = ours(case, device)
-        own = self._sets if cuda else [(laid_out(v, case), k) for v, k in self._sets]
+        own = self._sets if self._graphs else [(laid_out(v, case), k) for v, k in self._sets]
         self.refused = self._refusal(function, own)
         self._calls: dict[str, tuple[Sequence[Call], int]] = {}
         if self.refused is not None:
@@ -111,7 +117,7 @@ class Race:
         with torch.no_grad():
             for call in calls:
                 call()
-            if self.device.type == "cuda":
+            if self._graphs:
 
                 def over_all() -> None:
                     for call in calls:
@@ -127,7 +133,7 @@ class Race:
         calls, times = self._calls[name]
         call = calls[self._round % len(calls)]
         with torch.no_grad():
-            if self.device.type == "cuda":
+            if self._graphs:
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 call()

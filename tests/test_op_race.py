@@ -1,7 +1,9 @@
 """Benchmarks of single ops: right inputs, refusals, rivals, floors; the slow ones are caught."""
 
+import contextlib
 import json
 import time
+from typing import ClassVar
 
 import compare
 import harness
@@ -190,6 +192,84 @@ def test_without_a_gpu_the_kernels_are_skipped_with_a_reason(monkeypatch):
     ]
     (skipped,) = (p for p in found if p.marks)
     assert "CUDA device" in skipped.marks[0].kwargs["reason"]
+
+
+class FakeGraph:
+    """Keeps what is called while it is captured, and calls it again at each replay."""
+
+    capturing: ClassVar[list | None] = None
+
+    def replay(self):
+        for call in self.captured:
+            call()
+
+
+@contextlib.contextmanager
+def fake_capture(graph):
+    graph.captured = FakeGraph.capturing = []
+    yield
+    FakeGraph.capturing = None
+
+
+class FakeEvent:
+    now = 0.0  # milliseconds
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, stop):
+        return stop.at - self.at
+
+
+def test_graphs_run_over_all_sets_and_time_is_of_one_call(monkeypatch):
+    """The way of a GPU, with stand-ins for what needs a device."""
+    case = case_of("reassemble")
+    seen = []
+
+    def call(milliseconds):
+        def function(spatial, sparse):
+            def run():
+                seen.append(spatial.data_ptr())
+                FakeEvent.now += milliseconds
+
+            run() if FakeGraph.capturing is None else FakeGraph.capturing.append(run)
+            return oracles.reassemble(spatial, sparse)
+
+        return function
+
+    properties = type("Properties", (), {"L2_cache_size": 2 * int(case.moved)})
+    for name, fake in {
+        "CUDAGraph": FakeGraph,
+        "graph": fake_capture,
+        "Event": FakeEvent,
+        "synchronize": lambda: None,
+        "get_device_properties": lambda device: properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(op_race, "on_gpu", lambda device: True)
+    monkeypatch.setattr(op_race, "ours", lambda *_: ("kernel", call(0.01)))
+    monkeypatch.setattr(op_race, "rivals", lambda *_: iter([("eager", call(0.03))]))
+    match = op_race.Race(case, CPU, compiles=False)
+    seen.clear()
+    match.others()
+    rival = list(seen)
+    assert len(set(rival)) == 4  # sets that are together twice the cache
+    seen.clear()
+    match.our_turn()
+    # Repeated until a replay takes 200 us: 20 calls of 10 us, over 4 sets.
+    assert len(seen) == 20 and seen == seen[:4] * 5
+    match.others()
+    match.our_turn()
+    row = match.row()
+    assert row["kernel"]["median"] == pytest.approx(1e-5)
+    assert row["eager"]["median"] == pytest.approx(3e-5)
+    assert row["gb_per_second"] == pytest.approx(case.moved / 1e-5 / 1e9)
 
 
 @pytest.mark.gpu
