@@ -57,7 +57,8 @@ class Measured:
         ]
         tests = self.tests
         green = "not run" if tests is None else ("RED: " * ("failed" in tests)) + tests["summary"]
-        packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton"))
+        names = [name for name in ("torch", "triton") if name in versions]
+        packages = ", ".join(f"{name} {versions[name]}" for name in names)
         place = self.path.relative_to(RESULTS.parent.parent).as_posix()
         return (
             f"{result['device']}, {' and '.join(dates)}, commit {result['commit']}, {packages}; "

@@ -35,6 +35,8 @@ def device(monkeypatch):
     """The CPU under the names that CUDA has."""
     monkeypatch.setitem(MODELS, "tiny", TINY)
     monkeypatch.setattr(gpu_encode, "LATENCY_CALLS", 20)
+    monkeypatch.setattr(gpu_encode, "COMPILE_SECONDS", 0)
+    monkeypatch.setattr(gpu_waterfall, "SECONDS", 0)
     monkeypatch.setattr(gpu_encode, "ENERGY_SECONDS", 0.05)
     for module in (gpu_encode, gpu_subjects):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
