@@ -15,7 +15,7 @@ import torch
 from cases import Case, cases
 from ceilings import Floor
 from gpu_ops import DTYPES, arguments, op_of, refusal
-from gpu_timing import sets_beyond_cache
+from gpu_timing import first_line, sets_beyond_cache
 from op_rivals import COMPILED, EAGER, laid_out, ours, rivals
 
 from stellar_fast.config import MODELS
@@ -92,10 +92,10 @@ class Race:
             start = time.perf_counter()
             try:
                 self._enter(name, rival, self._sets)
-            except (RuntimeError, TypeError) as error:
-                if "CUDA error" in str(error):  # the device is lost to this process
-                    raise
-                self.not_run[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            except Exception as error:
+                if self._graphs:
+                    torch.cuda.synchronize()  # raises where the device is lost
+                self.not_run[name] = first_line(error)
                 continue
             if name == COMPILED:
                 self.compile_seconds = time.perf_counter() - start

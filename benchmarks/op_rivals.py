@@ -1,7 +1,7 @@
 """What else could compute an op: plain PyTorch, its fused paths, its compiler, vendors' products.
 
-A rival gets the very inputs of the op. One that cannot take them raises RuntimeError or TypeError
-when it is first called, and its text says why it has no figure.
+A rival gets the very inputs of the op. One that cannot take them raises when it is first called,
+and the text of its error says why it has no figure.
 """
 
 from __future__ import annotations

@@ -129,15 +129,21 @@ def test_a_rival_that_cannot_run_says_why(monkeypatch):
 
     monkeypatch.setattr(op_race, "rivals", lambda *_: iter([("broken", broken)]))
     row = raced(monkeypatch, "norm")
-    assert row["not_run"] == {"broken": "no such backend"} and "broken" not in row
+    assert row["not_run"] == {"broken": "RuntimeError: no such backend"} and "broken" not in row
 
 
 def test_a_lost_device_is_no_rival_that_cannot_run(monkeypatch):
     def broken(*_, **__):
+        monkeypatch.setattr(torch.cuda, "synchronize", lost)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    def lost():
+        raise RuntimeError("CUDA error: all is lost")
+
+    on_a_device(monkeypatch, case_of("norm"))
+    monkeypatch.setattr(op_race, "ours", lambda *_: ("kernel", torch_ops.norm))
     monkeypatch.setattr(op_race, "rivals", lambda *_: iter([("broken", broken)]))
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(RuntimeError, match="all is lost"):
         op_race.Race(case_of("norm"), CPU, compiles=False)
 
 
@@ -227,6 +233,20 @@ class FakeEvent:
         return stop.at - self.at
 
 
+def on_a_device(monkeypatch, case) -> None:
+    """Stand-ins for what needs a GPU; its cache holds two sets of the case's inputs."""
+    properties = type("Properties", (), {"L2_cache_size": 2 * int(case.moved)})
+    for name, fake in {
+        "CUDAGraph": FakeGraph,
+        "graph": fake_capture,
+        "Event": FakeEvent,
+        "synchronize": lambda: None,
+        "get_device_properties": lambda device: properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(op_race, "on_gpu", lambda device: True)
+
+
 def test_graphs_run_over_all_sets_and_time_is_of_one_call(monkeypatch):
     """The way of a GPU, with stand-ins for what needs a device."""
     case = case_of("reassemble")
@@ -243,16 +263,7 @@ def test_graphs_run_over_all_sets_and_time_is_of_one_call(monkeypatch):
 
         return function
 
-    properties = type("Properties", (), {"L2_cache_size": 2 * int(case.moved)})
-    for name, fake in {
-        "CUDAGraph": FakeGraph,
-        "graph": fake_capture,
-        "Event": FakeEvent,
-        "synchronize": lambda: None,
-        "get_device_properties": lambda device: properties,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(op_race, "on_gpu", lambda device: True)
+    on_a_device(monkeypatch, case)
     monkeypatch.setattr(op_race, "ours", lambda *_: ("kernel", call(0.01)))
     monkeypatch.setattr(op_race, "rivals", lambda *_: iter([("eager", call(0.03))]))
     match = op_race.Race(case, CPU, compiles=False)
