@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OTHERS = ("report_gpu",)
+OTHERS = ("report_ops", "report_gpu")
 
 
 def newest(device: str, name: str) -> tuple[Path, dict]:

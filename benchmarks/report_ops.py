@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from report import ROOT, newest
-
 OPS = ("patch_embed", "qkv", "attention", "proj", "fc1", "fc2", "norm", "spatial_map", "reassemble")
 RIVALS = ("eager", "torch.compile", "product alone, PyTorch")
 
@@ -54,6 +52,8 @@ def _models(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def cpu_ops() -> str:
     """The engine's ops on a CPU beside plain PyTorch and its compiler."""
+    from report import ROOT, newest  # which imports this file
+
     path, result = newest("cpu", "ops")
     rows = sorted(result["rows"], key=lambda row: OPS.index(row["op"]))
     processor, ceilings = result["processor"], result["ceilings"]

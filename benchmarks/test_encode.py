@@ -26,7 +26,7 @@ OURS = "engine fp32"
 # core's L2 cache. A round at batch 32 takes half a minute on two cores.
 PLAN = {1: (16, 16), 8: (5, 5), 32: (2, 3)}
 POOL = 40  # images that the sets are cut from
-LATENCY_CALLS, LATENCY_SECONDS = 1000, 45
+LATENCY_CALLS, LATENCY_SECONDS = 1000, 30
 LOAD = os.getloadavg()  # before any process of ours
 CHOICES = (
     "every implementation in a process of its own, called in turns, in another order each round",
