@@ -177,7 +177,7 @@ def compilation(item: launch.Launch, arch: int) -> Compilation:
             kind = f"*{TYPES[value.dtype]}"
             divisible.append(name)
         elif hasattr(value, "block_shape"):
-            block = ",".join(map(str, value.block_shape))
+            block = ", ".join(map(str, value.block_shape))
             kind = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         elif isinstance(value, float):
             kind = "fp32"

@@ -102,18 +102,26 @@ def _disassembled(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
 
 
 def compiled(item: Compilation) -> Any:
-    """Triton's compiled kernel; what it cannot compile raises an error of its own kinds."""
+    """Triton's compiled kernel; what it cannot compile raises an error of its own kinds.
+
+    The very compilation of a launch on a GPU, under the same key of Triton's cache.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = jit_function(item.kernel)
     names = function.arg_names
+    fixed = {parameter.name for parameter in function.params if parameter.do_not_specialize}
     source = ASTSource(
         function,
         dict(item.signature),
         constexprs={(names.index(name),): value for name, value in item.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in item.divisible},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]] if name in item.divisible else []
+            for name, kind in item.signature
+            if kind == "constexpr" or (kind.startswith(("*", "i")) and name not in fixed)
+        },
     )
     return triton.compile(
         source, target=GPUTarget("cuda", item.arch, 32), options=dict(item.options)

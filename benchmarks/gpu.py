@@ -46,6 +46,7 @@ PARTS = (
     _part("encode", 210),
     _part("ops", 120),
     _part("compile", 300),
+    _part("tune", 300),
     _part("kernels", 240),
     _part("waterfall", 200),
     _part("audit", 100),

@@ -39,7 +39,8 @@ def arguments(case: Case, device: torch.device, seed: int) -> tuple[list[Any], d
     dtype, length = DTYPES[case.precision], config.sequence_length
     patches, tokens = config.backbone.num_patches, config.num_sparse_tokens
     width = config.backbone.hidden_size
-    generator = torch.Generator(device).manual_seed(seed)
+    # Tensors without data, of which only launches are made, have no generator.
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
         return (scale * torch.randn(shape, generator=generator, device=device)).to(kind)

@@ -19,6 +19,7 @@ import gpu_waterfall
 import op_race
 import op_rivals
 import torch
+import tune
 from cases import BATCHES, Case, cases
 from gpu_run import RESTART
 
@@ -225,6 +226,9 @@ def jobs(part: str) -> Iterator[Job]:
             yield from _compile(quick)
         case "ops":
             yield from _ops(quick)
+        case "tune":
+            for key, run, limit in tune.jobs(quick):
+                yield Job(key, run, limit)
         case "waterfall":
             for key, run in gpu_waterfall.jobs(quick):
                 yield Job(key, run)

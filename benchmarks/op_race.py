@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,20 @@ class Race:
 
     Args:
         compiles: whether torch.compile takes part, which needs seconds to minutes.
+        others: names and functions instead of the usual rivals.
 
     Attributes:
         refused: why there is no figure for ours; then nobody runs.
         not_run: rivals that could not run, and why.
     """
 
-    def __init__(self, case: Case, device: torch.device, compiles: bool) -> None:
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        compiles: bool,
+        others: Iterable[tuple[str, Callable[..., Any]]] | None = None,
+    ) -> None:
         self.case, self.device = case, device
         self.not_run: dict[str, str] = {}
         self.seconds: dict[str, list[float]] = {}
@@ -88,7 +95,7 @@ class Race:
         if self.refused is not None:
             return
         self._enter(self.ours, function, own)
-        for name, rival in rivals(case, device, compiles):
+        for name, rival in rivals(case, device, compiles) if others is None else others:
             start = time.perf_counter()
             try:
                 self._enter(name, rival, self._sets)
@@ -183,13 +190,17 @@ class Race:
 
 def measure(case: Case, seconds: float, compiles: bool, least: int = 10) -> dict[str, Any]:
     """The row of a case on the GPU, timed for `seconds` or `least` rounds, whichever is more."""
-    race = Race(case, torch.device("cuda"), compiles)
+    return run(Race(case, torch.device("cuda"), compiles), seconds, least).row()
+
+
+def run(race: Race, seconds: float, least: int = 10) -> Race:
+    """Rounds for `seconds`, `least` of them whatever the time; none where ours is refused."""
     end, rounds = time.perf_counter() + seconds, 0
     while race.refused is None and (rounds < least or time.perf_counter() < end):
         race.others()
         race.our_turn()
         rounds += 1
-    return race.row()
+    return race
 
 
 @dataclass

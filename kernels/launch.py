@@ -1,8 +1,9 @@
 """How kernels are launched: which tiles, on which part, and the one place that launches them.
 
 Tiles are a pure function of the part, the op, its dtypes and its shape, so they can be tested and
-compiled without a GPU. Within one part and op every choice has the same rows a tile, the same warps
-and the same matrix instruction: a row is computed by the same sums whatever the batch around it.
+compiled without a GPU: those of the part's tuned table (`tables.py`), or else of the heuristics
+here. Within one part and op every choice has the same rows a tile, the same warps and the same
+matrix instruction: a row is computed by the same sums whatever the batch around it.
 What grows with the batch is marked `do_not_specialize` in the kernels, so that no batch size has
 one compiled anew.
 """
@@ -20,7 +21,15 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .tables import AttentionTile, Table, Tile, table
+
 FP8 = torch.float8_e4m3fn
+NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    FP8: "fp8",
+}  # of dtypes, in tables
 FP8_MAX = 448.0  # largest finite e4m3 number
 SUM_BLOCK = 64  # columns in one partial sum of squares, whatever the tile
 
@@ -53,24 +62,6 @@ INTERPRETED = PARTS[90]  # the part whose kernels the interpreter runs, unless t
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One program of a matrix kernel: block_m x block_n outputs, in steps of block_k.
-
-    Attributes:
-        slices: column slices in which the epilogue finishes the accumulator.
-        promote: whether fp8 products are added up in float32 at every step of block_k.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    slices: int = 1
-    promote: bool = False
-
-
-@dataclass(frozen=True)
 class Launch:
     """One launch as a hook sees it: the kernel, its arguments by name, and compiler options."""
 
@@ -86,6 +77,7 @@ class _Override:
     hook: Callable[[Launch], None] | None
 
 
+_tuned: ContextVar[Table | None] = ContextVar("tuned_table", default=None)
 _override: ContextVar[_Override | None] = ContextVar("kernel_launches", default=None)
 
 
@@ -101,6 +93,21 @@ def on_part(arch: int, hook: Callable[[Launch], None] | None = None) -> Iterator
         yield
     finally:
         _override.reset(token)
+
+
+@contextlib.contextmanager
+def tuned_by(other: Table) -> Iterator[None]:
+    """Within it, tiles are those of `other` and not of the part's own table."""
+    token = _tuned.set(other)
+    try:
+        yield
+    finally:
+        _tuned.reset(token)
+
+
+def _table(part: Part) -> Table:
+    other = _tuned.get()
+    return table(part.arch) if other is None else other
 
 
 def part_of_capability(major: int, minor: int) -> Part:
@@ -188,23 +195,31 @@ def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
-def linear_options(tile: Tile, quantizes: bool) -> dict[str, int]:
+def linear_options(
+    tile: Tile, x: torch.dtype, descriptors: bool, quantizes: bool
+) -> dict[str, int]:
     """Options of the compiler for a product; `quantizes` its output to FP8.
 
-    Left to itself, the assembler caps the registers of that epilogue so low that it spills.
+    Left to itself, the assembler caps the registers so low that it spills: in that epilogue, and
+    where float32 operands come by pointers.
     """
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if quantizes and tile.block_n <= 128:
         options["maxnreg"] = 128
+    if x == torch.float32 and not descriptors:
+        options["maxnreg"] = 160
     return options
 
 
 def linear_tile(part: Part, x: torch.dtype, rows: int, columns: int, depth: int) -> Tile:
-    """The tile of a matrix product (rows, depth) x (depth, columns).
+    """The tile of a matrix product (rows, depth) x (depth, columns): tuned, or by heuristics.
 
     Wide tiles read less, narrow ones leave no processor without work. All have the same rows, warps
     and instruction: see the module's text.
     """
+    tuned = _table(part).linear_tile(NAMES.get(x, ""), rows, columns, depth)
+    if tuned is not None:
+        return tuned
     if x == torch.float32:
         return Tile(128, 64, 16, num_warps=8, num_stages=2)
     deep = 128 if x == FP8 else 64
@@ -237,37 +252,17 @@ def _cycles(part: Part, tile: Tile, rows: int, columns: int, row_bytes: int) -> 
     return max(busiest, tiles * read / (34 * part.processors))
 
 
-@dataclass(frozen=True)
-class AttentionTile:
-    """One step of an attention program: block_q query rows against block_k keys.
-
-    Attributes:
-        resident: whether all keys and values of a head stay in shared memory.
-        registers: of a thread, at most; None leaves it to the assembler.
-    """
-
-    block_q: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    resident: bool
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Options of the compiler."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
-
-
 def attention_tile(
     part: Part, dtype: torch.dtype, length: int, head_dim: int, descriptors: bool
 ) -> AttentionTile:
-    """The tile of attention over `length` keys.
+    """The tile of attention over `length` keys: tuned, or by heuristics.
 
     Keys and values stay in shared memory only where TMA brings them there: through registers, as
     pointers would, they spill.
     """
+    tuned = _table(part).attention.get((NAMES.get(dtype, ""), length, head_dim))
+    if tuned is not None and (descriptors or not tuned.resident):
+        return tuned
     if dtype == torch.float32:
         # Left to itself, the assembler gives so few registers that it spills.
         return AttentionTile(32, 32, num_warps=4, num_stages=1, resident=False, registers=128)

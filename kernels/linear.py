@@ -236,7 +236,7 @@ def _multiply(
         _linear_kernel,
         (min(tiles, part.processors) if descriptors else tiles,),
         device=x.device,
-        options=linear_options(tile, out_scale is not None),
+        options=linear_options(tile, x.dtype, descriptors, out_scale is not None),
         x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),
         weight=descriptor(weight, [tile.block_n, tile.block_k]) if descriptors else weight,
         out=descriptor(y, [tile.block_m, width]) if descriptors else y,

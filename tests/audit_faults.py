@@ -10,9 +10,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 import triton.language as tl
-from audit import families
+from audit import collect, families
 from audit_compile import Compilation, Finding, compile_one
-from stellar_fast.kernels.launch import PARTS
+from stellar_fast.kernels.launch import PARTS, tuned_by
+from stellar_fast.kernels.tables import Table, Tile
 
 
 @triton.jit
@@ -91,6 +92,17 @@ def differing_tiles() -> list[str]:
     return families(items, [finding, finding])
 
 
+def badly_tuned() -> list[str]:
+    """The faults of a tile that a tuned table asks for: half the warps that its registers need."""
+    tile = Tile(128, 256, 64, num_warps=4, num_stages=2)
+    with tuned_by(Table(linear={("bf16", 3840, 1280): ((1, tile),)})):
+        items = collect([90], ["stellar-h16"], ["bf16"])
+    (asked,) = (
+        item for item in items if item.value("BLOCK_N") == 256 and ("num_warps", 4) in item.options
+    )
+    return list(compile_one(asked, PARTS[90].shared).faults)
+
+
 def main() -> None:
     found = {
         **{f"sound_{arch}": planted(sound, arch) for arch in PARTS},
@@ -103,6 +115,7 @@ def main() -> None:
         "rounded": planted(rounded, pointer="*fp32"),
         "small_products": planted(sound, block=32),
         "differing": differing_tiles(),
+        "badly_tuned": badly_tuned(),
     }
     print(json.dumps(found))
 

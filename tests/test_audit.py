@@ -43,6 +43,7 @@ def planted():
         ("hopeless", r"does not compile"),
         ("too_much_shared", r"shared memory: 262144 B, the part has 101376 B"),
         ("rounded", r"float32 products are not exact: HGMMA.*TF32"),
+        ("badly_tuned", r"spills: \d+ B of stack"),
         ("differing", r"tiles of one family differ"),
     ],
 )
@@ -79,6 +80,17 @@ def test_wide_offsets_and_small_steps_pass():
       %at32 = arith.muli %row, %width : i32
       %at = arith.extsi %at32 : i32 to i64""")  # fmt: skip
     assert len(_offset_faults(narrow)) == 1
+
+
+def test_what_is_audited_is_what_is_launched():
+    """To the key in Triton's cache, which a tuner's trials and an engine's start then find full."""
+    done = run(ROOT / "tests" / "jit_keys.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {arch for arch, _, _ in found} == {80, 90}
+    kernels = {name for _, name, _ in found}
+    assert kernels >= {"_linear_kernel", "_attention_kernel", "_patch_embed_kernel"}
+    assert [item for item in found if not item[2]] == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,364 @@
+"""The tuner: candidates, what a row and a result file speak for, and how its table is read."""
+
+import json
+import math
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from functools import partial
+
+import pytest
+import torch
+import tune
+from audit_compile import Finding
+from cases import cases
+from op_race import run
+from stellar_fast.kernels import launch, tables
+from stellar_fast.kernels.tables import AttentionTile, Table, Tile
+
+from stellar_fast import kernels
+from stellar_fast.config import MODELS
+
+HOPPER = launch.PARTS[90]
+FACTS = {
+    "device": "a GPU",
+    "date": "2026-01-02",
+    "commit": "abc",
+    "versions": {"triton": "3"},
+    "command": "gpu.py",
+}
+OWN = Tile(128, 256, 64, num_warps=8, num_stages=3, slices=2)
+OTHER = Tile(128, 128, 64, num_warps=8, num_stages=4, slices=2)
+THIRD = replace(OTHER, num_stages=3)
+KEPT = AttentionTile(64, 64, 4, 1, resident=True)
+LOOPED = AttentionTile(64, 64, 4, 2, resident=False)
+
+
+def case_of(name: str, batch: int = 64, precision: str = "bf16", model: str = "stellar-h16"):
+    (found,) = (c for c in cases(MODELS[model], batch, precision) if c.name == name)
+    return found
+
+
+def timing(median: float, spread: float = 0.01) -> dict[str, float]:
+    return {"median": median, "low": median * (1 - spread), "high": median * (1 + spread)}
+
+
+def row(own, times: dict, rows: int = 64, shape=("bf16", 3840, 1280), arch: int = 90) -> dict:
+    """A row as `tune.measure` writes it; the heuristics' tile takes 100."""
+    attention = isinstance(own, AttentionTile)
+    tiles = [
+        {"tile": asdict(tile), **(timing(took) if isinstance(took, float) else took)}
+        for tile, took in times.items()
+    ]
+    return {
+        "part": "tune",
+        "op": "attention" if attention else "qkv",
+        "arch": arch,
+        "rows": rows,
+        "shape": list(shape),
+        "ours": "triton",
+        "triton": timing(100.0),
+        tune.OURS: asdict(own),
+        "tiles": tiles,
+    }
+
+
+def written(*rows: dict) -> Table:
+    content = tune.table_of({**FACTS, "rows": list(rows)})
+    return tables.parsed(json.loads(json.dumps(content)), 90)
+
+
+@pytest.mark.parametrize("name", ["qkv", "proj", "fc1", "fc2"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("arch", [90, 120])
+def test_candidates_add_rows_up_as_the_heuristics_tile_does(arch, precision, name):
+    case, part = case_of(name, precision=precision), launch.PARTS[arch]
+    own = tune.heuristic(part, case)
+    found = tune.candidates(part, case)
+    assert len(found) == len(set(found)) >= 5 and own not in found
+    assert {tile.family for tile in found} == {own.family}
+
+
+def test_candidates_for_attention_stay_in_shared_memory_only_by_tma():
+    for arch, resident in ((80, {False}), (90, {True, False})):
+        found = tune.candidates(launch.PARTS[arch], case_of("attention"))
+        assert {tile.resident for tile in found} == resident
+        assert tune.heuristic(launch.PARTS[arch], case_of("attention")) not in found
+
+
+@pytest.mark.parametrize("name", tune.OPS)
+def test_a_candidate_is_what_gets_launched(name):
+    case = case_of(name)
+    for tile in tune.candidates(HOPPER, case)[:3]:
+        item = tune.launched(case, HOPPER, tile)
+        blocks = {key: value for key, value in item.arguments.items() if key.startswith("BLOCK_")}
+        if name == "attention":
+            assert (blocks["BLOCK_Q"], blocks["BLOCK_K"]) == (tile.block_q, tile.block_k)
+            assert item.arguments["RESIDENT"] == tile.resident
+        else:
+            assert (blocks["BLOCK_N"], blocks["BLOCK_K"]) == (tile.block_n, tile.block_k)
+        assert item.options["num_stages"] == tile.num_stages
+    assert launch.linear_tile(HOPPER, torch.bfloat16, 64 * 273, 3840, 1280).num_stages == 3
+
+
+def test_jobs_touch_no_device_and_name_a_shape_once():
+    found = list(tune.jobs(("bf16", "fp8")))
+    names = [key for key, _, _ in found]
+    assert len(set(names)) == len(names) > 100
+    # Before the rarer ones come the shapes and the batch that most extraction runs on.
+    assert names[0] == "stellar-h16/b64/bf16/qkv"
+    assert "stellar-h16/b64/fp8/attention" not in names, "it computes in bf16, as the other one"
+    assert "stellar-b24/b64/bf16/attention" in names
+
+
+def test_only_what_wins_by_more_than_the_spread_replaces_the_heuristics():
+    assert tune.winner(row(OWN, {OTHER: 90.0, THIRD: 95.0})) == asdict(OTHER)
+    assert tune.winner(row(OWN, {OTHER: 99.0})) == asdict(OWN)
+    assert tune.winner(row(OWN, {OTHER: {"refused": "spills"}, THIRD: 97.0})) == asdict(THIRD)
+    assert tune.winner(row(OWN, {OTHER: {"refused": "spills"}})) == asdict(OWN)
+    # Best of all by its median, but its spread reaches into the other's.
+    assert tune.winner(row(OWN, {OTHER: timing(90.0, 0.2)})) == asdict(OWN)
+
+
+def test_between_measured_rows_the_nearer_by_ratio_decides():
+    table = written(
+        row(OWN, {OTHER: 90.0}, rows=100),
+        row(OWN, {OTHER: 120.0}, rows=400),
+        row(OWN, {THIRD: 80.0}, rows=6400),
+    )
+    switch = [math.ceil(math.sqrt(100 * 400)), math.ceil(math.sqrt(400 * 6400))]
+    expected = {1: OTHER, switch[0] - 1: OTHER, switch[0]: OWN, switch[1] - 1: OWN}
+    expected |= {switch[1]: THIRD, 10**9: THIRD}
+    found = {rows: table.linear_tile("bf16", rows, 3840, 1280) for rows in expected}
+    assert found == expected
+    assert table.linear_tile("bf16", 100, 1280, 3840) is None
+    assert table.linear_tile("fp8", 100, 3840, 1280) is None
+
+
+def test_a_shape_that_nothing_wins_stays_with_the_heuristics():
+    table = written(
+        row(OWN, {OTHER: 99.5}, rows=100), row(OWN, {OTHER: 80.0}, shape=("bf16", 8, 8))
+    )
+    assert set(table.linear) == {("bf16", 8, 8)}
+
+
+def test_attention_has_one_tile_for_all_batches():
+    shape = ("bf16", 273, 80)
+    third = replace(LOOPED, block_q=128)
+
+    def best(*times: dict) -> AttentionTile | None:
+        found = written(
+            row(OWN, {OTHER: 50.0}),
+            *(row(KEPT, took, rows=64 << i, shape=shape) for i, took in enumerate(times)),
+        )
+        return found.attention.get(shape)
+
+    assert best({LOOPED: 90.0, third: 80.0}, {LOOPED: 90.0, third: 99.0}) == third
+    assert best({LOOPED: 90.0, third: 80.0}, {LOOPED: 90.0, third: 110.0}) == LOOPED, "third loses"
+    assert best({LOOPED: 99.5}, {LOOPED: 99.5}) is None, "within the spread"
+    assert best({LOOPED: 50.0}, {LOOPED: {"refused": "wrong"}}) is None, "refused at one batch"
+
+
+def test_rows_that_were_refused_or_are_of_other_parts_have_no_say():
+    refused = {k: v for k, v in row(OWN, {OTHER: 10.0}).items() if k not in ("triton",)}
+    other = {"part": "ops", "key": "x"}
+    failed = {"part": "tune", "key": "x", "failed": "ValueError"}
+    table = written(refused | {"refused": "wrong"}, other, failed, row(OWN, {THIRD: 90.0}))
+    assert table.linear == {("bf16", 3840, 1280): ((1, THIRD),)}
+
+
+@pytest.mark.parametrize("archs", [(), (90, 100)])
+def test_a_file_of_no_part_or_of_several_makes_no_table(archs):
+    rows = [row(OWN, {OTHER: 90.0}, arch=arch) for arch in archs]
+    with pytest.raises(ValueError, match="rows of the part 'tune' are of"):
+        tune.table_of({**FACTS, "rows": rows})
+
+
+def test_the_command_writes_what_the_kernels_read(tmp_path, capsys):
+    result, folder = tmp_path / "result.json", tmp_path / "tuned"
+    result.write_text(json.dumps({**FACTS, "rows": [row(OWN, {OTHER: 90.0})]}))
+    assert tune.main([str(result), "--out", str(folder / "sm_90.json")]) == 0
+    assert "1 products and 0 attentions" in capsys.readouterr().out
+    table = tables.table(90, folder)
+    assert table.linear == {("bf16", 3840, 1280): ((1, OTHER),)}
+    assert tables.table(80, folder) == tables.EMPTY
+    assert json.loads((folder / "sm_90.json").read_text())["date"] == FACTS["date"]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"rows": []}', None])
+def test_the_command_names_a_result_it_cannot_read(tmp_path, capsys, text):
+    path = tmp_path / "result.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        tune.main([str(path), "--out", str(tmp_path / "table.json")])
+    assert stop.value.code == 2
+    assert f"{path}: " in capsys.readouterr().err
+    assert not (tmp_path / "table.json").exists()
+
+
+def sound() -> dict:
+    rows = [row(OWN, {OTHER: 90.0}), row(KEPT, {LOOPED: 90.0}, shape=("bf16", 273, 80))]
+    return tune.table_of({**FACTS, "rows": rows})
+
+
+DAMAGE = {
+    "arch": (lambda c: c.update(arch=100), "it was tuned on sm_100"),
+    "missing": (lambda c: c.pop("date"), r"missing \['date'\]"),
+    "unknown": (lambda c: c.update(more=1), r"unknown \['more'\]"),
+    "no tiles": (lambda c: c["linear"][0].update(tiles=[]), "not ascending from 1"),
+    "first": (lambda c: c["linear"][0]["tiles"][0].update(rows=2), "not ascending from 1"),
+    "order": (
+        lambda c: c["linear"][0]["tiles"].append(c["linear"][0]["tiles"][0]),
+        "not ascending from 1",
+    ),
+    "family": (
+        lambda c: c["linear"][0]["tiles"].append(
+            {**c["linear"][0]["tiles"][0], "rows": 9, "num_warps": 4}
+        ),
+        "not of one family",
+    ),
+    "twice": (lambda c: c["linear"].append(c["linear"][0]), "is there twice"),
+    "attention twice": (lambda c: c["attention"].append(c["attention"][0]), "is there twice"),
+    "field": (lambda c: c["linear"][0]["tiles"][0].pop("block_n"), "a tile has the fields"),
+    "extra": (lambda c: c["attention"][0].update(more=1), "a tile has the fields"),
+    "size": (lambda c: c["attention"][0].update(block_k=48), "block_k is 48"),
+    "zero": (lambda c: c["linear"][0]["tiles"][0].update(num_warps=0), "num_warps is 0"),
+    "negative": (lambda c: c["attention"][0].update(num_stages=-1), "num_stages is -1"),
+    "text": (lambda c: c["linear"][0]["tiles"][0].update(block_m="128"), "block_m is '128'"),
+    "truth": (lambda c: c["attention"][0].update(num_stages=True), "num_stages is True"),
+    "number": (lambda c: c["attention"][0].update(resident=1), "resident is 1"),
+    "shape": (lambda c: c["linear"][0].pop("depth"), "it lacks what a table has: .*depth"),
+    "list": (lambda c: c.update(linear=7), "it lacks what a table has"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_table_is_one_error_that_names_it(tmp_path, name):
+    content = json.loads(json.dumps(sound()))
+    path = tmp_path / "sm_90.json"
+    path.write_text(json.dumps(content))
+    assert tables.table(90, tmp_path).attention == {("bf16", 273, 80): LOOPED}
+    damage, message = DAMAGE[name]
+    damage(content)
+    path.write_text(json.dumps(content))
+    tables.table.cache_clear()
+    with pytest.raises(ValueError, match=f"launch table {path}: .*{message}.*; delete it"):
+        tables.table(90, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "null", '{"arch": 90'])
+def test_a_file_that_is_no_table_is_one_error(tmp_path, text):
+    (tmp_path / "sm_90.json").write_text(text)
+    with pytest.raises(ValueError, match=r"launch table .*sm_90\.json: "):
+        tables.table(90, tmp_path)
+
+
+def test_a_tables_registers_are_read():
+    content = sound()
+    content["attention"][0]["registers"] = 128
+    (tile,) = tables.parsed(content, 90).attention.values()
+    assert tile.options["maxnreg"] == 128
+    content["attention"][0]["registers"] = None
+    assert tables.parsed(content, 90).attention == {("bf16", 273, 80): LOOPED}
+
+
+def test_launches_follow_the_table_where_it_has_the_shape():
+    shape = (HOPPER, torch.bfloat16, 500, 3840, 1280)
+    usual = launch.linear_tile(*shape)
+    table = Table(
+        linear={("bf16", 3840, 1280): ((1, OTHER), (1000, THIRD))},
+        attention={("bf16", 273, 80): LOOPED, ("fp16", 273, 80): KEPT},
+    )
+    with launch.tuned_by(table):
+        assert launch.linear_tile(*shape) == OTHER
+        assert launch.linear_tile(HOPPER, torch.bfloat16, 1000, 3840, 1280) == THIRD
+        assert launch.attention_tile(HOPPER, torch.bfloat16, 273, 80, True) == LOOPED
+        # What the table lacks: another shape, and a dtype that no table knows.
+        assert launch.linear_tile(HOPPER, torch.float16, 500, 3840, 1280) == usual
+        launch.linear_tile(HOPPER, torch.float64, 500, 3840, 1280)
+        # Without TMA nothing stays in shared memory, whatever the table has.
+        assert launch.attention_tile(HOPPER, torch.float16, 273, 80, True) == KEPT
+        assert not launch.attention_tile(HOPPER, torch.float16, 273, 80, False).resident
+    assert launch.linear_tile(*shape) == usual
+
+
+def test_launches_read_the_parts_own_table(tmp_path, monkeypatch):
+    (tmp_path / "sm_90.json").write_text(json.dumps(sound()))
+    monkeypatch.setattr(launch, "table", partial(tables.table, folder=tmp_path))
+    case = case_of("qkv")
+    for arch, stages in ((90, 4), (100, 3)):
+        seen = []
+        with launch.on_part(arch, seen.append):
+            values, keywords = tune.arguments(case, tune.META, 0)
+            kernels.linear(*values, **keywords)
+        assert seen[0].options["num_stages"] == stages, arch
+
+
+def audited(*faults: str) -> Future:
+    future: Future = Future()
+    future.set_result(Finding(0, 0, 0, 0, 0, (), faults, None))
+    return future
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Two rounds, which a spread needs."""
+    monkeypatch.setattr(tune, "run", partial(run, least=2))
+    monkeypatch.setattr(tune, "SECONDS", 0.0)
+
+
+def test_every_candidate_is_timed_or_says_why_not(monkeypatch, quickly):
+    case = case_of("attention", batch=1, precision="fp32", model="stellar-b8")
+    good, spills, wrong = (
+        AttentionTile(64, 64, 4, 1, resident=False),
+        AttentionTile(128, 64, 8, 1, resident=False),
+        AttentionTile(64, 128, 4, 1, resident=False),
+    )
+    attention, seen = kernels.attention, []
+
+    def watched(query, key_value, num_heads, **options):
+        tile = launch.attention_tile(HOPPER, query.dtype, query.shape[1], 64, descriptors=True)
+        seen.append(tile)
+        found = attention(query, key_value, num_heads, **options)
+        return found * 1.01 if tile == wrong else found
+
+    monkeypatch.setattr(kernels, "attention", watched)
+    audits = {good: audited(), spills: audited("spills: 8 B of stack"), wrong: audited()}
+    found = tune.measure(case, HOPPER, audits, torch.device("cpu"))
+    tried = {AttentionTile(**item.pop("tile")): item for item in found["tiles"]}
+    assert tried[good]["median"] > 0 and "refused" not in tried[good]
+    assert tried[spills] == {"refused": "spills: 8 B of stack"}
+    assert "exceeds its budget" in tried[wrong]["refused"] and "median" not in tried[wrong]
+    assert spills not in seen and {good, wrong} <= set(seen)
+    assert found[found["ours"]]["median"] > 0
+    assert found[tune.OURS] == asdict(tune.heuristic(HOPPER, case))
+    assert (found["shape"], found["rows"], found["arch"]) == (["fp32", 205, 64], 205, 90)
+    json.dumps(found)
+
+
+def test_a_candidate_that_fails_costs_only_itself(monkeypatch, quickly):
+    case = case_of("attention", batch=1, precision="fp32", model="stellar-b8")
+    tile = AttentionTile(64, 64, 4, 1, resident=False)
+    passed = iter(range(1))
+
+    def fails(*_, **__):
+        if next(passed, None) is None:
+            raise RuntimeError("out of resources: shared memory")
+        return real(*_, **__)
+
+    real = kernels.attention
+    monkeypatch.setattr(kernels, "attention", fails)
+    found = tune.measure(case, HOPPER, {tile: audited()}, torch.device("cpu"))
+    (item,) = found["tiles"]
+    assert "out of resources" in item["refused"]
+    assert tune.winner(found) == found[tune.OURS]
+
+
+def test_a_wrong_op_of_ours_is_refused_and_speaks_for_nothing(monkeypatch, quickly):
+    case = case_of("attention", batch=1, precision="fp32", model="stellar-b8")
+    real = tune.Race._refusal
+    monkeypatch.setattr(tune.Race, "_refusal", lambda *a: real(*a) or "planted")
+    found = tune.measure(case, HOPPER, {}, torch.device("cpu"))
+    assert found["refused"] == "planted"
+    with pytest.raises(ValueError, match="no GPU"):
+        tune.table_of({**FACTS, "rows": [{**found, "part": "tune"}]})
