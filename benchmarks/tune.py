@@ -187,7 +187,7 @@ def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], dict[str
     for model, batch in POINTS:
         for precision in precisions:
             for case in cases(MODELS[model], batch, precision):
-                point = (case.name == "attention", Shape.of(case), case.rows)
+                point = (Shape.of(case), case.rows)
                 if case.name in OPS and point not in known:
                     known.add(point)
                     chosen.append(case)

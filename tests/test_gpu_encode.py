@@ -10,6 +10,7 @@ import gpu_parts
 import gpu_subjects
 import gpu_waterfall
 import pytest
+import test_encode_gpu
 import torch
 from gpu_timing import time_in_turn
 
@@ -244,3 +245,20 @@ def test_rows_of_encode_and_compile_lead_to_the_functions(monkeypatch):
     swept = {(a[0], a[1], a[2]) for n, a, k in seen if k.get("least") == 4}
     assert len(swept) == 5 * 10 * 4
     assert {k["side"] for n, a, k in seen if "side" in k} == {224, 384, 512}
+
+
+def test_the_terminal_has_a_line_for_a_row(monkeypatch):
+    row = gpu_encode.throughput("tiny", 3, "fp32", against=("eager_fp32",))
+    monkeypatch.setitem(test_encode_gpu.AGAINST, "fp32", ("eager_fp32", "vit_bf16"))
+    row["not_run"] = {"vit_bf16": "transformers is not installed"}
+    rates = {"fp32": {"tflops": 4 * row["tflops"]}}
+    line = test_encode_gpu._line(row, rates)
+    ratio = row["eager_fp32"]["median"] / row["engine"]["median"]
+    rate = 3 / row["engine"]["median"]
+    assert line == (
+        f"  tiny fp32, batch 3: {rate:.0f} images/s, 25% of the matrix ceiling; eager_fp32 "
+        f"{ratio:.2f}x; vit_bf16: transformers is not installed"
+    )
+    refused = {"model": "m", "precision": "fp8", "batch": 1, "refused": "exceeds its budget"}
+    line = test_encode_gpu._line(refused, rates)
+    assert line == "  m fp8, batch 1: refused: exceeds its budget"

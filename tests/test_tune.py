@@ -134,6 +134,16 @@ def test_between_measured_rows_the_nearer_by_ratio_decides():
     assert table.linear_tile("fp8", 100, 3840, 1280) is None
 
 
+def test_a_tile_is_written_once_for_all_rows_that_it_wins():
+    content = tune.table_of({**FACTS, "rows": [row(OWN, {OTHER: 90.0}, rows=n) for n in (9, 99)]})
+    assert [(tile["rows"], tile["block_n"]) for tile in content["linear"][0]["tiles"]] == [(1, 128)]
+
+
+def test_a_table_that_kernels_would_refuse_is_not_made():
+    with pytest.raises(ValueError, match="block_n is 48"):
+        written(row(OWN, {replace(OTHER, block_n=48): 90.0}))
+
+
 def test_a_shape_that_nothing_wins_stays_with_the_heuristics():
     table = written(
         row(OWN, {OTHER: 99.5}, rows=100), row(OWN, {OTHER: 80.0}, shape=("bf16", 8, 8))
@@ -153,14 +163,14 @@ def test_attention_has_one_tile_for_all_batches():
         return found.attention.get(shape)
 
     assert best({LOOPED: 90.0, third: 80.0}, {LOOPED: 90.0, third: 99.0}) == third
-    assert best({LOOPED: 90.0, third: 80.0}, {LOOPED: 90.0, third: 110.0}) == LOOPED, "third loses"
+    assert best({LOOPED: 90.0, third: 70.0}, {LOOPED: 90.0, third: 110.0}) == LOOPED, "third loses"
     assert best({LOOPED: 99.5}, {LOOPED: 99.5}) is None, "within the spread"
     assert best({LOOPED: 50.0}, {LOOPED: {"refused": "wrong"}}) is None, "refused at one batch"
 
 
 def test_rows_that_were_refused_or_are_of_other_parts_have_no_say():
     refused = {k: v for k, v in row(OWN, {OTHER: 10.0}).items() if k not in ("triton",)}
-    other = {"part": "ops", "key": "x"}
+    other = {**row(OWN, {OTHER: 10.0}), "part": "ops"}
     failed = {"part": "tune", "key": "x", "failed": "ValueError"}
     table = written(refused | {"refused": "wrong"}, other, failed, row(OWN, {THIRD: 90.0}))
     assert table.linear == {("bf16", 3840, 1280): ((1, THIRD),)}
@@ -292,6 +302,26 @@ def test_launches_read_the_parts_own_table(tmp_path, monkeypatch):
             values, keywords = tune.arguments(case, tune.META, 0)
             kernels.linear(*values, **keywords)
         assert seen[0].options["num_stages"] == stages, arch
+
+
+def test_what_is_raced_is_the_heuristics_tile_whatever_table_is_there(monkeypatch):
+    case = case_of("qkv")
+    found = tune.heuristic(HOPPER, case)
+    table = Table(linear={("bf16", 3840, 1280): ((1, THIRD),)})
+    monkeypatch.setattr(launch, "table", lambda arch: table)
+    assert tune.heuristic(HOPPER, case) == found != THIRD
+    seen = []
+
+    class Race:
+        def __init__(self, *_, **__):
+            seen.append(launch.linear_tile(HOPPER, torch.bfloat16, case.rows, 3840, 1280))
+            raise InterruptedError
+
+    monkeypatch.setattr(tune, "Race", Race)
+    monkeypatch.setattr(tune, "arguments", lambda *_: None)
+    with pytest.raises(InterruptedError):
+        tune.measure(case, HOPPER, {}, torch.device("cpu"))
+    assert seen == [found]
 
 
 def audited(*faults: str) -> Future:
