@@ -113,6 +113,8 @@ def compiled(item: Compilation) -> Any:
     function = jit_function(item.kernel)
     names = function.arg_names
     fixed = {parameter.name for parameter in function.params if parameter.do_not_specialize}
+    # Without effect but on the key: a constant has attributes, if none, since Triton 3.7.
+    with_constants = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
     source = ASTSource(
         function,
         dict(item.signature),
@@ -120,7 +122,7 @@ def compiled(item: Compilation) -> Any:
         attrs={
             (names.index(name),): [["tt.divisibility", 16]] if name in item.divisible else []
             for name, kind in item.signature
-            if kind == "constexpr" or (kind.startswith(("*", "i")) and name not in fixed)
+            if (with_constants if kind == "constexpr" else kind[0] in "*i" and name not in fixed)
         },
     )
     return triton.compile(
