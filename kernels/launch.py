@@ -286,6 +286,12 @@ def patch_embed_options(tile: Tile, weight: torch.dtype) -> dict[str, int]:
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": registers}
 
 
+def spatial_map_options(tile: Tile, weight: torch.dtype) -> dict[str, int]:
+    """Options of the compiler for spatial_map's product; see `linear_options`."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {**options, "maxnreg": 128} if weight == torch.float32 else options
+
+
 def spatial_map_tile(weight: torch.dtype) -> Tile:
     """The tile of spatial_map's product, the same on every part and for every batch."""
     if weight == torch.float32:
@@ -294,8 +300,11 @@ def spatial_map_tile(weight: torch.dtype) -> Tile:
 
 
 def reassemble_tile(tokens: int) -> Tile:
-    """block_m patches x block_n columns of a mixture of tokens, block_k of them with padding."""
+    """block_m patches x block_n columns of a mixture of tokens, block_k of them with padding.
+
+    The more tokens, the fewer patches: all operands of an exact product are in the registers.
+    """
     padded = max(16, 1 << (tokens - 1).bit_length())
-    if padded > 32:  # more operands of exact products in the registers
-        return Tile(32, 64, padded, num_warps=8, num_stages=1)
-    return Tile(32, 128, padded, num_warps=4, num_stages=1)
+    if padded > 32:
+        return Tile(16, 32, padded, num_warps=4, num_stages=1)
+    return Tile(32 if padded == 16 else 16, 128, padded, num_warps=4, num_stages=1)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import NORMALIZE_EPS
-from .launch import launch, reassemble_tile, spatial_map_tile
+from .launch import launch, reassemble_tile, spatial_map_options, spatial_map_tile
 from .linear import linear
 from .reassemble import MAX_TOKENS, store_mixture
 
@@ -207,7 +207,7 @@ def spatial_map(
         _similarity_kernel,
         (batch * tiles_m * tiles_n,),
         device=device,
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=spatial_map_options(tile, dense_weight.dtype),
         dense_ptr=dense,
         weight_ptr=dense_weight.contiguous(),
         bias_ptr=dense_bias.contiguous(),
