@@ -107,6 +107,7 @@ def compiled(item: Compilation) -> Any:
     The very compilation of a launch on a GPU, under the same key of Triton's cache.
     """
     import triton
+    from stellar_fast.kernels.launch import TRITON
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -114,7 +115,7 @@ def compiled(item: Compilation) -> Any:
     names = function.arg_names
     fixed = {parameter.name for parameter in function.params if parameter.do_not_specialize}
     # Without effect but on the key: a constant has attributes, if none, since Triton 3.7.
-    with_constants = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+    with_constants = TRITON >= (3, 7)
     source = ASTSource(
         function,
         dict(item.signature),

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tables import AttentionTile, Table, Tile, table
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 FP8 = torch.float8_e4m3fn
 NAMES = {
     torch.float32: "fp32",
@@ -260,14 +262,19 @@ def attention_tile(
     Keys and values stay in shared memory only where TMA brings them there: through registers, as
     pointers would, they spill.
     """
+    stays = descriptors
+    if part.arch == 100 and TRITON < (3, 8) and head_dim.bit_count() > 1:
+        # Every product of a head in two pieces would have tensor memory of its own, which these
+        # versions run out of without an error: the kernel they make is a trap.
+        stays = False
     tuned = _table(part).attention.get((NAMES.get(dtype, ""), length, head_dim))
-    if tuned is not None and (descriptors or not tuned.resident):
+    if tuned is not None and (stays or not tuned.resident):
         return tuned
     if dtype == torch.float32:
         # Left to itself, the assembler gives so few registers that it spills.
         return AttentionTile(32, 32, num_warps=4, num_stages=1, resident=False, registers=128)
     kept = -(-length // 16) * 16 * head_dim * 2 * 2
-    if descriptors and part.shared > 200_000 and kept <= part.shared // 2:
+    if stays and part.shared > 200_000 and kept <= part.shared // 2:
         # One stage: with the next query rows on their way, fewer programs would fit side by side.
         return AttentionTile(64, 64, num_warps=4, num_stages=1, resident=True)
     return AttentionTile(64, 64, num_warps=4, num_stages=2, resident=False)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_the_index_the_manifest_and_the_plan_say_what_was_done(photographs, tmp_
     }
     assert (manifest["images"], manifest["rows"], manifest["failed"]) == (24, 20, 4)
     assert set(manifest["files"]) == {"sparse.npy", "cls.npy", "index.parquet"}
-    assert manifest["made"]["versions"]["torch"] == torch.__version__
+    assert manifest["made"]["versions"]["torch"] == metadata.version("torch")
     made = read_plan(output)
     told = {"weights": "recipe", "precision": "fp32", "preset": "card", "dtype": "float32"}
     assert told.items() <= made.configuration.items()

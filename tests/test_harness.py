@@ -1,6 +1,7 @@
 """The benchmark harness: fair turns, true statistics, no figure for a wrong result."""
 
 import json
+from importlib import metadata
 
 import harness
 import pytest
@@ -50,5 +51,5 @@ def test_a_result_file_says_what_was_measured_and_where(tmp_path, monkeypatch):
     result = json.loads(path.read_text())
     assert path.parent == tmp_path / "cpu"
     assert {"date", "commit", "versions", "processor", "rows", "name"} <= set(result)
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == metadata.version("torch")
     assert result["processor"]["threads"] == torch.get_num_threads()

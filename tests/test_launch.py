@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_checks import draw
 from stellar_fast.kernels import launch, linear
+from stellar_fast.kernels.tables import AttentionTile, Table
 
 KERNELS = launch.PARTS
 
@@ -122,3 +123,23 @@ def test_odd_widths_take_pointers():
 def test_wide_tiles_once_they_keep_all_processors_busy(rows, columns, width):
     tile = launch.linear_tile(launch.PARTS[90], torch.bfloat16, rows, columns, 1280)
     assert tile.block_n == width
+
+
+@pytest.mark.parametrize(
+    ("version", "arch", "head_dim", "resident"),
+    [
+        ((3, 9), 100, 80, True),
+        ((3, 8), 100, 80, True),
+        ((3, 7), 100, 80, False),
+        ((3, 7), 100, 64, True),
+        ((3, 7), 90, 80, True),
+    ],
+)
+def test_old_compilers_run_out_of_tensor_memory(monkeypatch, version, arch, head_dim, resident):
+    monkeypatch.setattr(launch, "TRITON", version)
+    shape = (launch.PARTS[arch], torch.bfloat16, 273, head_dim)
+    assert launch.attention_tile(*shape, descriptors=True).resident == resident
+    tuned = AttentionTile(128, 64, num_warps=8, num_stages=1, resident=True)
+    with launch.tuned_by(Table(attention={("bf16", 273, head_dim): tuned})):
+        found = launch.attention_tile(*shape, descriptors=True)
+    assert (found == tuned) == resident and found.resident == resident
