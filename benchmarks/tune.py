@@ -335,6 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{len(content['linear'])} products and {len(content['attention'])} attentions -> {out}")
+    print(f"before it is committed: python -P benchmarks/audit.py --arch {content['arch']}")
     return 0
 
 

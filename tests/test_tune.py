@@ -187,7 +187,8 @@ def test_the_command_writes_what_the_kernels_read(tmp_path, capsys):
     result, folder = tmp_path / "result.json", tmp_path / "tuned"
     result.write_text(json.dumps({**FACTS, "rows": [row(OWN, {OTHER: 90.0})]}))
     assert tune.main([str(result), "--out", str(folder / "sm_90.json")]) == 0
-    assert "1 products and 0 attentions" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 products and 0 attentions" in said and "audit.py --arch 90" in said
     table = tables.table(90, folder)
     assert table.linear == {("bf16", 3840, 1280): ((1, OTHER),)}
     assert tables.table(80, folder) == tables.EMPTY
