@@ -1,6 +1,7 @@
-"""Settings that must be made before torch and Triton are imported."""
+"""Settings that must be made before torch and Triton are imported; which tests are left out."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,29 @@ if not Path("/dev/nvidiactl").exists():
     # No GPU: kernels run in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Marks that a run leaves out unless its -m names them or a test is asked for by its name.
+UNASKED = ("slow", "soak")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("STELLAR_TEST_ONEDNN") == "0":  # by as_other_processors.py
+        import torch
+
+        torch.backends.mkldnn.enabled = False
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "soak" not in config.getoption("markexpr"):
-        soak = [item for item in items if "soak" in item.keywords]
-        config.hook.pytest_deselected(items=soak)
-        items[:] = [item for item in items if "soak" not in item.keywords]
+    by_name = any("::" in argument for argument in config.args)
+    asked = config.getoption("markexpr")
+    left_out: Counter[str] = Counter()
+    for mark in UNASKED:
+        if by_name or mark in asked:
+            continue
+        unasked = [item for item in items if mark in item.keywords]
+        left_out[mark] = len(unasked)
+        config.hook.pytest_deselected(items=unasked)
+        items[:] = [item for item in items if mark not in item.keywords]
+    _remember(config, left_out)
     if not any("gpu" in item.keywords for item in items):
         return
     import torch
@@ -28,3 +46,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+LEFT_OUT = pytest.StashKey[Counter]()
+
+
+def _remember(config: pytest.Config, left_out: Counter) -> None:
+    config.stash[LEFT_OUT] = left_out
+    if hasattr(config, "workeroutput"):  # a worker of pytest-xdist, which collects for all
+        config.workeroutput["left_out"] = dict(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """What the workers of pytest-xdist left out; each collects the same."""
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
+    left_out = +config.stash.get(LEFT_OUT, Counter())
+    for mark, count in left_out.items():
+        tests = "1 test" if count == 1 else f"{count} tests"
+        terminalreporter.write_line(f"left out: {tests} marked {mark}; run them by -m {mark}")

@@ -1,0 +1,88 @@
+"""Runs the numerical tests as other processors would compute them.
+
+    python -P tests/as_other_processors.py            every way, half an hour on two cores
+    python -P tests/as_other_processors.py --short    three ways that differ most, minutes
+
+A processor is told by its instruction set, which PyTorch's own kernels and oneDNN are capped at,
+by whether oneDNN serves it, and by how many threads share a sum. What follows the options goes to
+pytest, such as `-k attention`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# ONEDNN_MAX_CPU_ISA -> ATEN_CPU_CAPABILITY; None leaves both to the processor.
+INSTRUCTION_SETS = {
+    "SSE41": "default",
+    "AVX2": "avx2",
+    "AVX512_CORE": "avx512",
+    None: None,
+}
+CAPABILITY = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+
+
+@dataclass(frozen=True)
+class Processor:
+    """One way to compute."""
+
+    instruction_set: str | None
+    onednn: bool
+    threads: int
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        onednn = "oneDNN" if self.onednn else "no oneDNN"
+        return f"{self.instruction_set or 'as it is'}, {onednn}, {threads}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        changed = {
+            "OMP_NUM_THREADS": str(self.threads),
+            "STELLAR_TEST_ONEDNN": str(int(self.onednn)),
+        }
+        if self.instruction_set is not None:
+            changed["ONEDNN_MAX_CPU_ISA"] = self.instruction_set
+            changed["ATEN_CPU_CAPABILITY"] = INSTRUCTION_SETS[self.instruction_set] or ""
+        return {**os.environ, **changed}
+
+
+EVERY = [Processor(*way) for way in itertools.product(INSTRUCTION_SETS, (True, False), (1, 2))]
+SHORT = [Processor("SSE41", True, 2), Processor("AVX2", True, 1), Processor(None, False, 2)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--short", action="store_true", help="the three ways that differ most")
+    options, arguments = parser.parse_known_args()
+    failed = []
+    for processor in SHORT if options.short else EVERY:
+        environment = processor.environment
+        capability = subprocess.run(
+            [sys.executable, "-c", CAPABILITY], env=environment, capture_output=True, text=True
+        ).stdout.strip()
+        print(f"== {processor} (PyTorch says {capability})", flush=True)
+        start = time.monotonic()
+        # Not in several workers: each of those has one thread.
+        tests = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*tests, "-m", "numerical and not slow", *arguments], cwd=ROOT, env=environment
+        )
+        if done.returncode:
+            failed.append(processor)
+        print(f"   {time.monotonic() - start:.0f} s", flush=True)
+    for processor in failed:
+        print(f"failed: {processor}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
