@@ -14,6 +14,13 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure() -> None:
+    if os.environ.get("STELLAR_TEST_ONEDNN") == "0":
+        import torch
+
+        torch.backends.mkldnn.enabled = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "soak" not in config.getoption("markexpr"):
         soak = [item for item in items if "soak" in item.keywords]
