@@ -29,7 +29,7 @@ def tokenizer() -> VQGAN:
 
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
-# The tokenizer in float64 takes 20 seconds an image both ways: one image of the first file shows it.
+# The tokenizer in float64 takes seconds an image: in the first file it is held to its bounds.
 CASES = [
     pytest.param(("reconstruct-tiny16", FLOAT32), id="tiny16"),
     pytest.param(("reconstruct-tiny14", FLOAT32), id="tiny14"),
