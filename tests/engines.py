@@ -77,11 +77,15 @@ def engine_of(
     )
 
 
+SMALL_META = {
+    "backbone": SMALL,
+    "num_sparse_tokens": 8,
+    "spatial_temp": 0.06,
+    "num_decoder_layers": 1,
+    "weights_seed": 1,
+    "vq_weights_seed": 7,
+}
+
+
 def small_engine(**keywords) -> Engine:
-    meta = {
-        "backbone": SMALL,
-        "num_sparse_tokens": 8,
-        "spatial_temp": 0.06,
-        "num_decoder_layers": 1,
-    }
-    return engine_of(meta | {"weights_seed": 1, "vq_weights_seed": 7}, **keywords)
+    return engine_of(SMALL_META, **keywords)

@@ -5,12 +5,12 @@ products are wrong. With one, the same tests run compiled, bf16 included.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import interpreter_casts
 import pytest
 import torch
+from budgets import assert_within_budget as assert_budget
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
 
@@ -64,24 +64,6 @@ def cast(value, dtype: torch.dtype, device: torch.device = DEVICE):
     if isinstance(value, torch.Tensor):
         return value.to(device, dtype if value.dtype == torch.float64 else value.dtype)
     return value
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Root mean square of the relative error of rounding to `dtype`: eps / 2 at most, uniform."""
-    return torch.finfo(dtype).eps / 2 / math.sqrt(3)
-
-
-def assert_budget(ours, plain, exact, dtype: torch.dtype) -> None:
-    """Error against float64 at most twice plain PyTorch's, plus the rounding of the result."""
-    assert ours.shape == exact.shape
-    ours, plain, exact = (tensor.double().cpu() for tensor in (ours, plain, exact))
-    assert ours.isfinite().all()
-    if not exact.numel():
-        return
-    scale = exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    budget = 2 * (plain - exact).norm() / scale + rounding(dtype)
-    error = (ours - exact).norm() / scale
-    assert error <= budget, f"relative error {error:.3g}, budget {budget:.3g}"
 
 
 def assert_within_budget(kernel, *arguments, dtype: torch.dtype, **keywords) -> None:

@@ -6,6 +6,9 @@ import threading
 import numpy as np
 import pytest
 import torch
+from budgets import TENSOR
+from budgets import assert_same_features as assert_same
+from checkpoints import relative_error
 from engines import image, small_engine
 
 from stellar_fast import encoder, torch_ops
@@ -13,6 +16,8 @@ from stellar_fast.devices import resolve_precision
 from stellar_fast.encoder import OUTPUTS
 from stellar_fast.engine import Engine
 from stellar_fast.errors import ForkError, ImageError, MissingExtraError, StellarError
+
+pytestmark = pytest.mark.numerical
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +28,6 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def decoding_engine() -> Engine:
     return small_engine(purpose="reconstruct")
-
-
-def assert_same(actual: dict, expected: dict) -> None:
-    assert set(actual) == set(expected)
-    for name in actual:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_shapes_and_dtypes(engine):
@@ -42,8 +41,9 @@ def test_shapes_and_dtypes(engine):
         "cls": (2, 1, 64),
     }
     assert {tensor.dtype for tensor in out.values()} == {torch.float32}
-    torch.testing.assert_close(out["spatial"].sum(-1), torch.ones(2, 60))
-    torch.testing.assert_close(out["lowrank"], out["spatial"] @ out["sparse"], rtol=1e-5, atol=1e-5)
+    sums = out["spatial"].sum(-1)  # of eight numbers, each rounded
+    assert (sums - 1).abs().max() <= 8 * torch.finfo(torch.float32).eps
+    assert relative_error(out["lowrank"], out["spatial"] @ out["sparse"]) < TENSOR
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -268,9 +268,9 @@ def test_a_forked_child_gets_an_error_not_a_hang(engine):
 
 
 def test_reconstruct_takes_each_form_of_features(decoding_engine):
-    features = decoding_engine.encode(image(3, 224, 224))
+    features = decoding_engine.encode(image(3, 64, 64))
     expected = decoding_engine.reconstruct(features)
-    assert expected["reconstruction"].shape == (3, 3, 224, 224)
+    assert expected["reconstruction"].shape == (3, 3, 64, 64)
     assert expected["tokens"].dtype == torch.int64
     assert 0 <= expected["reconstruction"].min() <= expected["reconstruction"].max() <= 1
     sparse, spatial = features["sparse"], features["spatial"]
@@ -318,7 +318,7 @@ def test_errors_survive_the_way_between_processes():
 
 def test_reconstruct_without_the_decoder_says_how_to_load_it(engine):
     with pytest.raises(ValueError, match="purpose='reconstruct'"):
-        engine.reconstruct(engine.encode(image(1, 224, 224)))
+        engine.reconstruct(engine.encode(image(1, 64, 64)))
 
 
 def test_auto_precision_asks_the_processor(monkeypatch):
@@ -331,7 +331,7 @@ def test_auto_precision_asks_the_processor(monkeypatch):
 
 def test_to_is_a_modules_to(monkeypatch):
     engine = small_engine(purpose="reconstruct")
-    features = engine.encode(image(1, 224, 224))
+    features = engine.encode(image(1, 64, 64))
     expected = engine.reconstruct(features)
     assert engine.to("cpu") is engine.to(torch.device("cpu")) is engine
     with pytest.raises(ValueError, match="usable CUDA devices"):
@@ -340,7 +340,7 @@ def test_to_is_a_modules_to(monkeypatch):
     engine.device = torch.device("meta")
     assert engine.to("cpu") is engine
     assert engine.device == torch.device("cpu")
-    assert_same(engine.encode(image(1, 224, 224)), features)
+    assert_same(engine.encode(image(1, 64, 64)), features)
     assert_same(engine.reconstruct(features), expected)
 
 

@@ -3,23 +3,25 @@
 Interpreted on CPU tensors where there is no GPU, compiled where there is one.
 """
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from budgets import assert_within_budget, entitlement
 from checkpoints import golden, images, relative_error
-from engines import SMALL, config_of, engine_of, image, small_engine
+from engines import SMALL_META, config_of, engine_of, image, small_engine
+from goldens import TINY_ENCODE, assert_encodes_as_published, assert_tokens_as_published
 from kernel_checks import DEVICE, ON_GPU, PARTS, on_part
+from references import reference_of
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
-from test_engine_parity import assert_within_budget, reference_of
 
-from stellar_fast import encoder, kernels
+from stellar_fast import decoder, encoder, kernels
 from stellar_fast.encoder import OUTPUTS
 from stellar_fast.weights import Fp8Block, map_nodes
 
 pytestmark = pytest.mark.kernels
-GOLDEN = ["encode-tiny16", "encode-tiny14-k8", "encode-tiny16-notemp"]
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 if ON_GPU:
     PRECISIONS["bf16"] = torch.bfloat16
@@ -48,53 +50,69 @@ def small():
     return small_engine(backend="triton", device=DEVICE, precision="fp16")
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("name", GOLDEN)
-def test_encode_meets_the_published_outputs(part, name):
+@pytest.mark.numerical
+@pytest.mark.parametrize(
+    ("part", "name", "sizes"),
+    [
+        (PARTS[0], "encode-tiny16", [[96, 96]]),
+        (PARTS[-1], "encode-tiny16", [[160, 288]]),
+        (PARTS[0], "encode-tiny14-k8", [[98, 126]]),
+        (PARTS[-1], "encode-tiny16-notemp", [[224, 224]]),
+        *(
+            pytest.param(part, name, golden(name)[1]["sizes"], marks=pytest.mark.slow)
+            for part in PARTS
+            for name in TINY_ENCODE
+        ),
+    ],
+    ids=str,
+)
+def test_encode_meets_the_published_outputs(part, name, sizes):
+    """Each part and each file quickly, all sizes of all files on all parts in CI."""
     expected, meta = golden(name)
     engine = kernel_engine(meta)
     with on_part(part):
-        for height, width in meta["sizes"]:
-            x = images(meta["batch"], height, width, meta["image_seed"])
-            out = {key: value.cpu() for key, value in engine.encode(x).items()}
-            for key in ("sparse", "cls", "dense", "lowrank"):
-                assert relative_error(out[key], expected[f"{height}x{width}.{key}"]) < 2e-5, key
-            mean = 1 / meta["num_sparse_tokens"]
-            published = expected[f"{height}x{width}.spatial"]
-            assert relative_error(out["spatial"] - mean, published - mean) < 1e-4
+        assert_encodes_as_published(engine.encode, expected, meta | {"sizes": sizes})
 
 
-def test_reconstruct_meets_the_published_outputs():
+@pytest.mark.numerical
+def test_reconstruct_meets_the_published_outputs(monkeypatch):
+    """Of one image, up to its tokens: what is behind them is PyTorch's on every backend."""
+    monkeypatch.setattr(decoder, "decode_codes", lambda _, codes: torch.zeros(1, 3, 224, 224))
     expected, meta = golden("reconstruct-tiny16")
     engine = kernel_engine(meta, purpose="reconstruct")
     features = {"sparse": expected["sparse"][:1], "spatial": expected["spatial"][:1]}
-    out = {key: value.cpu() for key, value in engine.reconstruct(features).items()}
-    stride = meta["patch_stride_of_decoder_output_and_logits"]
-    assert relative_error(out["logits"][:, ::stride], expected["logits"][:1]) < 2e-5
-    assert relative_error(out["reconstruction"], expected["reconstruction"][:1]) < 2**-11
+    out = engine.reconstruct(features)
+    assert_tokens_as_published(out["logits"], out["tokens"], expected, meta)
 
 
+@pytest.fixture(scope="module", params=["encode-tiny16", "encode-tiny14-k8", "odd"])
+def encoding(request):
+    """A geometry, images, the reference in float64 and what it gives."""
+    meta = ODD if request.param == "odd" else golden(request.param)[1]
+    side = 3 * meta["backbone"]["patch_size"]
+    x = images(2, *((29, 40) if request.param == "odd" else (side, side + 30)), 3)
+    model = reference_of(meta)
+    return meta, x, model, model.encode(x.double())
+
+
+@pytest.mark.numerical
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("precision", list(PRECISIONS))
-@pytest.mark.parametrize("name", ["encode-tiny16", "encode-tiny14-k8", "odd"])
-def test_encode_error_budget(part, name, precision):
-    meta = ODD if name == "odd" else golden(name)[1]
+def test_encode_error_budget(part, encoding, precision):
+    meta, x, model, exact = encoding
+    dtype = PRECISIONS[precision]
     engine = kernel_engine(meta, precision=precision, output_dtype=torch.float64)
-    size = (61, 72) if name == "odd" else (224, 224)
-    x = images(2, *size, 3)
-    model = reference_of(meta)
-    with torch.no_grad():
-        exact = model.encode(x.double())
-        plain = model.to(PRECISIONS[precision]).encode(x)
+    plain = copy.deepcopy(model).to(dtype).encode(x)
+    sound = entitlement(lambda: model.encode(x.double()), exact, dtype, model)
     with on_part(part):
         ours = {key: value.cpu() for key, value in engine.encode(x).items()}
     for key in exact:
-        assert_within_budget(ours[key], plain[key], exact[key])
-    peak = (ours["spatial"] - exact["spatial"]).abs().max()
-    assert peak <= 2 * (plain["spatial"].double() - exact["spatial"]).abs().max()
-    torch.testing.assert_close(ours["spatial"].sum(-1), torch.ones_like(ours["spatial"][..., 0]))
+        assert_within_budget(ours[key], plain[key], exact[key], dtype, sound[key], key)
+    sums = ours["spatial"].sum(-1)  # of K numbers of float32, each rounded
+    assert (sums - 1).abs().max() <= meta["num_sparse_tokens"] * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     ("part", "calibrated"), [(PARTS[0], False), (PARTS[-1], True)], ids=["bounds", "calibrated"]
 )
@@ -104,7 +122,7 @@ def test_fp8_error_budget(part, calibrated):
     meta = meta | {"backbone": meta["backbone"] | {"num_hidden_layers": 4}}
     engine = kernel_engine(meta, precision="fp8", output_dtype=torch.float64)
     assert sum(isinstance(block, Fp8Block) for block in engine._encoder.blocks) == 2
-    x = images(1, 160, 160, 3)
+    x = images(1, 112, 112, 3)
     before = engine._encoder.blocks[1].hidden_scale
     with on_part(part):
         if calibrated:
@@ -115,11 +133,11 @@ def test_fp8_error_budget(part, calibrated):
         exact = reference_of(meta).encode(x.double())
     weights = map_nodes(engine._encoder, torch.Tensor, torch.Tensor.cpu)
     plain = encoder.encode(
-        oracles, weights, engine.config, x, weights.table.table(10, 10), OUTPUTS, torch.float32
+        oracles, weights, engine.config, x, weights.table.table(7, 7), OUTPUTS, torch.float32
     )
     for key in exact:
-        assert_within_budget(ours[key], plain[key], exact[key])
-        assert relative_error(plain[key], exact[key]) < 0.5
+        assert_within_budget(ours[key], plain[key], exact[key], torch.float16, name=key)
+        assert relative_error(plain[key], exact[key]) < 0.5  # a budget that is worth something
 
 
 def test_calibration_needs_an_fp8_engine_and_images(small):
@@ -132,7 +150,7 @@ def test_calibration_needs_an_fp8_engine_and_images(small):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_subsets_of_the_outputs_have_the_same_bits(part, small):
-    x = image(2, 64, 80)
+    x = image(1, 64, 80)
     with on_part(part):
         whole = small.encode(x)
         for outputs in (("cls",), ("sparse",), ("sparse", "cls"), ("dense",), ("lowrank",)):
@@ -145,22 +163,22 @@ def test_subsets_of_the_outputs_have_the_same_bits(part, small):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("precision", [*PRECISIONS, "fp8"])
 def test_an_image_does_not_see_its_batch(part, precision):
-    engine = small_engine(backend="triton", device=DEVICE, precision=precision, max_batch=4)
-    x = image(5, 64, 64)
-    order = torch.tensor([4, 2, 0, 1, 3])
+    engine = small_engine(backend="triton", device=DEVICE, precision=precision, max_batch=3)
+    x = image(4, 32, 64)
+    order = torch.tensor([3, 2, 0, 1])
     with on_part(part):
         whole = engine.encode(x)
         shuffled = engine.encode(x[order])
-        alone = [engine.encode(x[i : i + 1]) for i in range(5)]
+        alone = {i: engine.encode(x[i : i + 1]) for i in (1, 3)}  # of either chunk
     for name, tensor in whole.items():
         assert torch.equal(shuffled[name], tensor[order.to(DEVICE)])
-        for i in range(5):
-            assert torch.equal(alone[i][name][0], tensor[i])
+        for i, found in alone.items():
+            assert torch.equal(found[name][0], tensor[i])
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_forms_of_a_batch(part, small):
-    pixels = (image(2, 64, 64) * 255).byte()
+    pixels = (image(2, 32, 48) * 255).byte()
     with on_part(part):
         expected = small.encode(pixels)
         forms = [
@@ -174,15 +192,20 @@ def test_forms_of_a_batch(part, small):
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor)
         near = small.encode(pixels.float() / 255)
-    for name, tensor in expected.items():
-        assert relative_error(near[name], tensor) < 1e-2
+    # The same pixels another way: twice what float16 rounding makes of them, as a budget has it.
+    model = reference_of(SMALL_META)
+    exact = model.encode(pixels.double() / 255)
+    sound = entitlement(lambda: model.encode(pixels.double() / 255), exact, torch.float16, model)
+    for name, tensor in exact.items():
+        assert_within_budget(near[name], tensor, tensor, torch.float16, sound[name], name)
+        assert_within_budget(expected[name], tensor, tensor, torch.float16, sound[name], name)
 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("value", [0, 255, 128])
 def test_constant_images_are_finite(part, small, value):
     with on_part(part):
-        out = small.encode(torch.full((1, 3, 64, 64), value, dtype=torch.uint8))
+        out = small.encode(torch.full((1, 3, 32, 32), value, dtype=torch.uint8))
     assert all(tensor.isfinite().all() for tensor in out.values())
 
 
@@ -236,14 +259,10 @@ def test_what_is_not_asked_for_is_not_launched():
 def test_a_kernel_engine_is_saved_and_loaded(tmp_path, small):
     import stellar_fast
 
-    small.config = dataclasses.replace(config_of({"backbone": SMALL} | _small_meta()), name="small")
+    small.config = dataclasses.replace(config_of(SMALL_META), name="small")
     small.save(tmp_path)
     again = stellar_fast.load("small", repo=tmp_path, backend="triton", device=DEVICE)
     assert (again.backend, again.precision) == ("triton", "fp16")
     x = image(1, 64, 64)
     assert torch.equal(again.encode(x)["cls"], small.encode(x)["cls"])
     assert "fp16, triton" in repr(again)
-
-
-def _small_meta() -> dict:
-    return {"num_sparse_tokens": 8, "spatial_temp": 0.06, "num_decoder_layers": 1}

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from budgets import assert_within_budget, entitlement
 from checkpoints import golden, images, relative_error
 from engines import engine_of, image, small_engine
-from test_engine_parity import ENCODE, assert_within_budget, reference_of
+from goldens import ENCODE, assert_encodes_as_published
+from references import reference_of
 
 import stellar_fast
 from stellar_fast.devices import DTYPES, resolve_precision
@@ -25,17 +27,13 @@ def full_float32():
 def test_encode_meets_the_published_outputs(name):
     expected, meta = golden(name)
     engine = engine_of(meta, device="cuda")
-    stride = meta["patch_stride_of_dense_and_lowrank"]
-    for height, width in meta["sizes"]:
-        out = engine.encode(images(meta["batch"], height, width, meta["image_seed"]))
+
+    def encode(x):
+        out = engine.encode(x)
         assert {tensor.device.type for tensor in out.values()} == {"cuda"}
-        mean = 1 / meta["num_sparse_tokens"]
-        published = {key: expected[f"{height}x{width}.{key}"] for key in out}
-        for key in ("sparse", "cls"):
-            assert relative_error(out[key].cpu(), published[key]) < 2e-5, key
-        for key in ("dense", "lowrank"):
-            assert relative_error(out[key][:, ::stride].cpu(), published[key]) < 2e-5, key
-        assert relative_error(out["spatial"].cpu() - mean, published["spatial"] - mean) < 1e-4
+        return out
+
+    assert_encodes_as_published(encode, expected, meta)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -45,12 +43,13 @@ def test_encode_error_budget(name, precision):
     x = images(4, 224, 224, meta["image_seed"] + 1).cuda()
     engine = engine_of(meta, precision=precision, device="cuda", output_dtype=torch.float64)
     model = reference_of(meta).cuda()
-    with torch.no_grad():
-        exact = model.encode(x.double())
-        plain = model.to(DTYPES[precision]).encode(x)
+    dtype = DTYPES[precision]
+    exact = model.encode(x.double())
+    sound = entitlement(lambda: model.encode(x.double()), exact, dtype, model)
+    plain = model.to(dtype).encode(x)
     ours = engine.encode(x)
     for key in exact:
-        assert_within_budget(ours[key], plain[key], exact[key])
+        assert_within_budget(ours[key], plain[key], exact[key], dtype, sound[key], key)
 
 
 def test_reconstruct_agrees_with_the_cpu():
