@@ -14,9 +14,9 @@ from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
 from test_engine_parity import assert_within_budget, reference_of
 
-from stellar_fast import encoder, kernels
+from stellar_fast import decoder, encoder, kernels
 from stellar_fast.encoder import OUTPUTS
-from stellar_fast.weights import Fp8Block, map_nodes
+from stellar_fast.weights import Fp8Block, map_nodes, position_code
 
 pytestmark = [pytest.mark.kernels, pytest.mark.numerical]
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -74,6 +74,45 @@ def test_encode_meets_the_published_outputs(part, name, size):
     assert relative_error(out["spatial"] - mean, published["spatial"] - mean) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("part", "precision"),
+    [
+        (PARTS[-1], "fp16"),
+        pytest.param(PARTS[0], "fp16", marks=pytest.mark.slow),
+        pytest.param(PARTS[-1], "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_reconstruct_error_budget(part, precision):
+    engine = small_engine(
+        purpose="reconstruct",
+        pixel_head=True,
+        backend="triton",
+        device=DEVICE,
+        precision=precision,
+        output_dtype=torch.float64,
+    )
+    dtype = PRECISIONS[precision]
+    lowrank = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with on_part(part):
+        ours = engine.reconstruct({"lowrank": lowrank})["reconstruction"]
+
+    def computed(change):
+        """By the oracles, on the weights as `change` makes them."""
+        weights = map_nodes(
+            engine._decoder,
+            torch.Tensor,
+            lambda t: change(t.cpu()) if t.is_floating_point() else t.cpu(),
+        )
+        x = change(lowrank)
+        code = position_code(weights.fourier.double(), 2, 2).to(x.dtype)
+        return decoder.reconstruct(oracles, weights, engine.config, x, code)["reconstruction"]
+
+    plain, exact = computed(lambda t: t), computed(torch.Tensor.double)
+    floor = computed(lambda t: shaken(t, max(t.shape[-1], 2)))
+    assert_budget(ours, plain, exact, torch.float64, floor)
+
+
+@pytest.mark.slow
 def test_reconstruct_meets_the_published_outputs():
     expected, meta = golden("reconstruct-tiny16")
     engine = kernel_engine(meta, purpose="reconstruct")
