@@ -1,45 +1,85 @@
 """`kernels.attention`: error budgets at every kind of head, edges, batch invariance."""
 
+import dataclasses
+import importlib
+
 import pytest
 import torch
 from kernel_checks import (
     DEVICE,
-    DTYPES,
+    ON_GPU,
     PARTS,
+    TWO_WAYS,
     assert_within_budget,
     cast,
     draw,
+    launches,
     on_part,
     oracles,
     poisoned,  # noqa: F401
+    rounding,
     strided,
 )
 from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels import attention, launch
 
-pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.numerical,
+    pytest.mark.usefixtures("poisoned", "bounded"),
+]
+# Pointers, or descriptors: in float32, where all parts take pointers, only the first.
+WAYS = TWO_WAYS if ON_GPU else [way for way in TWO_WAYS if way != (90, torch.float32)]
+# Where keys stay in shared memory, if they are not too many.
+DESCRIBED = [way for way in WAYS if way[0] != 80]
+BEYOND = 480
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 16, 32, 40, 48, 64, 80, 96, 112, 128])
-def test_every_head_dim(part, dtype, head_dim):
-    query, key_value = draw(2, 45, 2 * head_dim), draw(2, 45, 4 * head_dim)
+@pytest.mark.parametrize(("part", "dtype"), WAYS)
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 64, 80, 112])
+def test_every_kind_of_head(part, dtype, head_dim):
+    """One piece or two, filled or not; the other sizes of these kinds are slow tests."""
+    query, key_value = draw(2, 5, 2 * head_dim), draw(2, 37, 4 * head_dim)
     with on_part(part):
-        assert_within_budget(attention, query, key_value, 2, dtype=dtype)
+        assert_within_budget(attention, query, key_value, 2, dtype=dtype, terms=128)
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "dtype"), WAYS)
+@pytest.mark.parametrize("head_dim", [32, 48, 96, 128])
+def test_every_other_head(part, dtype, head_dim):
+    test_every_kind_of_head(part, dtype, head_dim)
+
+
+@pytest.mark.parametrize(("part", "dtype"), WAYS)
 @pytest.mark.parametrize(
-    ("queries", "keys"),
-    [(1, 1), (5, 64), (70, 65), (5, 128), (17, 213), (213, 213), (17, 273), (5, 700)],
+    ("queries", "keys", "head_dim"),
+    [
+        (1, 1, 80),
+        (70, 65, 64),  # a tile and a bit of queries; a block of keys and one more
+        (70, 97, 80),
+        (5, 128, 80),  # whole blocks
+        (3, 213, 80),
+    ],
 )
-@pytest.mark.parametrize("head_dim", [64, 80])
 def test_every_length(part, dtype, queries, keys, head_dim):
     with on_part(part):
         arguments = draw(1, queries, head_dim), draw(1, keys, 2 * head_dim), 1
-        assert_within_budget(attention, *arguments, dtype=dtype)
+        assert_within_budget(attention, *arguments, dtype=dtype, terms=keys + head_dim)
+
+
+@pytest.mark.parametrize(("part", "dtype"), DESCRIBED)
+@pytest.mark.parametrize(("keys", "head_dim"), [(BEYOND, 64), (BEYOND + 1, 80)])
+def test_keys_that_do_not_fit_into_shared_memory(part, dtype, keys, head_dim):
+    test_every_length(part, dtype, 3, keys, head_dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "dtype"), WAYS)
+@pytest.mark.parametrize(("queries", "keys"), [(213, 213), (17, 273), (5, 700)])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_the_models_lengths(part, dtype, queries, keys, head_dim):
+    test_every_length(part, dtype, queries, keys, head_dim)
 
 
 def test_both_ways_of_holding_keys_are_covered():
@@ -47,39 +87,54 @@ def test_both_ways_of_holding_keys_are_covered():
     for head_dim in (64, 80):
         kinds = [
             launch.attention_tile(launch.PARTS[90], torch.float16, keys, head_dim, True).resident
-            for keys in (213, 273, 700)
+            for keys in (213, 273, BEYOND, 700)
         ]
-        assert kinds == [True, True, False]
+        assert kinds == [True, True, False, False]
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_large_scores_do_not_overflow(part, dtype):
-    query, key_value = 30 * draw(1, 9, 64), 30 * draw(1, 213, 128)
+def test_float32_is_launched_alike_on_every_part():
+    query, key_value = (torch.empty(1, 70, width, device="meta") for width in (80, 160))
+    first, *others = launches(lambda: attention(query, key_value, 1))
+    assert first and all(other == first for other in others)
+
+
+@pytest.mark.parametrize(("part", "dtype"), WAYS)
+def test_programs_that_take_many_rows(part, dtype, monkeypatch):
+    """On a device with few processors a program goes on to the next query rows."""
+    module, part_of = importlib.import_module("stellar_fast.kernels.attention"), launch.part_of
+    few = lambda tensor: dataclasses.replace(part_of(tensor), processors=1)  # noqa: E731
+    query, key_value = draw(1, 70, 32), draw(1, 70, 64)
     with on_part(part):
-        assert_within_budget(attention, query, key_value, 1, dtype=dtype)
+        expected = attention(cast(query, dtype), cast(key_value, dtype), 2)
+        monkeypatch.setattr(module, "part_of", few)
+        assert_within_budget(attention, query, key_value, 2, dtype=dtype, terms=70)
+        assert torch.equal(attention(cast(query, dtype), cast(key_value, dtype), 2), expected)
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("part", "dtype"), WAYS)
+def test_large_scores_do_not_overflow(part, dtype):
+    query, key_value = 30 * draw(1, 9, 64), 30 * draw(1, 133, 128)
+    with on_part(part):
+        assert_within_budget(attention, query, key_value, 1, dtype=dtype, terms=133)
+
+
+@pytest.mark.parametrize(("part", "dtype"), WAYS)
 @pytest.mark.parametrize("width", [64, 80])
 def test_packed_views_in_poisoned_memory(part, dtype, width):
-    qkv = cast(draw(3, 70, 3 * width), dtype)
+    qkv = cast(draw(3, 21, 3 * width), dtype)
     with on_part(part):
         expected = attention(qkv[..., :width].clone(), qkv[..., width:].clone(), 1)
         view = strided(qkv)
-        for packed in (qkv, view, view[::2], view[:, :33]):
-            found = attention(packed[..., :width], packed[..., width:], 1)
-            if packed.shape == qkv.shape:
-                assert torch.equal(found, expected)
-            assert found.isfinite().all()
-        shorter = view[:, :33]
+        for packed, wanted in ((qkv, expected), (view, expected), (view[::2], expected[::2])):
+            assert torch.equal(attention(packed[..., :width], packed[..., width:], 1), wanted)
+        shorter = view[:, :19]
         assert_within_budget(
             attention,
             shorter[..., :width].double(),
             shorter[..., width:].double(),
             1,
             dtype=dtype,
+            terms=width,
         )
 
 
@@ -90,19 +145,18 @@ def test_no_images(part):
         assert attention(empty[..., :64], empty[..., 64:], 4).shape == (0, 45, 64)
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keys", [213, 700])
+@pytest.mark.parametrize(
+    ("part", "dtype", "keys"), [(*way, 97) for way in WAYS] + [(*way, BEYOND) for way in DESCRIBED]
+)
 def test_a_row_does_not_depend_on_the_batch(part, dtype, keys):
-    query, key_value = cast(draw(3, 21, 80), dtype), cast(draw(3, keys, 160), dtype)
-    order = torch.tensor([2, 0, 1], device=DEVICE)
+    query, key_value = cast(draw(2, 70, 80), dtype), cast(draw(2, keys, 160), dtype)
+    order = torch.tensor([1, 0], device=DEVICE)
     with on_part(part):
         y = attention(query, key_value, 1)
         assert torch.equal(attention(query[order], key_value[order], 1), y[order])
-        for i in range(3):
-            assert torch.equal(attention(query[i : i + 1], key_value[i : i + 1], 1)[0], y[i])
+        assert torch.equal(attention(query[1:], key_value[1:], 1)[0], y[1])
         # Nor on how many rows one program takes.
-        assert torch.equal(attention(query[:, 5:6], key_value, 1), y[:, 5:6])
+        assert torch.equal(attention(query[:, 67:68], key_value, 1), y[:, 67:68])
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -113,7 +167,8 @@ def test_quantized_output(part):
     exact = oracles.attention(query.double(), key_value.double(), 1)
     clipped = exact.clamp(-0.448, 0.448)
     assert y.dtype == launch.FP8
-    assert (y.double() * 0.001 - clipped).norm() / clipped.norm() < 0.04
+    bound = rounding(launch.FP8) + 4 * rounding(torch.float16)
+    assert (y.double() * 0.001 - clipped).norm() / clipped.norm() < bound
     assert (clipped != exact).any(), "nothing was held within range"
 
 

@@ -1,5 +1,6 @@
 """`kernels.linear` and `linear_residual`: error budgets, edges, batch invariance."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -8,6 +9,8 @@ from kernel_checks import (
     DEVICE,
     DTYPES,
     PARTS,
+    TWO_WAYS,
+    accumulation,
     assert_budget,
     assert_within_budget,
     cast,
@@ -15,15 +18,25 @@ from kernel_checks import (
     on_part,
     oracles,
     poisoned,  # noqa: F401
+    rounding,
+    shaken,
     strided,
 )
 from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels import launch, linear, linear_residual
+from stellar_fast.kernels.tables import Table, Tile
 
-pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
-FLAGS = [{}, {"norm_eps": 1e-12}, {"gelu": True}, {"norm_eps": 1e-12, "gelu": True}]
-# Rows, depth, columns: odd ones, cut-down layers of the models, and widths past a tile.
-SHAPES = [(7, 13, 5), (213, 64, 192), (273, 80, 160), (45, 208, 272)]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.numerical,
+    pytest.mark.usefixtures("poisoned", "bounded"),
+]
+MODULE = importlib.import_module("stellar_fast.kernels.linear")
+BOTH = {"norm_eps": 1e-12, "gelu": True}
+# Rows of two images, depth, columns: one that TMA cannot address; whole steps of the depth; two
+# tiles of rows and three of columns, the last of each in part, and a step of the depth in part; a
+# deep one.
+ODD, EVEN, TILES, DEEP = (7, 13, 5), (5, 64, 72), (73, 80, 160), (3, 208, 66)
 
 
 def operands(batch, rows, depth, columns):
@@ -32,13 +45,23 @@ def operands(batch, rows, depth, columns):
     return x, draw(columns, depth) / depth**0.5, draw(columns)
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_linear(part, dtype, flags, shape):
+@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+@pytest.mark.parametrize(
+    ("shape", "flags"),
+    [
+        (ODD, {}),
+        (ODD, BOTH),
+        (EVEN, {}),
+        (EVEN, {"norm_eps": 1e-12}),
+        (EVEN, {"gelu": True}),
+        (TILES, BOTH),
+        (DEEP, {}),
+    ],
+)
+def test_linear(part, dtype, shape, flags):
     with on_part(part):
-        assert_within_budget(linear, *operands(2, *shape), dtype=dtype, **flags)
+        given = operands(2, *shape)
+        assert_within_budget(linear, *given, dtype=dtype, terms=shape[1], **flags)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,37 +73,44 @@ def test_gelu_over_all_its_arguments(dtype):
     one, zero = x.new_ones(1, 1), x.new_zeros(1)
     y = linear(x, one, zero, gelu=True).double()
     exact = x.double() * torch.special.ndtr(x.double())
-    rounding = torch.finfo(dtype).eps / 2 * exact.abs()
-    bound = 1e-6 * x.double().abs() if dtype == torch.float32 else 5e-5
-    assert ((y - exact).abs() <= rounding + bound).all()
+    stored = torch.finfo(dtype).eps / 2 * exact.abs()
+    # By erf, whose implementations are within a few units of its last place near 1; or by the
+    # polynomial, which promises 5e-5.
+    by_erf = 8 * torch.finfo(torch.float32).eps * x.double().abs()
+    bound = by_erf if dtype == torch.float32 else 5e-5
+    assert ((y - exact).abs() <= stored + bound).all()
     odd = x.new_tensor([float("nan"), float("inf")]).reshape(1, 2, 1)
     found = linear(odd, one, zero, gelu=True).flatten()
     assert found[0].isnan() and found[1] == float("inf")
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [0, 1, 3])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+@pytest.mark.parametrize(("batch", "shape"), [(3, ODD), (2, TILES), (1, DEEP), (0, EVEN)])
 def test_linear_residual_and_its_sums(part, dtype, batch, shape):
     x, weight, bias = (cast(v, dtype) for v in operands(batch, *shape))
     residual = cast(draw(batch, shape[0], shape[2], seed=5), dtype)
     kept = residual.clone()
     with on_part(part):
         y, sums = linear_residual(x, weight, bias, residual)
-    exact, _ = oracles.linear_residual(*(tensor.double() for tensor in (x, weight, bias, residual)))
+    operands_ = [tensor.double() for tensor in (x, weight, bias, residual)]
+    exact, _ = oracles.linear_residual(*operands_)
     plain, _ = oracles.linear_residual(x, weight, bias, residual)
-    assert_budget(y, plain, exact, dtype)
+    floor, _ = oracles.linear_residual(*(shaken(tensor, shape[1]) for tensor in operands_))
+    assert_budget(y, plain, exact, dtype, floor)
     assert torch.equal(kept, residual)
     # Each partial sum is of 64 columns, of the numbers before they are rounded to be stored.
     assert sums.shape == (-(-shape[2] // launch.SUM_BLOCK), batch, shape[0])
+    # Their errors: of each number, by a float32 sum over the depth, on the scale of what is added
+    # up there (three terms of about 1), counts twice in its square; and of the sum of squares.
     blocks = exact.square().split(launch.SUM_BLOCK, dim=-1)
     for found, block in zip(sums, blocks, strict=True):
-        torch.testing.assert_close(found.double(), block.sum(-1), rtol=1e-5, atol=1e-5)
+        total = block.sum(-1)
+        number = accumulation(shape[1]) * 3**0.5
+        atol = 8 * (2 * number * total.sqrt() + accumulation(launch.SUM_BLOCK) * total)
+        assert ((found.double() - total).abs() <= atol).all()
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
 def test_sums_take_the_place_of_statistics(part, dtype):
     x, weight, bias = (cast(v, dtype) for v in operands(2, 21, 80, 48))
     # Three parts in memory where a fourth, NaN, is next: kernels read by powers of two.
@@ -91,9 +121,14 @@ def test_sums_take_the_place_of_statistics(part, dtype):
         given = linear(x, weight, bias, norm_eps=1e-6, sums=sums)
         taken = linear(x, weight, bias, norm_eps=1e-6)
         other = linear(x, weight, bias, norm_eps=1e-6, sums=4 * sums)
-    torch.testing.assert_close(given, taken, rtol=1e-3, atol=1e-3)
-    bias = bias.float()
-    torch.testing.assert_close((other.float() - bias) * 2, taken.float() - bias, rtol=0, atol=2e-2)
+    # The same product, but for the order of a float32 sum, times a row's factor: as stored, the
+    # two may lie on either side of a tie. The other's factor is half as large.
+    bias = bias.double()
+    largest = max(float(y.abs().max()) for y in (given, taken, other))
+    once = torch.finfo(dtype).eps / 2 * largest + 8 * accumulation(80) * largest
+    torch.testing.assert_close(given.double(), taken.double(), rtol=0, atol=2 * once)
+    halved = (other.double() - bias) * 2
+    torch.testing.assert_close(halved, taken.double() - bias, rtol=0, atol=3 * once)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -101,11 +136,10 @@ def test_black_rows_are_the_bias(part):
     _, weight, bias = (cast(v, torch.float32) for v in operands(1, 5, 64, 48))
     with on_part(part):
         y = linear(torch.zeros(1, 5, 64, device=DEVICE), weight, bias, norm_eps=1e-12)
-    torch.testing.assert_close(y, bias.expand(1, 5, 48))
+    assert torch.equal(y, bias.expand(1, 5, 48))
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
 def test_views_in_poisoned_memory(part, dtype):
     x, weight, bias = (cast(v, dtype) for v in operands(2, 13, 48, 72))
     residual = cast(draw(2, 13, 72), dtype)
@@ -118,17 +152,16 @@ def test_views_in_poisoned_memory(part, dtype):
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
 def test_a_row_does_not_depend_on_the_batch(part, dtype):
-    x, weight, bias = (cast(v, dtype) for v in operands(5, 37, 64, 192))
-    residual = cast(draw(5, 37, 192), dtype)
-    order = torch.tensor([3, 0, 4, 1, 2], device=DEVICE)
+    x, weight, bias = (cast(v, dtype) for v in operands(3, 49, 64, 72))
+    residual = cast(draw(3, 49, 72), dtype)
+    order = torch.tensor([2, 0, 1], device=DEVICE)
     with on_part(part):
         y = linear(x, weight, bias, norm_eps=1e-12, gelu=True)
         z, sums = linear_residual(x, weight, bias, residual)
         assert torch.equal(linear(x[order], weight, bias, norm_eps=1e-12, gelu=True), y[order])
-        for i in range(5):
+        for i in range(3):
             alone = linear(x[i : i + 1], weight, bias, norm_eps=1e-12, gelu=True)
             assert torch.equal(alone[0], y[i])
             alone, alone_sums = linear_residual(x[i : i + 1], weight, bias, residual[i : i + 1])
@@ -136,25 +169,67 @@ def test_a_row_does_not_depend_on_the_batch(part, dtype):
             assert torch.equal(alone_sums[:, 0], sums[:, i])
 
 
-@pytest.mark.parametrize("part", [*PARTS, 100, 120] if PARTS != [None] else PARTS)
-@pytest.mark.parametrize("rows", [40, 300])
-def test_every_tile_of_the_table_gives_the_same(part, rows, monkeypatch):
-    """Tiles that the table takes for large products only, forced onto a small one."""
-    module = importlib.import_module("stellar_fast.kernels.linear")
-    x, weight, bias = (cast(v, torch.float16) for v in operands(1, rows, 128, 320))
-    residual = cast(draw(1, rows, 320), torch.float16)
+def few_processors(monkeypatch, processors: int) -> None:
+    """On a device with few processors, a program that writes by TMA goes on to its next tile."""
+    part_of = launch.part_of
+    monkeypatch.setattr(
+        MODULE, "part_of", lambda x: dataclasses.replace(part_of(x), processors=processors)
+    )
+
+
+@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+def test_programs_of_many_tiles_in_many_groups(part, dtype, monkeypatch):
+    """Five tiles of rows in groups of three or two, two of columns; few programs share them."""
+    x, weight, bias = (cast(v, dtype) for v in operands(1, 530, 16, 72))
+    residual = cast(draw(1, 530, 72), dtype)
     with on_part(part):
-        found = set()
         expected = linear_residual(x, weight, bias, residual)
+        for processors in (4, 3):
+            few_processors(monkeypatch, processors)
+            monkeypatch.setattr(MODULE, "GROUP_M", processors - 1)
+            found = linear_residual(x, weight, bias, residual)
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    exact, _ = oracles.linear_residual(*(v.double() for v in (x, weight, bias, residual)))
+    plain, _ = oracles.linear_residual(x, weight, bias, residual)
+    floor, _ = oracles.linear_residual(*(shaken(v, 16) for v in (x, weight, bias, residual)))
+    assert_budget(expected[0], plain, exact, dtype, floor)
+
+
+@pytest.mark.parametrize("part", [80, 90, 120] if PARTS != [None] else PARTS)
+def test_every_tile_of_the_table_gives_the_same(part, monkeypatch):
+    """Tiles that the table takes for large products only, forced onto a small one."""
+    x, weight, bias = (cast(v, torch.float16) for v in operands(1, 140, 80, 328))
+    residual = cast(draw(1, 140, 328), torch.float16)
+    operands_ = [v.double() for v in (x, weight, bias, residual)]
+    exact, _ = oracles.linear_residual(*operands_)
+    plain, _ = oracles.linear_residual(x, weight, bias, residual)
+    with on_part(part):
+        found: set[Tile] = set()
         device = launch.part_of(x)
+        sums: list[torch.Tensor] = []
         for pretended in (1, 500, 1000, 2000, 10**6):
             tile = launch.linear_tile(device, x.dtype, pretended, 1280, 128)
-            monkeypatch.setattr(module, "linear_tile", lambda *_, t=tile: t)
+            if tile in found:
+                continue
+            monkeypatch.setattr(MODULE, "linear_tile", lambda *_, t=tile: t)
             found.add(tile)
-            y, sums = linear_residual(x, weight, bias, residual)
-            torch.testing.assert_close(y, expected[0], rtol=2e-3, atol=2e-3)
-            torch.testing.assert_close(sums, expected[1], rtol=2e-3, atol=2e-3)
+            y, parts = linear_residual(x, weight, bias, residual)
+            assert_budget(y, plain, exact, torch.float16)
+            sums.append(parts)
         assert len(found) == (3 if device.shared > 200_000 else 2)
+    for others in sums[1:]:
+        # Rounded in another order, if at all: up to 64 squares of numbers of some 80 products.
+        torch.testing.assert_close(others, sums[0], rtol=16 * accumulation(80 + 64), atol=0)
+
+
+def test_tiles_of_sm_100_are_those_of_sm_90():
+    """So that forcing them on one of the two is enough."""
+    for dtype in (torch.float32, torch.float16, launch.FP8):
+        tiles = [
+            {launch.linear_tile(launch.PARTS[a], dtype, 2**n, 3840, 1280) for n in range(20)}
+            for a in (90, 100)
+        ]
+        assert tiles[0] == tiles[1]
 
 
 def test_choices_of_one_family_share_rows_and_warps():
@@ -170,13 +245,32 @@ def test_choices_of_one_family_share_rows_and_warps():
                 assert len(tiles) == 1
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows_scaled", [True, False])
-@pytest.mark.parametrize("depth", [80, 2064])
-def test_fp8_products(part, dtype, rows_scaled, depth):
+@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+@pytest.mark.parametrize(("rows_scaled", "promote"), [(True, False), (False, True)])
+def test_fp8_products(part, dtype, rows_scaled, promote):
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8")
+    depth = 176  # three steps, the last in part
+    tile = Tile(128, 64, 64, num_warps=8, num_stages=4, promote=promote)
+    with launch.tuned_by(Table(linear={("fp8", 72, depth): ((1, tile),)})):
+        _fp8_product(part, dtype, rows_scaled, depth)
+
+
+def test_deep_fp8_products_are_promoted():
+    for part in launch.PARTS.values():
+        for depth, promote in ((2048, False), (2064, True), (5120, True)):
+            assert launch.linear_tile(part, launch.FP8, 500, 1280, depth).promote == promote
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+@pytest.mark.parametrize("rows_scaled", [True, False])
+@pytest.mark.parametrize("depth", [80, 2064])
+def test_fp8_products_by_the_heuristics_tiles(part, dtype, rows_scaled, depth):
+    _fp8_product(part, dtype, rows_scaled, depth)
+
+
+def _fp8_product(part, dtype, rows_scaled, depth):
     x, weight = draw(2, 13, depth), draw(72, depth)
     bias = cast(draw(72), dtype)
     x8 = cast(x, torch.float32).to(launch.FP8)
@@ -186,16 +280,19 @@ def test_fp8_products(part, dtype, rows_scaled, depth):
         scales["x_scale"] = cast(draw(2, 13).abs(), torch.float32)
     exact = oracles.linear(x8, w8, bias.double(), gelu=True, **scales)
     plain = oracles.linear(x8, w8, bias, gelu=True, **scales)
+    shaken_ = [shaken(v.double(), depth) for v in (x8, w8, bias)]
+    floor = oracles.linear(*shaken_, gelu=True, **scales)
     with on_part(part):
         y = linear(x8, w8, bias, gelu=True, **scales)
         assert y.dtype == dtype
-        assert_budget(y, plain, exact, dtype)
+        assert_budget(y, plain, exact, dtype, floor)
         coarse = linear(x8, w8, bias, gelu=True, out_scale=0.004, **scales)
     assert coarse.dtype == launch.FP8
     assert coarse.float().isfinite().all()
     clipped = exact.clamp(max=448 * 0.004)
     error = (coarse.double() * 0.004 - clipped).norm() / clipped.norm()
-    assert error < 0.04  # e4m3 rounds to 3 bits: at most 1/16, and 1/16/sqrt(3) on average
+    # GELU by the polynomial where the bias is not float32.
+    assert error < rounding(launch.FP8) + 4 * rounding(torch.float16)
     assert (clipped < exact).any(), "nothing was held within range"
 
 

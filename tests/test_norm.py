@@ -5,12 +5,14 @@ import torch
 from kernel_checks import (
     DEVICE,
     DTYPES,
-    PARTS,
+    accumulation,
     assert_budget,
+    assert_every_part_launches_alike,
     assert_within_budget,
     draw,
-    on_part,
     poisoned,  # noqa: F401
+    rounding,
+    shaken,
     strided,
 )
 from memory_bounds import bounded  # noqa: F401
@@ -18,14 +20,12 @@ from stellar_fast.kernels.launch import FP8, FP8_MAX
 from stellar_fast.kernels.norm import norm, quantize_rows
 from stellar_fast.reference import ops as oracles
 
-pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("poisoned", "bounded")]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.numerical,
+    pytest.mark.usefixtures("poisoned", "bounded"),
+]
 EPS = 1e-12
-
-
-@pytest.fixture(params=PARTS, autouse=True)
-def part(request):
-    with on_part(request.param):
-        yield
 
 
 def stream(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -39,20 +39,27 @@ def stream(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("batch", "width", "lengths"),
     [
-        (3, 64, (1, 20, 4)),
-        (2, 80, (1, 196, 16)),
-        (3, 80, (25,)),
+        (3, 64, (1, 5, 2)),
+        (2, 80, (4,)),
         (3, 83, (1, 4)),
-        (1, 768, (3, 2, 8)),
         (2, 1280, (1, 3, 2)),
-        (2, 1024, (0, 5, 1)),
-        (3, 16, (1, 1, 1)),
+        (2, 16, (0, 2, 1)),
         (0, 64, (1, 20, 4)),
     ],
 )
 def test_norm(dtype, batch, width, lengths):
     x, weight, bias = stream(batch, sum(lengths), width), draw(width), draw(width, seed=1)
-    assert_within_budget(norm, x, weight, bias, EPS, lengths, dtype, dtype=dtype)
+    assert_within_budget(norm, x, weight, bias, EPS, lengths, dtype, dtype=dtype, terms=width)
+
+
+def test_every_part_launches_alike():
+    x, weight = torch.empty(2, 5, 80, device="meta"), torch.empty(80, device="meta")
+
+    def call():
+        norm(x, weight, weight, EPS, (1, 4), torch.float16)
+        quantize_rows(x, EPS)
+
+    assert_every_part_launches_alike(call)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,16 +73,17 @@ def test_norm_takes_strides_and_writes_the_callers_dtype(dtype):
         ours = norm(view, w, b, EPS, lengths, torch.float32)
         plain = oracles.norm(view, w, b, EPS, lengths, torch.float32)
         exact = oracles.norm(view.double(), w.double(), b.double(), EPS, lengths, torch.float64)
-        for ours_, plain_, exact_ in zip(ours, plain, exact, strict=True):
+        floor = oracles.norm(*(shaken(v, width) for v in (view, w, b)), EPS, lengths, torch.float64)
+        for ours_, plain_, exact_, floor_ in zip(ours, plain, exact, floor, strict=True):
             assert ours_.dtype == torch.float32
             assert ours_.is_contiguous()
-            assert_budget(ours_, plain_, exact_, torch.float32)
+            assert_budget(ours_, plain_, exact_, torch.float32, floor_)
 
 
 def test_norm_of_every_second_weight():
     x, weight = stream(2, 5, 48).float().to(DEVICE), draw(96).float().to(DEVICE)[::2]
     (ours,) = norm(x, weight, weight, EPS, (5,), torch.float32)
-    torch.testing.assert_close(ours, oracles.norm(x, weight, weight, EPS, (5,), ours.dtype)[0])
+    assert torch.equal(ours, norm(x, weight.clone(), weight.clone(), EPS, (5,), torch.float32)[0])
 
 
 def test_norm_knows_eps_and_constant_rows():
@@ -85,8 +93,10 @@ def test_norm_knows_eps_and_constant_rows():
     weight, bias = draw(80).float().to(DEVICE), draw(80, seed=1).float().to(DEVICE)
     (ours,) = norm(x, weight, bias, 1e-8, (3,), torch.float32)
     assert torch.equal(ours[0, :2], bias.expand(2, -1))
-    torch.testing.assert_close(ours[1], (weight + bias).expand(3, -1))
-    torch.testing.assert_close(ours[0, 2], weight * 2**-0.5 + bias)
+    # Every number's own roundings: of the mean, the root, its reciprocal and what it multiplies.
+    tolerance = {"rtol": 0, "atol": 8 * rounding(torch.float32) * (weight.abs() + bias.abs()).max()}
+    torch.testing.assert_close(ours[1], (weight + bias).expand(3, -1), **tolerance)
+    torch.testing.assert_close(ours[0, 2], weight * 2**-0.5 + bias, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +124,7 @@ def order_of(codes: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "length", "width"), [(3, 13, 64), (2, 21, 80), (1, 3, 1280), (2, 5, 83), (0, 5, 64)]
+    ("batch", "length", "width"), [(2, 4, 80), (1, 2, 1280), (2, 3, 83), (0, 5, 64)]
 )
 def test_quantize_rows(dtype, batch, length, width):
     x = stream(batch, length, width).to(DEVICE, dtype)
@@ -126,12 +136,17 @@ def test_quantize_rows(dtype, batch, length, width):
         assert scale.dtype == torch.float32
         steps = (order_of(codes) - order_of(plain_codes)).abs()
         assert (steps <= 1).all()
-        assert (steps > 0).sum() <= 0.001 * steps.numel()  # ties in float32 alone
-        torch.testing.assert_close(scale, plain_scale, rtol=1e-6, atol=0)
         assert (codes.float().abs().amax(-1) == FP8_MAX).all()
+        # Codes differ at ties alone: within the roundings of x / step and of step.
+        wide = view.double()
+        quotients = wide * (FP8_MAX / wide.abs().amax(-1, keepdim=True))
+        ties = (codes.double() + plain_codes.double()) / 2
+        at_tie = (quotients - ties).abs() <= 8 * torch.finfo(torch.float32).eps * ties.abs()
+        assert at_tie[steps > 0].all()
+        expected = wide.abs().amax(-1) / FP8_MAX / torch.sqrt(wide.square().mean(-1) + EPS)
+        torch.testing.assert_close(scale.double(), expected, rtol=8 * accumulation(width), atol=0)
 
-        exact = view.double()
-        exact = exact / torch.sqrt(exact.square().mean(-1, keepdim=True) + EPS)
+        exact = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + EPS)
         ours, plain = (
             q.double() * s.double()[..., None]
             for q, s in ((codes, scale), (plain_codes, plain_scale))

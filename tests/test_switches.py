@@ -15,7 +15,7 @@ from stellar_fast import encoder
 from stellar_fast.encoder import OUTPUTS
 from stellar_fast.weights import map_nodes
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.numerical]
 META = {"backbone": SMALL, "num_sparse_tokens": 8, "spatial_temp": 0.06, "weights_seed": 1}
 BY_NAME = {switch.name: switch for switch in SWITCHES}
 
@@ -118,14 +118,14 @@ def test_every_switch_is_under_test():
 @pytest.mark.parametrize("name", [*CHANGES, "wanted rows"])
 def test_features_stay_within_the_budget(name, engine):
     switch = BY_NAME[name]
-    x = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(3))
+    x = torch.randint(0, 256, (1, 3, 32, 48), generator=torch.Generator().manual_seed(3))
     x = x.to(torch.uint8)
     other = without(switch, engine)
     found = other.encode(x, outputs=switch.outputs_off)
 
     def computed(weights):
         cpu = map_nodes(weights, torch.Tensor, torch.Tensor.cpu)
-        table = cpu.table.table(4, 4)
+        table = cpu.table.table(2, 3)
         return encoder.encode(oracles, cpu, engine.config, x, table, OUTPUTS, torch.float64)
 
     plain = computed(engine._encoder)
@@ -137,12 +137,23 @@ def test_features_stay_within_the_budget(name, engine):
         assert_budget(found[key], plain[key], exact[key], torch.float16)
 
 
-@pytest.mark.parametrize("name", [n for n in CHANGES if "fp8" in BY_NAME[n].precisions])
+# The ops of these have an FP8 form each; the others are as they are in the other precisions.
+OWN_FP8 = {"gelu", "residual", "flash attention", "own attention", "packed qkv"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in OWN_FP8 else pytest.param(name, marks=pytest.mark.slow)
+        for name in CHANGES
+        if "fp8" in BY_NAME[name].precisions
+    ],
+)
 def test_fp8_features_stay_within_the_budget(name, fp8_engine):
-    x = image(1, 64, 64)
+    x = image(1, 32, 48)
     found = without(BY_NAME[name], fp8_engine).encode(x)
     weights = map_nodes(fp8_engine._encoder, torch.Tensor, torch.Tensor.cpu)
-    table = weights.table.table(4, 4)
+    table = weights.table.table(2, 3)
     plain = encoder.encode(oracles, weights, fp8_engine.config, x, table, OUTPUTS, torch.float32)
     with torch.no_grad():
         exact = reference_of(META).encode(x.double())
