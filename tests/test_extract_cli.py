@@ -26,7 +26,7 @@ BATCH = 16
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory) -> Path:
-    return write_models(tmp_path_factory.mktemp("repo"))
+    return write_models(tmp_path_factory.mktemp("repo"), tokenizer=False)
 
 
 @pytest.fixture
