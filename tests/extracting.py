@@ -81,7 +81,8 @@ def deadly_work(*arguments) -> None:
         if "deadly" in item.id:
             os.kill(os.getpid(), signal.SIGKILL)
         if "endless" in item.id:
-            time.sleep(600)
+            Path(f"{item.file}.begun-{os.getpid()}").touch()
+            time.sleep(3600)
         return read_item(item)
 
     decoding.read_item = read
@@ -106,7 +107,7 @@ def load_small(device: str):
     def encode(images, **named):
         if len(images) and device == "mortal":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(2 if len(images) and device == "slow" else 0)
+        time.sleep(1 if len(images) and device == "slow" else 0)
         return engine.encode(images, **named)
 
     return Wrapped(engine, encode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,12 @@ KINDS: tuple[tuple[str, Write], ...] = (
 )
 
 
+@cache
+def _drawn(scene: str) -> Image.Image:
+    """A large picture, drawn once a process, that photographs are cut out of."""
+    return photos.draw(scene, 440, 440, seed=3)
+
+
 def _broken(index: int) -> tuple[str, bytes]:
     """A suffix and bytes that are no picture, of five kinds."""
     picture = photograph(200, 150, seed=1000 + index)
@@ -64,7 +71,6 @@ def write_photographs(root: Path, good: int, broken: int) -> list[str]:
         The names of the broken files, relative to `root`, with forward slashes.
     """
     rng = np.random.default_rng(5)
-    drawn = [photos.draw(scene, 440, 440, seed=3) for scene in photos.SCENES]
     names = []
     step = max(1, good // broken) if broken else good + 1
     for index in range(good):
@@ -72,7 +78,7 @@ def write_photographs(root: Path, good: int, broken: int) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         suffix, write = KINDS[index % len(KINDS)]
         width, height = (int(side) for side in rng.integers(60, 400, 2))
-        scene = drawn[index % len(drawn)]
+        scene = _drawn(list(photos.SCENES)[index % len(photos.SCENES)])
         left, top = (int(rng.integers(0, room + 1)) for room in (440 - width, 440 - height))
         content = write(scene.crop((left, top, left + width, top + height)))
         (folder / f"{index:04}{suffix}").write_bytes(content)

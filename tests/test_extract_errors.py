@@ -26,6 +26,12 @@ def engine():
     return small_engine()
 
 
+@pytest.fixture(autouse=True)
+def one_decoding_process(monkeypatch):
+    """Each takes a moment to start; what several change says so itself."""
+    monkeypatch.setattr("stellar_fast.extract.job.cores", lambda: 1)
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("photographs")

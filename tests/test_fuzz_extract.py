@@ -65,7 +65,12 @@ def check_one(path: Path, row: int | None, reason: str | None, features, engine)
 
 
 def test_mutants_through_an_extraction(tmp_path):
-    check(tmp_path, each=30, first=500_000, sampled=40)
+    check(tmp_path, each=12, first=500_000, sampled=20)
+
+
+@pytest.mark.slow
+def test_hundreds_of_mutants_through_an_extraction(tmp_path):
+    check(tmp_path, each=200, first=600_000, sampled=100)
 
 
 @pytest.mark.soak

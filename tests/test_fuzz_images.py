@@ -1,5 +1,6 @@
 """Damaged files of every format: a picture or an ImageError with a reason, soon, in few bytes."""
 
+import os
 import struct
 import time
 from io import BytesIO
@@ -31,12 +32,19 @@ def check(cases: list[fuzzing.Case], max_pixels: int, limit: float, preset: str)
     return outcome
 
 
+def test_a_few_mutants():
+    cases = [(name, seed) for name in FORMATS for seed in range(20)]
+    cases += [(name, seed) for name in RARE for seed in range(15)]
+    check(cases, max_pixels=20_000_000, limit=120, preset="card")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", images.PRESETS)
-def test_a_few_hundred_mutants(preset):
-    first = 100_000 * images.PRESETS.index(preset)
-    cases = [(name, first + seed) for name in FORMATS for seed in range(50)]
-    cases += [(name, first + seed) for name in RARE for seed in range(15)]
-    check(cases, max_pixels=20_000_000, limit=20, preset=preset)
+def test_a_thousand_mutants(preset):
+    first = 100_000 * (1 + images.PRESETS.index(preset))
+    cases = [(name, first + seed) for name in FORMATS for seed in range(140)]
+    cases += [(name, first + seed) for name in RARE for seed in range(40)]
+    check(cases, max_pixels=20_000_000, limit=120, preset=preset)
 
 
 @pytest.mark.soak
@@ -46,7 +54,7 @@ def test_ten_thousand_mutants(preset):
     first = 10_000_000 * (1 + images.PRESETS.index(preset))
     cases = [(name, first + seed) for name in FORMATS for seed in range(850)]
     cases += [(name, first + seed) for name in RARE for seed in range(150)]
-    check(cases, max_pixels=images.MAX_PIXELS, limit=60, preset=preset)
+    check(cases, max_pixels=images.MAX_PIXELS, limit=300, preset=preset)
 
 
 @pytest.mark.parametrize("name", (*FORMATS, *RARE))
@@ -58,32 +66,30 @@ def test_the_originals_are_whole(name):
     assert mutant(name, 1) == mutant(name, 1) != mutant(name, 2)
 
 
-@pytest.mark.parametrize("what", ["exit", "hang", "raise"])
-def test_the_fuzzer_notices_what_it_looks_for(what, monkeypatch):
+def test_the_fuzzer_notices_what_it_looks_for(monkeypatch):
     """A decoder that dies, hangs or raises something else is reported, and the rest goes on."""
-    play = {"exit": b"EXIT", "hang": b"HANG", "raise": b"RAISE"}
+    play = {1: b"EXIT", 3: b"HANG", 5: b"RAISE"}
     monkeypatch.setattr(
-        fuzzing, "mutant", lambda name, seed: play[what] if seed == 1 else originals(name)[0]
+        fuzzing, "mutant", lambda name, seed: play.get(seed) or originals(name)[0]
     )
     monkeypatch.setattr(fuzzing, "LOAD", "test_fuzz_images:misbehave")
-    found = fuzzing.run([("PNG", 0), ("PNG", 1), ("PNG", 2)], limit=2, max_pixels=10_000)
-    expected = {"exit": "exit code 7", "hang": "no answer in 2 s", "raise": "KeyError"}
-    ((case, said),) = found.bad
-    assert case == ("PNG", 1)
-    assert expected[what] in said
-    assert found.pictures["PNG"] == 2
+    found = fuzzing.run([("PNG", seed) for seed in range(7)], limit=10, max_pixels=10_000)
+    expected = ("exit code 7", "no answer in 10 s", "KeyError")
+    for (case, said), seed, part in zip(found.bad, play, expected, strict=True):
+        assert case == ("PNG", seed)
+        assert part in said
+    assert found.pictures["PNG"] == 4
 
 
 def misbehave(data: bytes, preset: str, *, max_pixels: int = images.MAX_PIXELS):
+    """`images.load_image`, but without torch, which takes seconds to import; or what data say."""
     if data == b"EXIT":
-        import os
-
         os._exit(7)
     if data == b"HANG":
-        time.sleep(60)
+        time.sleep(3600)
     if data == b"RAISE":
         raise KeyError("raised")
-    return images.load_image(data, preset, max_pixels=max_pixels)
+    return images.preset_pixels(images.decode(data, max_pixels=max_pixels), preset)
 
 
 def scan_bomb(side: int, scans: int) -> bytes:
@@ -106,10 +112,10 @@ def scan_bomb(side: int, scans: int) -> bytes:
 
 def test_jpegs_of_many_scans_are_refused():
     assert images.decode(scan_bomb(200, images.MAX_SCANS - 1)).size == (200, 200)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ImageError, match="more than 100 scans"):
-        images.decode(scan_bomb(8000, 20_000))
-    assert time.perf_counter() - began < 2
+        images.decode(scan_bomb(8000, 20_000))  # to decode it takes hours
+    assert time.process_time() - began < 10
     with pytest.raises(ImageError, match="more than 100 scans"):
         images.decode(Image.open(BytesIO(scan_bomb(200, images.MAX_SCANS))))
 

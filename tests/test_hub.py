@@ -79,7 +79,7 @@ def test_a_download_is_kept_and_found_without_the_network(server, home, tmp_path
         )
         assert contents(hit) == b"the weights"
         assert gone["error"] == "DownloadError"
-        assert gone["seconds"] < 2.5  # nothing to try again
+        assert gone["seconds"] == 0  # nothing to try again
         assert ("HF_HUB_OFFLINE is set" in gone["message"]) == (settings is OFFLINE)
         assert "'org/never'" in gone["message"] and "not in the cache" in gone["message"]
     assert len(server.requests) == before
@@ -195,7 +195,7 @@ def test_a_connection_that_is_always_cut_ends(server, home):
     )
     assert broken["error"] == cached["error"] == "DownloadError"
     assert "'small.safetensors'" in broken["message"] and "network" in broken["message"]
-    assert broken["seconds"] < 20
+    assert broken["seconds"] < 60  # the library tries again by itself
     assert not weights_in(home)
 
 
@@ -262,7 +262,9 @@ def test_one_error_says_what_where_and_what_to_do(failures, failure):
     for part in [asked["repo"], *parts]:
         assert part in row["message"]
     assert "\n" not in row["message"]
-    assert row["seconds"] < (30 if failure == "too-many" else 8)  # old versions wait out a 429
+    # Two pauses, where it may pass; some versions of the library add their own after a 429.
+    passes = failure in ("server-error", "too-many")
+    assert row["seconds"] == (1 + 2 if passes else 0) or failure == "too-many"
 
 
 def test_failures_leave_no_weights(failures):
@@ -274,6 +276,7 @@ def test_a_failure_that_passes_is_waited_for(server, home):
     server.add("org/flaky", files(), failures=[503, 502])
     (row,) = locate_in_process([case("org/flaky")], server.endpoint, home)
     assert contents(row) == b"the weights"
+    assert row["seconds"] == 1 + 2
 
 
 def test_unknown_names_cost_no_weights(server, home):
@@ -300,18 +303,18 @@ def test_no_server_ends_soon_and_the_cache_still_serves(server, home):
             [case("org/kept"), case("org/unseen")],
             f"http://127.0.0.1:{port}",
             home,
-            HF_HUB_ETAG_TIMEOUT="1",
+            timeout=0.1,
         )
     rows += locate_in_process(
         [case("org/kept"), case("org/unseen")], f"http://127.0.0.1:{port}", home
     )
     for hit, miss in (rows[:2], rows[2:]):
-        assert hit["weights"] == first["weights"] and hit["seconds"] < 5
+        assert hit["weights"] == first["weights"] and hit["seconds"] == 0
         assert miss["error"] == "DownloadError"
         for part in ("'config.json'", "'org/unseen'", "'main'", f":{port} failed"):
             assert part in miss["message"]
         assert "check the network" in miss["message"] and "folder" in miss["message"]
-        assert miss["seconds"] < 12
+        assert miss["seconds"] == 1 + 2
 
 
 def test_a_server_out_of_order_leaves_the_cache_in_use(server, home):
@@ -319,7 +322,7 @@ def test_a_server_out_of_order_leaves_the_cache_in_use(server, home):
     (first,) = locate_in_process([case("org/once")], server.endpoint, home)
     repo.failures, repo.broken = [500], True
     (second,) = locate_in_process([case("org/once")], server.endpoint, home)
-    assert second["weights"] == first["weights"] and second["seconds"] < 5
+    assert second["weights"] == first["weights"] and second["seconds"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Extraction on Ray: the same bytes as without it, whoever is killed."""
+"""Extraction on Ray: the same bytes as without it, whoever is killed.
+
+What needs a cluster starts one, with actors that import torch, and is slow; the rest plays Ray in
+this process.
+"""
 
 import functools
 import json
@@ -9,6 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +29,6 @@ from stellar_fast.extract.stats import Progress, Summary
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 pytest.importorskip("ray.data", reason="the extra 'ray' is not installed")
 
-pytestmark = pytest.mark.timeout(300)
 HERE = Path(__file__).parent  # what Ray's own processes import helpers from
 PICTURES = 44
 
@@ -54,7 +58,7 @@ def expected(folder, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster():
     """One session of Ray for all tests, with two cores and so room for two actors."""
     with pytest.MonkeyPatch.context() as patch:
@@ -71,6 +75,53 @@ def cluster():
         ray.shutdown()
 
 
+def on_a_cluster(test):
+    return pytest.mark.slow(pytest.mark.usefixtures("cluster")(test))
+
+
+class Rows:
+    """Ray Data's dataset, whose one actor is in this process."""
+
+    def __init__(self, rows) -> None:
+        self.rows = rows
+
+    def map_batches(self, actor, *, fn_constructor_args, batch_size, compute, **resources):
+        assert batch_size == 1
+        self.actor, self.resources = actor(*fn_constructor_args), resources
+        return self
+
+    def iter_rows(self):
+        for row in self.rows:
+            answer = self.actor({name: [value] for name, value in row.items()})
+            yield {name: value for name, (value,) in answer.items()}
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Ray with one node of two cores, in this process: what was asked of it for each task."""
+    asked = []
+
+    rays = ray.remote
+
+    def remote(*functions, **resources):
+        if functions or "max_calls" not in resources:  # Ray's own
+            return rays(*functions, **resources)
+        asked.append(resources)
+        return lambda function: SimpleNamespace(remote=function)
+
+    def from_items(rows, override_num_blocks):
+        assert override_num_blocks == len(rows)
+        return Rows(rows)
+
+    node = {"Alive": True, "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray.data, "from_items", from_items)
+    return SimpleNamespace(asked=asked, node=node)
+
+
 def load(marks: Path, what: str, device: str | None):
     """The engine of an actor, which leaves a mark of its process and may be made to misbehave."""
     assert device is None
@@ -82,6 +133,10 @@ def load(marks: Path, what: str, device: str | None):
         batches += len(images) > 0
         if batches:
             (marks / f"worked-{os.getpid()}").touch()
+        if what == "both":  # neither goes on before the other has begun
+            patience = time.monotonic() + 300
+            while len(list(marks.glob("worked-*"))) < 2 and time.monotonic() < patience:
+                time.sleep(0.02)
         if batches == 4 and what == "die":  # in the middle of this actor's second partition
             try:
                 (marks / "died").touch(exist_ok=False)
@@ -102,8 +157,9 @@ def extract(folder: Path, output: Path, marks: Path, what: str = "", **options):
     return ray_runner.run(job, functools.partial(load, marks, what), actors=2, workers=1)
 
 
+@on_a_cluster
 def test_two_actors_make_the_same_bytes(folder, expected, tmp_path):
-    summary = extract(folder, tmp_path / "out", tmp_path / "marks")
+    summary = extract(folder, tmp_path / "out", tmp_path / "marks", "both")
     assert contents(tmp_path / "out") == contents(expected)
     assert (summary.images, summary.failed, summary.partitions) == (PICTURES, 6, 6)
     assert summary.engines == 2
@@ -114,6 +170,7 @@ def test_two_actors_make_the_same_bytes(folder, expected, tmp_path):
     stellar_fast.open_features(tmp_path / "out").verify()
 
 
+@on_a_cluster
 def test_an_actor_killed_in_the_middle_loses_nothing(folder, expected, tmp_path):
     summary = extract(folder, tmp_path / "out", tmp_path / "marks", "die")
     assert (tmp_path / "marks" / "died").exists()
@@ -123,6 +180,28 @@ def test_an_actor_killed_in_the_middle_loses_nothing(folder, expected, tmp_path)
     assert list((tmp_path / "out").glob(".part-*")) == []
 
 
+def test_the_bytes_are_those_without_ray(folder, expected, tmp_path, played):
+    summary = extract(folder, tmp_path / "out", tmp_path / "marks")
+    assert contents(tmp_path / "out") == contents(expected)
+    assert (summary.images, summary.failed, summary.partitions) == (PICTURES, 6, 6)
+    assert (summary.engines, summary.workers) == (2, 2)
+    assert summary.seconds["encode"] > 0
+    assert played.asked == [{"num_cpus": 1, "num_gpus": 0, "max_calls": 1}]
+    played.node["Resources"] = {"CPU": 2.0, "GPU": 2.0}
+    extract(folder, tmp_path / "again", tmp_path / "marks")
+    assert played.asked[1] == {"num_cpus": 1, "num_gpus": 1, "max_calls": 1}
+
+
+def test_an_error_of_an_actor_is_the_callers(folder, tmp_path, played):
+    output = tmp_path / "out"
+    with pytest.raises(StellarError, match="the disk is full"):
+        extract(folder, output, tmp_path / "marks", "fail")
+    assert list(complete(output, read_plan(output))) == [0]
+    assert '"outcome": "error: the disk is full"' in (output / "stats.json").read_text()
+    assert list(output.glob(".part-*")) == []
+
+
+@on_a_cluster
 def test_an_error_is_the_callers_and_what_is_complete_stays(folder, expected, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(StellarError, match="the disk is full"):
@@ -167,7 +246,7 @@ def test_engines_that_differ_are_refused(folder, tmp_path):
     assert not (output / "part-00002").exists()
 
 
-def test_failed_images_are_tried_again(folder, tmp_path):
+def test_failed_images_are_tried_again(folder, tmp_path, played):
     moved = tmp_path / "photographs"
     moved.mkdir()
     for path in folder.iterdir():
@@ -200,6 +279,7 @@ def test_an_output_that_the_nodes_do_not_see(folder, tmp_path):
         raise answer_of(plan(folder, tmp_path / "out", **SMALL_PARTS), load_small, 0)
 
 
+@on_a_cluster
 def test_what_ray_cannot_mend_is_one_line(folder, tmp_path):
     """Such as a node without this package."""
 
@@ -233,13 +313,11 @@ def test_actors_fit_on_the_nodes(nodes, actors, share, monkeypatch):
     assert ray_runner._share_out(actors) == ray_runner._Share(*share)
 
 
-def test_more_actors_than_there_is_room_for(folder, tmp_path, monkeypatch):
+def test_more_actors_than_there_is_room_for(folder, tmp_path, played):
     job = plan(folder, tmp_path / "out", **SMALL_PARTS)
     with pytest.raises(ValueError, match="3 actors, but the Ray cluster has 2 cores"):
         ray_runner.run(job, load_small, actors=3)
-    monkeypatch.setattr(
-        ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}}]
-    )
+    played.node["Resources"] = {"CPU": 8.0, "GPU": 1.0}
     with pytest.raises(ValueError, match="2 actors, but the Ray cluster has 1 GPUs"):
         ray_runner.run(job, load_small, actors=2)
     assert not (tmp_path / "out").exists()

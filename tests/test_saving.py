@@ -19,30 +19,40 @@ from stellar_fast.weights import Fp8Block, pack_encoder
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
-    write_checkpoint(folder, "small", backbone=SMALL, num_sparse_tokens=8, num_decoder_layers=1)
-    write_vqgan(folder / "vq.bin", 7)
+    geometry = {"backbone": SMALL, "num_sparse_tokens": 8, "num_decoder_layers": 1}
+    write_checkpoint(folder, "small", **geometry)
+    write_checkpoint(folder, "pixel", pixel_head=True, **geometry)
+    write_vqgan(folder / "vq.safetensors", 7)
     return folder
 
 
-def load(folder, **keywords):
-    return stellar_fast.load("small", repo=folder, device="cpu", **keywords)
+def load(folder, name="small", **keywords):
+    return stellar_fast.load(name, repo=folder, device="cpu", **keywords)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_an_engine_comes_back_bit_for_bit(source, tmp_path, precision):
-    keywords = {"purpose": "reconstruct", "vq_model": source / "vq.bin", "precision": precision}
-    engine = load(source, **keywords)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *(("small", "fp32"), ("small", "bf16"), ("pixel", "fp16")),
+        # Convolutions in fp16 take a CPU 20 times longer.
+        pytest.param("small", "fp16", marks=pytest.mark.slow),
+    ],
+)
+def test_an_engine_comes_back_bit_for_bit(source, tmp_path, name, precision):
+    vq_model = source / "vq.safetensors" if name == "small" else None
+    keywords = {"purpose": "reconstruct", "precision": precision}
+    engine = load(source, name, vq_model=vq_model, **keywords)
     engine.save(tmp_path / "saved")
-    again = load(tmp_path / "saved", purpose="reconstruct", precision=precision)
+    again = load(tmp_path / "saved", name, **keywords)
     assert again.config.backbone == engine.config.backbone
-    assert again.weights.endswith(f"small-{precision}.safetensors")
-    x = image(2, 96, 96)
+    assert again.weights.endswith(f"{name}-{precision}.safetensors")
+    x = image(2, 32, 32)
     features, expected = again.encode(x), engine.encode(x)
-    for name in expected:
-        assert torch.equal(features[name], expected[name])
+    for key in expected:
+        assert torch.equal(features[key], expected[key])
     pixels, wanted = again.reconstruct(expected), engine.reconstruct(expected)
-    for name in wanted:
-        assert torch.equal(pixels[name], wanted[name])
+    for key in wanted:
+        assert torch.equal(pixels[key], wanted[key])
     # What was saved encodes as well as ever after.
     assert torch.equal(engine.encode(x)["cls"], expected["cls"])
 
@@ -111,11 +121,12 @@ def test_a_tensor_that_is_gone_is_named(source, tmp_path):
         load(tmp_path)
 
 
-def test_models_that_are_there_are_never_touched(source):
-    before = {path.name: path.read_bytes() for path in source.iterdir()}
+def test_models_that_are_there_are_never_touched(source, tmp_path):
+    load(source, precision="fp32").save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(StellarError, match="holds models already"):
-        load(source, precision="fp32").save(source)
-    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+        load(source, "pixel", precision="fp16").save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_that_cannot_be_written(source, tmp_path):
