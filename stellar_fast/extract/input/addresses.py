@@ -28,10 +28,10 @@ _CONTAINER_FIRST = frozenset({"az", "abfs", "abfss"})
 # The most names that the braces of a pattern may stand for.
 MAX_NAMES = 1_000_000
 
-_PROTOCOL = r"[A-Za-z][A-Za-z0-9+.\-]*"
+_PROTOCOL = r"[A-Za-z][A-Za-z0-9+.\-_]*"
 _ADDRESS = re.compile(rf"({_PROTOCOL})(?:://(.*)|::(.*))", re.DOTALL)
 _ADDRESSES_IN_TEXT = re.compile(rf"{_PROTOCOL}://[^\s'\"<>|]+")
-_ONE_SLASH = re.compile(rf"(?:{'|'.join(sorted(READ | {'data'}))}):(?!//)", re.IGNORECASE)
+_ONE_SLASH = re.compile(rf"(?:{'|'.join(sorted(READ | {'data'}))}):(?!//|:)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -80,7 +80,7 @@ def _host(text: str) -> tuple[str, int | None]:
     whole = f"[{text}]" if text.count(":") > 1 and "[" not in text else text
     try:
         parts = urlsplit(f"//{whole}")
-        if parts.hostname and parts.netloc == whole and "@" not in whole:
+        if parts.hostname and parts.netloc == whole and not re.search(r"[@\\\s%]", whole):
             return parts.hostname, parts.port
     except ValueError:
         pass
@@ -195,10 +195,10 @@ def check(text: str, allowed: Allowed, *, local: bool = True) -> str:
     if "\0" in text:
         raise ValueError(f"{printable(text)}: holds a zero byte")
     address = parse(text) if is_address(text) else Address("file", os.path.abspath(text))
-    part: Address | None = address
-    while part is not None:
+    for part in _chain(address):
         _check_protocol(part, address, allowed)
-        part = part.inner
+    for part in _chain(address):
+        _check_chain(part, address)
     if address.local and not local:
         raise ValueError(
             f"{shown(text)}: a local file, named by a list that is not local itself; keep a copy "
@@ -214,6 +214,9 @@ def _check_protocol(part: Address, whole: Address, allowed: Allowed) -> None:
             "s3, gs, az, abfs and hf, and zip and tar files there; --allow-protocol "
             f"{part.protocol} opens it, with all that it can reach"
         )
+
+
+def _check_chain(part: Address, whole: Address) -> None:
     if part.protocol in ARCHIVES:
         if part.inner is None or part.inner.inner is not None:
             raise ValueError(
@@ -298,13 +301,12 @@ def _roughly(text: str) -> str:
 def scrubbed(text: str, address: str) -> str:
     """What somebody else said of `address`, without its credentials."""
     text = _ADDRESSES_IN_TEXT.sub(lambda found: shown(found[0]), text)
-    if is_address(address):
-        for part in _chain(parse(address)):
-            user, _ = _user_and_rest(part.protocol, part.path)
-            query = part.path.partition("?")[2]
-            for secret in (query, *query.split("&"), user, user.partition(":")[2]):
-                if secret:
-                    text = text.replace(secret, "...")
+    for part in address.split("::"):
+        user = part.partition("://")[2].rpartition("@")[0]
+        query = part.partition("?")[2]
+        for secret in (query, *query.split("&"), user, user.partition(":")[2]):
+            if secret:
+                text = text.replace(secret, "...")
     return printable(text)
 
 

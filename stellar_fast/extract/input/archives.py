@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 from ...printable import printable
 
@@ -198,7 +198,7 @@ class Zip:
             ValueError: it cannot be read as a zip.
         """
         try:
-            self._zip = zipfile.ZipFile(_Sparing(file))  # type: ignore[arg-type]
+            self._zip = zipfile.ZipFile(_Sparing(file))
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{place}: cannot be read as a zip: {printable(str(error))}"
@@ -247,9 +247,10 @@ class _Sparing:
         self.seek, self.tell = file.seek, file.tell
         self.seekable, self.close = file.seekable, file.close
 
-    def read(self, size: int = -1) -> Any:
-        if not 0 <= size <= MAX_DIRECTORY:
-            raise zipfile.BadZipFile(
-                f"its directory has {size} bytes, more than the limit of {MAX_DIRECTORY}"
-            )
-        return self._file.read(size)
+    def read(self, size: int = -1) -> bytes:
+        content = b""
+        if size <= MAX_DIRECTORY:
+            content = self._file.read(size if size >= 0 else MAX_DIRECTORY + 1)
+        if max(size, len(content)) > MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory has more than {MAX_DIRECTORY} bytes")
+        return content

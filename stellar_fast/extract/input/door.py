@@ -50,10 +50,14 @@ def read_item(item: Item, allowed: Allowed = NOTHING_MORE) -> bytes:
         ImageError: they cannot be had; the reason has no credentials.
     """
     try:
-        if is_address(item.file):
-            content = _read_address(item, allowed)
+        where = check(item.file, allowed) if is_address(item.file) else item.file
+    except ValueError as error:
+        raise ImageError(item.id, str(error)) from None
+    try:
+        if is_address(where):
+            content = _read_address(parse(where), item, allowed)
         else:
-            content = _read_path(item.file, item.offset, item.size)
+            content = _read_path(where, item.offset, item.size)
     except Exception as error:  # stores raise anything
         reason = scrubbed(describe_error(error, "read"), item.file)
         # An error of a store repeats its address; it is left out where that is no local path.
@@ -65,11 +69,7 @@ def read_item(item: Item, allowed: Allowed = NOTHING_MORE) -> bytes:
     return content
 
 
-def _read_address(item: Item, allowed: Allowed) -> bytes:
-    where = check(item.file, allowed)
-    if not is_address(where):
-        return _read_path(where, item.offset, item.size)
-    address = parse(where)
+def _read_address(address: Address, item: Item, allowed: Allowed) -> bytes:
     if item.offset is None:
         return _read_whole(address, MAX_BYTES, allowed)
     assert item.size is not None

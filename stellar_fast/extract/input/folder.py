@@ -21,7 +21,8 @@ def walk(root: Path, suffixes: Collection[str]) -> Iterator[Item]:
     """
     # Not os.walk, which leaves out a folder that cannot be read and circles in links to parents.
     visited: set[tuple[int, int]] = set()
-    pending, links = [root], []
+    pending = [root]
+    links: list[Path] = []
     while pending or links:
         if not pending:
             links.sort(reverse=True)
@@ -32,7 +33,7 @@ def walk(root: Path, suffixes: Collection[str]) -> Iterator[Item]:
         if identity in visited:
             continue
         visited.add(identity)
-        folders = []
+        folders: list[Path] = []
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
