@@ -137,9 +137,10 @@ def test_no_message_has_them(address, tmp_path):
         with pytest.raises((ValueError, OSError)) as caught:
             discover(source)
         problems.append(caught.value)
-    with pytest.raises(ImageError) as failed:
-        door.read_item(Item("a", address))
-    problems.append(failed.value)
+    if "://" in address:  # without, it would be a path, and no list gives such a one
+        with pytest.raises(ImageError) as failed:
+            door.read_item(Item("a", address))
+        problems.append(failed.value)
     for problem in problems:
         while problem is not None:  # as a traceback prints them
             assert_no_secrets(repr(problem) + str(problem), address)

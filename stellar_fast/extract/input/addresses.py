@@ -293,9 +293,10 @@ def without_user(text: str) -> str:
 
 def _roughly(text: str) -> str:
     """What is no address: without anything that could be a user, a password or a query."""
-    if not is_address(text):
-        return printable(text)
-    return printable(re.sub(r"://.*@", "://", re.sub(r"[?#].*", "?", text, flags=re.DOTALL)))
+    if is_address(text) or _ONE_SLASH.match(text):
+        text = re.sub(r"[?#].*", "?", text, flags=re.DOTALL)
+        text = re.sub(r"(:/*).*@", r"\1", text, flags=re.DOTALL)
+    return printable(text)
 
 
 def scrubbed(text: str, address: str) -> str:

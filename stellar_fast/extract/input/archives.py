@@ -168,7 +168,12 @@ class Tar:
             ValueError: it cannot be read as a tar.
         """
         self._file = file
-        self._members = {member.name: member for member in members(file, place) if member.regular}
+        self._members: dict[str, Member] = {}
+        for member in members(file, place):
+            if member.name in self._members:
+                raise ValueError(f"{place}: has {printable(member.name)} twice")
+            if member.regular:
+                self._members[member.name] = member
 
     def names(self) -> list[str]:
         return list(self._members)
@@ -248,9 +253,10 @@ class _Sparing:
         self.seekable, self.close = file.seekable, file.close
 
     def read(self, size: int = -1) -> bytes:
-        content = b""
-        if size <= MAX_DIRECTORY:
-            content = self._file.read(size if size >= 0 else MAX_DIRECTORY + 1)
-        if max(size, len(content)) > MAX_DIRECTORY:
+        if size < 0:
+            at = self.tell()
+            size = self.seek(0, 2) - at
+            self.seek(at)
+        if size > MAX_DIRECTORY:
             raise zipfile.BadZipFile(f"its directory has more than {MAX_DIRECTORY} bytes")
-        return content
+        return self._file.read(size)

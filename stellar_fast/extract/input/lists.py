@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -16,6 +17,7 @@ COLUMNS = ("path", "url", "file")
 MAX_LINES = 100_000_000
 MAX_LINE = 64 << 10  # bytes of one path or address
 MAX_TABLE = 4 << 30  # bytes of a column of paths, unpacked
+MEMORY = 4 << 30  # bytes that rows of Parquet may take while they are unpacked
 # Rows of Parquet that are unpacked at once: some formats of it store only where a path differs from
 # the one before.
 ROWS = 1024
@@ -141,27 +143,57 @@ def _parquet_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
         table = parquet.ParquetFile(file)
         chosen = _column_name(table.schema_arrow.names, name, column)
         _check_column(table.schema_arrow.field(chosen).type, name, chosen)
-        _check_parquet(table, name, chosen)
         # Repeated paths are stored once, and stay so: all rows would be another matter.
-        table = parquet.ParquetFile(file, read_dictionary=[chosen])
-        batches = table.iter_batches(ROWS, columns=[chosen], use_threads=False)
+        repeated = [chosen] if _check_parquet(table, name, chosen) else None
+        table = parquet.ParquetFile(file, read_dictionary=repeated)
+        batches = _sparing(table.iter_batches(ROWS, columns=[chosen], use_threads=False))
         yield from _column((batch.column(0) for batch in batches), name, chosen, 1)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet: {printable(str(error))}") from error
 
 
-def _check_parquet(table: Any, name: str, column: str) -> None:
+def _sparing(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, each unpacked in no more than `MEMORY` beyond what the process has.
+
+    What a page unpacks to is written nowhere that could be trusted.
+    """
+    earlier = resource.getrlimit(resource.RLIMIT_AS)
+    while True:
+        try:
+            with open("/proc/self/statm", "rb") as file:
+                used = int(file.read().split()[0]) * resource.getpagesize()
+        except OSError:  # no Linux
+            used = resource.RLIM_INFINITY
+        most = used + MEMORY
+        if used != resource.RLIM_INFINITY and not 0 <= earlier[0] < most:
+            resource.setrlimit(resource.RLIMIT_AS, (most, earlier[1]))
+        try:
+            batch = next(batches, None)
+        except MemoryError:
+            raise OSError(f"its rows unpack to more than {MEMORY} bytes at once") from None
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, earlier)
+        if batch is None:
+            return
+        yield batch
+
+
+def _check_parquet(table: Any, name: str, column: str) -> bool:
+    """Whether the column may be read with repeated paths kept apart."""
     groups = (table.metadata.row_group(at) for at in range(table.metadata.num_row_groups))
     size = 0
+    encodings: set[str] = set()
     for group in groups:
         for at in range(group.num_columns):
             if group.column(at).path_in_schema == column:
                 size += group.column(at).total_uncompressed_size
+                encodings.update(group.column(at).encodings)
     if size > MAX_TABLE or table.metadata.num_rows > MAX_LINES:
         raise ValueError(
             f"{name}: {table.metadata.num_rows} rows with {size} bytes of paths are more than the "
             f"limits of {MAX_LINES} and {MAX_TABLE}"
         )
+    return not any(encoding.startswith("DELTA") for encoding in encodings)
 
 
 LISTS: dict[str, Callable[[IO[bytes], str, str | None], Lines]] = {
@@ -199,10 +231,20 @@ def _check_column(kind: Any, name: str, column: str) -> None:
 def _column(arrays: Iterator[Any], name: str, column: str, first: int) -> Lines:
     number = first
     for array in arrays:
-        for value in array.to_pylist():
+        for value in _values(array):
             if not value or "\0" in value:
                 raise ValueError(
                     f"{name}: line {number} has no path in the column {printable(column)!r}"
                 )
             yield number, value
             number += 1
+
+
+def _values(array: Any) -> list[Any]:
+    import pyarrow
+
+    if not isinstance(array, pyarrow.DictionaryArray):
+        return array.to_pylist()
+    codes = array.indices.to_pylist()
+    words = {code: array.dictionary[code].as_py() for code in {*codes} if code is not None}
+    return [words.get(code) for code in codes]

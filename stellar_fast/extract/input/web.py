@@ -63,10 +63,13 @@ class _Clock:
     def left(self) -> float:
         left = self.began + SILENCE + self.received / SLOWEST - time.monotonic()
         if left <= 0:
-            raise TimeoutError(
-                f"took too long: {self.received} bytes in {time.monotonic() - self.began:.0f} s"
-            )
+            raise self.expired()
         return min(left, SILENCE)
+
+    def expired(self) -> TimeoutError:
+        return TimeoutError(
+            f"took too long: {self.received} bytes in {time.monotonic() - self.began:.0f} s"
+        )
 
 
 class _Reader(io.RawIOBase):
@@ -80,7 +83,10 @@ class _Reader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._sock.settimeout(self._clock.left())
-        count = self._raw.readinto(buffer)
+        try:
+            count = self._raw.readinto(buffer)
+        except TimeoutError:
+            raise self._clock.expired() from None
         self._clock.received += count
         return count
 
@@ -272,7 +278,7 @@ class _Answer:
         while count <= limit:
             try:
                 part = self.response.read(min(1 << 20, limit + 1 - count))
-            except http.client.HTTPException as error:
+            except (http.client.HTTPException, ValueError) as error:  # of sizes of chunks
                 raise OSError(f"the answer ends after {count} bytes, or is none") from error
             if not part:
                 break
