@@ -103,6 +103,8 @@ def test_ids_are_distinct_and_without_order(tmp_path):
         ("hf://datasets/a/b@main/c.jpg", "hf://datasets/a/b@main/c.jpg"),
         ("ftp://alice@host/a.jpg", "ftp://host/a.jpg"),
         ("/home/a@b/c?d#e.jpg", "/home/a@b/c?d#e.jpg"),
+        # As the README of extract has it.
+        ("https://host/a.jpg?id=7", "https://host/a.jpg?f422c82d6db73d91"),
     ],
 )
 def test_what_is_shown(address, expected):
@@ -209,3 +211,19 @@ def test_an_error_of_the_engine_says_none(tmp_path, engine):
         with pytest.raises(StellarError) as caught:
             run(plan(secret(server, "list.txt"), tmp_path / "o", on_error="fail"), engine)
         assert_no_secrets(str(caught.value), "message")
+
+
+def test_what_is_said_of_a_table_does_not_repeat_its_rows(tmp_path):
+    address = 'https://alice:hunter2@host/a.jpg?token=s3cr3t&x="y z" deadbeefsig'
+    for content in (
+        f"path,n\na.jpg,1\n{address}\n",
+        f"path\na.jpg\n{address},{address}\n",
+        f"{address},{address}\n1\n",
+        f'path,n\n"{address}',
+        "https://alice:hunter2@host/a.jpg?token=s3cr3t,b\nhttps://host,c\n",
+    ):
+        (tmp_path / "a.csv").write_text(content)
+        with pytest.raises(ValueError, match=r"a\.csv") as caught:
+            discover(tmp_path / "a.csv")
+        assert_no_secrets(str(caught.value), content)
+        assert caught.value.__cause__ is None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from ...printable import printable
 from ..records import Item
-from .addresses import Address, Allowed, check, is_address, localized, parse, shown
+from .addresses import Address, Allowed, check, is_address, localized, parse, scrubbed, shown
 from .door import open_file
 
 # What the column of paths may be called, where a table has several.
@@ -129,7 +130,7 @@ def _csv_lines(file: IO[bytes], name: str, column: str | None, delimiter: str = 
             # The first line has the names of the columns.
             yield from _column((batch.column(0) for batch in reader), name, chosen, 2)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: cannot be read as a table: {printable(str(error))}") from error
+        raise ValueError(f"{name}: cannot be read as a table: {_said(error)}") from None
 
 
 def _tsv_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
@@ -149,7 +150,7 @@ def _parquet_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
         batches = _sparing(table.iter_batches(ROWS, columns=[chosen], use_threads=False))
         yield from _column((batch.column(0) for batch in batches), name, chosen, 1)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: cannot be read as Parquet: {printable(str(error))}") from error
+        raise ValueError(f"{name}: cannot be read as Parquet: {_said(error)}") from None
 
 
 def _sparing(batches: Iterator[Any]) -> Iterator[Any]:
@@ -212,11 +213,17 @@ def _column_name(columns: list[str], name: str, wanted: str | None) -> str:
         return usual[0]
     if wanted is None or wanted not in columns:
         problem = "which column has the paths?" if wanted is None else f"no column {wanted!r}"
-        known = printable(", ".join(columns[:20])[:1000])
+        # A list without a first line of names has addresses there.
+        known = ", ".join(shown(name)[:100] for name in columns[:20])
         raise ValueError(f"{name}: {problem} It has {known}; name one by --column")
     if columns.count(wanted) > 1:
         raise ValueError(f"{name}: has {columns.count(wanted)} columns {wanted!r}")
     return wanted
+
+
+def _said(error: Exception) -> str:
+    """What Arrow says, without the row that it repeats."""
+    return scrubbed(re.sub(r"(got \d+): .*", r"\1", str(error), flags=re.DOTALL), "")[:300]
 
 
 def _check_column(kind: Any, name: str, column: str) -> None:
