@@ -19,6 +19,7 @@ import typer
 
 from .config import MODELS
 from .errors import StellarError
+from .printable import printable
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -79,7 +80,7 @@ def _reported(debug: bool) -> Iterator[None]:
     except (StellarError, ValueError, TypeError, OSError) as error:
         if debug:
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -131,7 +132,7 @@ def extract(
         typer.Argument(
             metavar="INPUT",
             help="A folder of images; a .txt, .csv, .tsv or .parquet list of paths; or tars, such "
-            "as 'shards/{0000..0009}.tar'. Local, or any address that fsspec opens.",
+            "as 'shards/{0000..0009}.tar'. Local, or an address, such as https:// or s3://.",
         ),
     ],
     output: Annotated[
@@ -204,6 +205,18 @@ def extract(
     dummy_writer: Annotated[
         bool, typer.Option("--dummy-writer", help="Write nothing, to measure all but writing.")
     ] = False,
+    allow_protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Read such addresses too, beside files, http(s), s3, gs, az, hf."
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST[:PORT]", help="Read from this host though its network is private."
+        ),
+    ] = None,
     log_seconds: Annotated[
         float, typer.Option(help="Between lines of progress where there is no terminal.")
     ] = 30.0,
@@ -241,6 +254,8 @@ def extract(
             overwrite=overwrite,
             dummy_reader=dummy_reader,
             dummy_writer=dummy_writer,
+            allow_protocols=allow_protocol or (),
+            allow_hosts=allow_host or (),
         )
         load = functools.partial(
             _load,

@@ -77,13 +77,13 @@ def deadly_work(*arguments) -> None:
     """A decoding process that dies of images called "deadly", and never returns from "endless"."""
     read_item = decoding.read_item
 
-    def read(item):
+    def read(item, allowed):
         if "deadly" in item.id:
             os.kill(os.getpid(), signal.SIGKILL)
         if "endless" in item.id:
             Path(f"{item.file}.begun-{os.getpid()}").touch()
             time.sleep(3600)
-        return read_item(item)
+        return read_item(item, allowed)
 
     decoding.read_item = read
     decoding.work(*arguments)

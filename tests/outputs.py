@@ -37,10 +37,14 @@ def write_output(
     ids = [f"folder/{place:04d}.jpg" for place in range(rows + len(failed))]
     items = [Item(id, f"/nowhere/{id}") for id in ids]
     configuration = {"features": list(features), "dtype": dtype, "format": format}
-    parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+    starts = range(0, len(ids), size)
+    parts = [ids[start : start + size] for start in starts]
     plan = Plan(
         configuration,
-        tuple(Partition(at, len(part), digest_of(part)) for at, part in enumerate(parts)),
+        tuple(
+            Partition(at, len(part), digest_of(items[start : start + size]))
+            for at, (start, part) in enumerate(zip(starts, parts, strict=True))
+        ),
         {},
     )
     folder.mkdir()

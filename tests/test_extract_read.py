@@ -12,9 +12,24 @@ from extracting import touch
 from pyarrow import csv, parquet
 
 from stellar_fast import ImageError
-from stellar_fast.extract import discover, locations
-from stellar_fast.extract.layout import Item
-from stellar_fast.extract.locations import expand, read_item
+from stellar_fast.extract import input as inputs
+from stellar_fast.extract.input import door
+from stellar_fast.extract.input.addresses import Allowed
+from stellar_fast.extract.records import Item
+
+ALLOWED = Allowed(frozenset({"memory"}))
+
+
+def discover(source, column=None):
+    return inputs.discover(source, column, ALLOWED)
+
+
+def read_item(item):
+    return door.read_item(item, ALLOWED)
+
+
+def expand(pattern):
+    return door.expand(pattern, ALLOWED)
 
 
 def ids(items) -> list[str]:
@@ -309,7 +324,7 @@ def test_what_cannot_be_read_has_a_reason(tmp_path, memory, monkeypatch):
     memory.pipe("/short.tar", b"x" * 100)
     assert "of its 50 bytes" in reason_of(Item("m", "memory://short.tar", 60, 50))
     assert reason_of(Item("m", "memory://none.jpg")) == "no such file"
-    monkeypatch.setattr(locations, "MAX_BYTES", 99)
+    monkeypatch.setattr(door, "MAX_BYTES", 99)
     for file in (str(tmp_path / "short.tar"), "memory://short.tar"):
         assert reason_of(Item("m", file)) == "100 bytes are more than the limit of 99"
 

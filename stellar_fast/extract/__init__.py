@@ -1,6 +1,7 @@
 """Features of many images: what to read, the plan, the pipeline, and what is written."""
 
 from .devices import device_names
+from .input import discover
 from .job import (
     DEFAULT_FEATURES,
     DTYPES,
@@ -14,7 +15,6 @@ from .job import (
 )
 from .layout import Item, Plan, check_sums, complete, read_manifest, read_plan
 from .pipeline import Options, Pipeline, Stopped
-from .reader import discover
 from .runner import run, run_devices
 from .stats import Summary
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from ..errors import ImageError
 from ..images import SIZE, decode, describe_error, preset_pixels
+from .input.addresses import Allowed
+from .input.door import NOTHING_MORE, read_item
 from .layout import Item
-from .locations import read_item
 
 SHAPE = (3, SIZE, SIZE)
 
@@ -91,11 +92,18 @@ class Outcome:
 READY = "ready"
 
 
-def work(connection: Connection, slots: Slots, preset: str, dummy: bool) -> None:
+def work(
+    connection: Connection,
+    slots: Slots,
+    preset: str,
+    dummy: bool,
+    allowed: Allowed = NOTHING_MORE,
+) -> None:
     """Answers every list of orders by a list of outcomes, until the other end is closed.
 
     Args:
         dummy: read nothing, and fill the slots with noise.
+        allowed: what may be read beyond the defaults.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -115,7 +123,7 @@ def work(connection: Connection, slots: Slots, preset: str, dummy: bool) -> None
             outcomes = []
             for order in orders:
                 if noise is None:
-                    outcomes.append(_carry_out(order, slots, preset))
+                    outcomes.append(_carry_out(order, slots, preset, allowed))
                 else:
                     slots.array[order.slot] = noise
                     outcomes.append(Outcome(order.number, order.slot, None, SIZE, SIZE))
@@ -124,11 +132,11 @@ def work(connection: Connection, slots: Slots, preset: str, dummy: bool) -> None
         pass  # done, or the process that wanted the pictures is gone
 
 
-def _carry_out(order: Order, slots: Slots, preset: str) -> Outcome:
+def _carry_out(order: Order, slots: Slots, preset: str, allowed: Allowed) -> Outcome:
     start = time.perf_counter()
     read = start
     try:
-        content = read_item(order.item)
+        content = read_item(order.item, allowed)
         read = time.perf_counter()
         image = decode(content)
         slots.array[order.slot] = preset_pixels(image, preset)

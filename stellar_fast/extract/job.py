@@ -13,6 +13,8 @@ from typing import Any
 from ..errors import StellarError
 from ..images import check_preset
 from .folder import Locks, check_output, clear
+from .input import discover
+from .input.addresses import Allowed, is_address, localized, shown
 from .layout import (
     FORMATS,
     Item,
@@ -26,9 +28,7 @@ from .layout import (
     sha256_of,
     write_plan,
 )
-from .locations import is_address, localized
 from .pipeline import Encoder, Options
-from .reader import discover
 from .workers import cores
 
 FEATURES = ("sparse", "cls", "spatial", "dense")
@@ -83,11 +83,13 @@ def plan(
     overwrite: bool = False,
     dummy_reader: bool = False,
     dummy_writer: bool = False,
+    allow_protocols: Collection[str] = (),
+    allow_hosts: Collection[str] = (),
 ) -> Job:
     """Checks an extraction before any model is loaded, and lists its input.
 
     Args:
-        source: a folder, lists or tars of images, see `reader.discover`.
+        source: a folder, lists or tars of images, see `input.discover`.
         output: a local folder: a new one; or one that the same extraction was begun in, to go on
             with; or with `overwrite` any earlier output, which is then removed.
         features: of sparse, cls, spatial, dense.
@@ -100,6 +102,9 @@ def plan(
         workers: processes that decode; None is one for each core.
         resume: do not look at the input again, and take the images of the existing plan.
         on_error, max_errors, retry_failed, dummy_reader, dummy_writer: see `Options`.
+        allow_protocols: of addresses that are read beside the usual ones, such as "ftp".
+        allow_hosts: HOST or HOST:PORT, which are read from though they are in a private network;
+            the host that `source` names is one of them.
 
     Raises:
         ValueError: an argument that cannot be right; no images; an output that may not be written,
@@ -142,7 +147,7 @@ def plan(
     known_size = existing.configuration["partition_size"] if existing is not None else None
     size: int = partition_size or known_size or PARTITION_SIZE
     configuration = {
-        "input": localized(os.fspath(source)),
+        "input": shown(localized(os.fspath(source))),
         "column": column,
         "preset": preset,
         "features": chosen,
@@ -150,14 +155,17 @@ def plan(
         "format": format,
         "partition_size": size,
     }
-    items = None if resume else discover(source, column)
+    allowed = Allowed.of(os.fspath(source), allow_protocols, allow_hosts)
+    items = None if resume else discover(source, column, allowed)
     if existing is not None:
         _check_same(target, existing.configuration, configuration)
         if batch_size is None:
             batch_size = existing.configuration["batch_size"]
         if items is not None:
             _check_images(target, existing, _partitions(items, size))
-    options = Options(workers, on_error, max_errors, retry_failed, dummy_reader, dummy_writer)
+    options = Options(
+        workers, on_error, max_errors, retry_failed, dummy_reader, dummy_writer, allowed
+    )
     return Job(target, configuration, items, batch_size, options, share, overwrite)
 
 
@@ -220,10 +228,7 @@ def _check_images(output: Path, existing: Plan, found: Sequence[Partition]) -> N
 
 def _partitions(items: Sequence[Item], size: int) -> list[Partition]:
     parts = (items[start : start + size] for start in range(0, len(items), size))
-    return [
-        Partition(index, len(part), digest_of(item.id for item in part))
-        for index, part in enumerate(parts)
-    ]
+    return [Partition(index, len(part), digest_of(part)) for index, part in enumerate(parts)]
 
 
 def identify(engine: Encoder) -> dict[str, Any]:

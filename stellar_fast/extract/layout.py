@@ -2,7 +2,8 @@
 
     OUTPUT/plan.json        the configuration, and the partitions that the input was cut into
     OUTPUT/inputs.parquet   every image of the plan, one row group a partition: id, file, and for
-                            a member of a tar its offset and size there
+                            a member of a tar its offset and size there; its owner's alone, since
+                            the addresses may have credentials
     OUTPUT/part-00000/      one partition: all of the files below, or it is not there
         sparse.npy ...      one file a feature, (rows, ...) of the plan's dtype; or, as the plan's
                             format is "parquet", features.parquet
@@ -27,8 +28,10 @@ from typing import Any
 
 from ..errors import StellarError
 from ..files import folder_to_disk, replacing, writing
+from .input.addresses import without_user
+from .records import Item, PathLike
 
-SCHEMA = 1
+SCHEMA = 2
 PLAN = "plan.json"
 INPUTS = "inputs.parquet"
 STATS = "stats.json"
@@ -37,31 +40,13 @@ MANIFEST = "manifest.json"
 FEATURES_PARQUET = "features.parquet"
 FORMATS = ("npy", "parquet")
 
-PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image to read.
-
-    Attributes:
-        id: what the index calls it: its path, or its tar and member as `TAR::MEMBER`.
-        file: where it is, a local path or an address that fsspec opens; for a member, its tar.
-        offset, size: for a member of a tar, its bytes there.
-    """
-
-    id: str
-    file: str
-    offset: int | None = None
-    size: int | None = None
-
 
 @dataclass(frozen=True)
 class Partition:
     """A run of images in the order of the input.
 
     Attributes:
-        digest: of the images' ids, see `digest_of`.
+        digest: of the images, see `digest_of`.
     """
 
     index: int
@@ -98,11 +83,15 @@ class Plan:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def digest_of(ids: Iterable[str]) -> str:
-    """SHA-256 of ids in their order, a zero byte after each."""
+def digest_of(items: Iterable[Item]) -> str:
+    """SHA-256 of images in their order: id, file, offset and size, a zero byte after each.
+
+    Of an address, without its user and password, since a digest could tell a guess at them.
+    """
     digest = hashlib.sha256()
-    for name in ids:
-        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+    for item in items:
+        text = f"{item.id}\0{without_user(item.file)}\0{item.offset}\0{item.size}\0"
+        digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -118,7 +107,7 @@ def read_plan(output: PathLike) -> Plan:
         if content["schema"] != SCHEMA:
             raise StellarError(
                 f"{path}: schema {content['schema']}, but this version of stellar-fast reads "
-                f"schema {SCHEMA}; use the version that wrote it"
+                f"schema {SCHEMA}; use the version that wrote it, or extract anew with --overwrite"
             )
         partitions = tuple(
             Partition(index, part["images"], part["digest"])
@@ -161,17 +150,20 @@ def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
     )
     start = 0
     _remove_leftovers(path)
-    with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
-        for partition in plan.partitions:
-            part = items[start : start + partition.images]
-            start += partition.images
-            columns = [
-                [item.id for item in part],
-                [os.fsencode(item.file) for item in part],
-                [item.offset for item in part],
-                [item.size for item in part],
-            ]
-            writer.write_table(pyarrow.table(columns, schema=schema), row_group_size=len(part))
+    with replacing(path) as temporary:
+        # The addresses may have credentials, which nothing else of an output has.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with parquet.ParquetWriter(temporary, schema) as writer:
+            for partition in plan.partitions:
+                part = items[start : start + partition.images]
+                start += partition.images
+                columns = [
+                    [item.id for item in part],
+                    [os.fsencode(item.file) for item in part],
+                    [item.offset for item in part],
+                    [item.size for item in part],
+                ]
+                writer.write_table(pyarrow.table(columns, schema=schema), row_group_size=len(part))
 
 
 def read_items(output: PathLike, partition: Partition) -> list[Item]:
@@ -188,14 +180,15 @@ def read_items(output: PathLike, partition: Partition) -> list[Item]:
             columns = file.read_row_group(partition.index).to_pydict()
     except (OSError, ArrowException, IndexError) as error:
         raise StellarError(f"{path}: cannot be read: {error}") from error
-    if digest_of(columns["id"]) != partition.digest:
-        raise StellarError(
-            f"{path}: {partition.name} names other images than {PLAN}; use --overwrite"
-        )
-    return [
+    items = [
         Item(name, os.fsdecode(file), offset, size)
         for name, file, offset, size in zip(*columns.values(), strict=True)
     ]
+    if digest_of(items) != partition.digest:
+        raise StellarError(
+            f"{path}: {partition.name} names other images than {PLAN}; use --overwrite"
+        )
+    return items
 
 
 def read_manifest(output: PathLike, plan: Plan, index: int) -> dict[str, Any] | None:

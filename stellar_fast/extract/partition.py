@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..files import to_disk, writing
+from ..printable import printable
 from .decoding import Outcome
 from .folder import Locks, Staged
 from .layout import MANIFEST, SCHEMA, Item, Plan, read_manifest, sha256_of
@@ -76,7 +77,8 @@ class Work:
         return feature_files(kind, folder, self._shapes, self._plan.configuration["dtype"])
 
     def add(self, outcome: Outcome) -> None:
-        self.reasons.append(outcome.reason)
+        # Decoders and stores say anything, and the index is UTF-8.
+        self.reasons.append(None if outcome.reason is None else printable(outcome.reason))
         self.sizes.append((outcome.width, outcome.height))
 
     def append(self, ids: Sequence[str], rows: Mapping[str, np.ndarray]) -> None:

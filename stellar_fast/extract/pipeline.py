@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import StellarError
 from .decoding import SHAPE, Outcome, pixels_dtype
 from .folder import Locks
+from .input.addresses import Allowed
+from .input.door import NOTHING_MORE
 from .layout import Item, Partition, Plan, read_items
 from .partition import Unwritten, Work
 from .stats import Timer
@@ -60,6 +62,7 @@ class Options:
         retry_failed: make complete partitions again for their images that failed.
         dummy_reader: encode noise instead of the images, to measure everything but reading.
         dummy_writer: write nothing, to measure everything but writing.
+        allowed: what may be read beyond the defaults; never the plan's, which may be another's.
     """
 
     workers: int
@@ -68,6 +71,7 @@ class Options:
     retry_failed: bool = False
     dummy_reader: bool = False
     dummy_writer: bool = False
+    allowed: Allowed = NOTHING_MORE
 
 
 class Stopped(Exception):
@@ -151,6 +155,7 @@ class Pipeline:
                 configuration["preset"],
                 self._batch_size,
                 dummy=options.dummy_reader,
+                allowed=options.allowed,
             )
         except BaseException:
             self._close_locks()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from ..printable import printable
 from .devices import Crew
 from .job import Job, identify, items_of, prepare, todo
 from .layout import STATS, Plan, write_json
@@ -102,7 +103,11 @@ def summarized(
     try:
         yield indices, summary, progress
     except BaseException as error:
-        outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+        outcome = (
+            "interrupted"
+            if isinstance(error, KeyboardInterrupt)
+            else f"error: {printable(str(error))}"
+        )
         raise
     finally:
         progress.close()

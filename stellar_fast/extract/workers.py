@@ -14,6 +14,8 @@ from typing import Any
 
 from ..errors import StellarError
 from .decoding import READY, Order, Outcome, Slots, pixels_dtype, work
+from .input.addresses import Allowed
+from .input.door import NOTHING_MORE
 from .layout import Item
 
 # Lists of orders that a process has: one in work and one that waits, so that it never does.
@@ -74,7 +76,15 @@ class Workers:
     fork.
     """
 
-    def __init__(self, count: int, preset: str, batch_size: int, *, dummy: bool = False) -> None:
+    def __init__(
+        self,
+        count: int,
+        preset: str,
+        batch_size: int,
+        *,
+        dummy: bool = False,
+        allowed: Allowed = NOTHING_MORE,
+    ) -> None:
         self._orders = max(1, min(MOST_ORDERS, batch_size // (2 * count)))
         # Two batches ahead of the engine, and what the processes have in hand.
         room = 2 * batch_size + count * LISTS_AHEAD * self._orders
@@ -84,7 +94,7 @@ class Workers:
         self._context.set_forkserver_preload([work.__module__])
         with without_interrupts():
             forkserver.ensure_running()
-        self._arguments = (self.slots, preset, dummy)
+        self._arguments = (self.slots, preset, dummy, allowed)
         self._processes: list[_Process] = []
         self._false_starts = 0
         self._died_on: dict[int, str] = {}  # order's number -> how its process died

@@ -1,0 +1,117 @@
+"""Which images to read: those of a folder, those that lists name, or the members of tars."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...printable import printable
+from ..records import Item, PathLike
+from . import door
+from .addresses import Allowed, check, is_address, localized, parse, shown
+from .folder import walk
+from .lists import LISTS, read_lists
+from .tars import read_tars
+
+# Of the formats that images.decode reads. A list may name files with any suffix.
+JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+OTHER = (".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".jp2", ".j2k", ".avif")
+PNM = (".ppm", ".pgm", ".pbm", ".pnm")
+SUFFIXES = frozenset((*JPEG, *OTHER, *PNM))
+TAR_SUFFIX = ".tar"
+
+
+def discover(
+    source: PathLike, column: str | None = None, allowed: Allowed | None = None
+) -> list[Item]:
+    """The images of a folder, of lists or of tars; whether they can be read is found out later.
+
+    A folder is walked recursively, in sorted order of the path, for files with a suffix of
+    `SUFFIXES` in any case. Hidden files and folders (a leading dot) are left out; links are
+    followed, and every folder is visited once (`folder.walk`).
+
+    A list is a `.txt` file with one path a line (UTF-8, blank lines left out), or a column of a
+    `.csv`, `.tsv` or `.parquet` file. Its order is kept, and relative paths count from the list's
+    own folder. Only a local list may name local files.
+
+    Tars are read through for the members that have a suffix of `SUFFIXES`, in their order; an id is
+    `TAR::MEMBER`. Lists and tars may be several, by a pattern of `door.expand`.
+
+    Everything may also lie in a store, such as `s3://bucket/folder`; which, and how much is read of
+    it, is in the README of this package's parent. Ids are printable and have no credentials.
+
+    Args:
+        column: of a table, the one with the paths; the only one, or one of `COLUMNS`, if left out.
+        allowed: what may be opened beyond the defaults; the input's own host, if left out.
+
+    Raises:
+        ValueError: none of these, no image in it, one image twice, or an address that may not be
+            opened.
+        OSError: the input cannot be read.
+    """
+    text = os.fspath(source)
+    allowed = Allowed.of(text) if allowed is None else allowed
+    root, names = (text[: text.rfind("/") + 1], [text])
+    if is_address(text) or not os.path.lexists(text):
+        root, names = door.expand(text, allowed)
+    suffixes = {_suffix(name) for name in names}
+    if len(suffixes) > 1 and suffixes & {TAR_SUFFIX, *LISTS}:
+        kinds = printable(" ".join(sorted(suffixes)))
+        raise ValueError(f"{shown(text)}: names files of several kinds, {kinds}")
+    suffix = suffixes.pop()
+    if suffix == TAR_SUFFIX:
+        items = read_tars(text, root, names, SUFFIXES, allowed)
+    elif suffix in LISTS and not os.path.isdir(text):
+        items = read_lists(names, suffix, column, allowed)
+    elif len(names) > 1:
+        raise ValueError(
+            f"{shown(text)}: a pattern names tars or lists; this names {shown(names[0])}"
+        )
+    else:
+        items = _read_folder(names[0], allowed)
+    _check_ids(items, text)
+    return items
+
+
+def _suffix(name: str) -> str:
+    path = parse(name).name if is_address(name) else name
+    return posixpath.splitext(path)[1].lower()
+
+
+def _check_ids(items: list[Item], source: str) -> None:
+    if len({item.id for item in items}) == len(items):
+        return
+    seen = set()
+    for item in items:
+        if item.id in seen:
+            raise ValueError(f"{shown(source)}: two images have the name {item.id}")
+        seen.add(item.id)
+
+
+def _read_folder(source: str, allowed: Allowed) -> list[Item]:
+    path = localized(check(source, allowed))
+    if is_address(path):
+        items = sorted(_find(path, allowed), key=lambda item: item.id)
+    elif os.path.isdir(path):
+        items = sorted(walk(Path(path), SUFFIXES), key=lambda item: item.id)
+    else:
+        problem = "is no folder" if os.path.exists(path) else "no such folder, list or tar"
+        raise ValueError(
+            f"{shown(source)}: {problem}; the input is a folder of images, a list of paths "
+            f"({' '.join(LISTS)}) or a {TAR_SUFFIX} of images"
+        )
+    if not items:
+        raise ValueError(
+            f"{shown(source)}: no images in this folder; looked for {' '.join(sorted(SUFFIXES))}"
+        )
+    return items
+
+
+def _find(source: str, allowed: Allowed) -> Iterator[Item]:
+    """The images of a folder in a store."""
+    for name, address in door.find(source, allowed):
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if not hidden and posixpath.splitext(name)[1].lower() in SUFFIXES:
+            yield Item(printable(name), address)

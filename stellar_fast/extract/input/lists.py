@@ -1,0 +1,257 @@
+"""Lists of images: lines of a text, or a column of a table."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from ...printable import printable
+from ..records import Item
+from .addresses import Address, Allowed, check, is_address, localized, parse, scrubbed, shown
+from .door import open_file
+
+# What the column of paths may be called, where a table has several.
+COLUMNS = ("path", "url", "file")
+MAX_LINES = 100_000_000
+MAX_LINE = 64 << 10  # bytes of one path or address
+MAX_TABLE = 4 << 30  # bytes of a column of paths, unpacked
+MEMORY = 4 << 30  # bytes that rows of Parquet may take while they are unpacked
+# Rows of Parquet that are unpacked at once: some formats of it store only where a path differs from
+# the one before.
+ROWS = 1024
+
+Lines = Iterator[tuple[int, str]]
+
+
+def read_lists(names: list[str], suffix: str, column: str | None, allowed: Allowed) -> list[Item]:
+    """The images that lists name, in their order.
+
+    Raises:
+        ValueError: a list cannot be read, names no images, one twice, or what may not be read.
+        OSError: a list cannot be opened.
+    """
+    items: list[Item] = []
+    first: dict[str, int] = {}  # where -> its place in items
+    numbers: list[int] = []
+    starts: list[int] = []
+    lines = LISTS[suffix]
+
+    def line_of(place: int) -> str:
+        list_of = max(at for at, start in enumerate(starts) if start <= place)
+        return f"{shown(names[list_of])}, line {numbers[place]}"
+
+    for name in names:
+        starts.append(len(items))
+        try:
+            # Tables are looked at in places; from elsewhere they are read whole first.
+            file = open_file(name, allowed, whole=True)
+        except FileNotFoundError:
+            raise ValueError(f"{shown(name)}: no such list") from None
+        place = localized(name)
+        own = parse(place) if is_address(place) else Address("file", place)
+        with file:
+            for number, line in lines(file, shown(name), column):
+                if len(line) > MAX_LINE:
+                    raise ValueError(
+                        f"{shown(name)}: line {number} has more than {MAX_LINE} characters"
+                    )
+                try:
+                    where, id = _locate(line, own, allowed)
+                except ValueError as error:
+                    raise ValueError(f"{shown(name)}, line {number}: {error}") from None
+                numbers.append(number)
+                if where in first:
+                    raise ValueError(
+                        f"{line_of(first[where])} and {line_of(len(items))} name the same file, "
+                        f"{shown(where)}; every image may be listed once"
+                    )
+                first[where] = len(items)
+                items.append(Item(id, where))
+                if len(items) > MAX_LINES:
+                    raise ValueError(f"{shown(name)}: more than the limit of {MAX_LINES} lines")
+        if len(items) == starts[-1]:
+            raise ValueError(f"{shown(name)}: the list names no images")
+    return items
+
+
+def _locate(line: str, own: Address, allowed: Allowed) -> tuple[str, str]:
+    """Where a line of the list at `own` points, and the image's id."""
+    if is_address(line):
+        return check(line, allowed, local=own.local), shown(line)
+    if own.protocol == "file":  # a list on this machine, as it is
+        where = os.path.join(os.path.dirname(own.path), line)
+        return check(line, allowed) if line.startswith("/") else _path(where, line), printable(line)
+    check(line, allowed)  # how it is spelled
+    return check(str(own.beside(line)), allowed, local=own.local), printable(line)
+
+
+def _path(where: str, line: str) -> str:
+    check(line, Allowed())  # how it is spelled
+    return os.path.abspath(where)
+
+
+def _text_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
+    if column is not None:
+        raise ValueError(f"{name}: a text list has no columns, and so no column {column!r}")
+    number = 0
+    while content := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(content) > MAX_LINE:
+            raise ValueError(f"{name}: line {number} has more than {MAX_LINE} bytes")
+        if b"\0" in content:
+            raise ValueError(f"{name}: line {number} holds a zero byte; this is no list of paths")
+        if number == 1:
+            content = content.removeprefix(b"\xef\xbb\xbf")
+        line = content.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+        if line.strip():
+            yield number, line
+
+
+def _csv_lines(file: IO[bytes], name: str, column: str | None, delimiter: str = ",") -> Lines:
+    import pyarrow
+    from pyarrow import ArrowException, csv
+
+    parse_options = csv.ParseOptions(delimiter=delimiter)
+    try:
+        with csv.open_csv(file, parse_options=parse_options) as reader:
+            schema = reader.schema
+        chosen = _column_name(schema.names, name, column)
+        kind = schema.field(chosen).type
+        if not pyarrow.types.is_null(kind):  # nothing in the first block of the file
+            _check_column(kind, name, chosen)
+        file.seek(0)
+        convert = csv.ConvertOptions(
+            include_columns=[chosen], column_types={chosen: pyarrow.string()}
+        )
+        with csv.open_csv(file, parse_options=parse_options, convert_options=convert) as reader:
+            # The first line has the names of the columns.
+            yield from _column((batch.column(0) for batch in reader), name, chosen, 2)
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}: cannot be read as a table: {_said(error)}") from None
+
+
+def _tsv_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
+    return _csv_lines(file, name, column, "\t")
+
+
+def _parquet_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        chosen = _column_name(table.schema_arrow.names, name, column)
+        _check_column(table.schema_arrow.field(chosen).type, name, chosen)
+        # Repeated paths are stored once, and stay so: all rows would be another matter.
+        repeated = [chosen] if _check_parquet(table, name, chosen) else None
+        table = parquet.ParquetFile(file, read_dictionary=repeated)
+        batches = _sparing(table.iter_batches(ROWS, columns=[chosen], use_threads=False))
+        yield from _column((batch.column(0) for batch in batches), name, chosen, 1)
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}: cannot be read as Parquet: {_said(error)}") from None
+
+
+def _sparing(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, each unpacked in no more than `MEMORY` beyond what the process has.
+
+    What a page unpacks to is written nowhere that could be trusted.
+    """
+    earlier = resource.getrlimit(resource.RLIMIT_AS)
+    while True:
+        try:
+            with open("/proc/self/statm", "rb") as file:
+                used = int(file.read().split()[0]) * resource.getpagesize()
+        except OSError:  # no Linux
+            used = resource.RLIM_INFINITY
+        most = used + MEMORY
+        if used != resource.RLIM_INFINITY and not 0 <= earlier[0] < most:
+            resource.setrlimit(resource.RLIMIT_AS, (most, earlier[1]))
+        try:
+            batch = next(batches, None)
+        except MemoryError:
+            raise OSError(f"its rows unpack to more than {MEMORY} bytes at once") from None
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, earlier)
+        if batch is None:
+            return
+        yield batch
+
+
+def _check_parquet(table: Any, name: str, column: str) -> bool:
+    """Whether the column may be read with repeated paths kept apart."""
+    groups = (table.metadata.row_group(at) for at in range(table.metadata.num_row_groups))
+    size = 0
+    encodings: set[str] = set()
+    for group in groups:
+        for at in range(group.num_columns):
+            if group.column(at).path_in_schema == column:
+                size += group.column(at).total_uncompressed_size
+                encodings.update(group.column(at).encodings)
+    if size > MAX_TABLE or table.metadata.num_rows > MAX_LINES:
+        raise ValueError(
+            f"{name}: {table.metadata.num_rows} rows with {size} bytes of paths are more than the "
+            f"limits of {MAX_LINES} and {MAX_TABLE}"
+        )
+    return not any(encoding.startswith("DELTA") for encoding in encodings)
+
+
+LISTS: dict[str, Callable[[IO[bytes], str, str | None], Lines]] = {
+    ".txt": _text_lines,
+    ".csv": _csv_lines,
+    ".tsv": _tsv_lines,
+    ".parquet": _parquet_lines,
+}
+
+
+def _column_name(columns: list[str], name: str, wanted: str | None) -> str:
+    usual = [column for column in COLUMNS if column in columns]
+    if wanted is None and len(columns) == 1:
+        return columns[0]
+    if wanted is None and len(usual) == 1:
+        return usual[0]
+    if wanted is None or wanted not in columns:
+        problem = "which column has the paths?" if wanted is None else f"no column {wanted!r}"
+        # A list without a first line of names has addresses there.
+        known = ", ".join(shown(name)[:100] for name in columns[:20])
+        raise ValueError(f"{name}: {problem} It has {known}; name one by --column")
+    if columns.count(wanted) > 1:
+        raise ValueError(f"{name}: has {columns.count(wanted)} columns {wanted!r}")
+    return wanted
+
+
+def _said(error: Exception) -> str:
+    """What Arrow says, without the row that it repeats."""
+    return scrubbed(re.sub(r"(got \d+): .*", r"\1", str(error), flags=re.DOTALL), "")[:300]
+
+
+def _check_column(kind: Any, name: str, column: str) -> None:
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise ValueError(f"{name}: the column {printable(column)!r} holds {kind}, not paths")
+
+
+def _column(arrays: Iterator[Any], name: str, column: str, first: int) -> Lines:
+    number = first
+    for array in arrays:
+        for value in _values(array):
+            if not value or "\0" in value:
+                raise ValueError(
+                    f"{name}: line {number} has no path in the column {printable(column)!r}"
+                )
+            yield number, value
+            number += 1
+
+
+def _values(array: Any) -> list[Any]:
+    import pyarrow
+
+    if not isinstance(array, pyarrow.DictionaryArray):
+        return array.to_pylist()
+    codes = array.indices.to_pylist()
+    words = {code: array.dictionary[code].as_py() for code in {*codes} if code is not None}
+    return [words.get(code) for code in codes]
