@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import StellarError
 from ..images import check_preset
 from .folder import Locks, check_output, clear
+from .foreign import DTYPES, FEATURES, FORMATS
 from .layout import (
-    FORMATS,
     Item,
     Partition,
     PathLike,
@@ -31,9 +31,7 @@ from .pipeline import Encoder, Options
 from .reader import discover
 from .workers import cores
 
-FEATURES = ("sparse", "cls", "spatial", "dense")
 DEFAULT_FEATURES = ("sparse", "cls")
-DTYPES = ("float32", "float16")
 # At 10 images/s seven minutes of work are in a partition's hands, at 3,000 a file of features is
 # 200 MB every second or two. Full batches of any power of two up to this.
 PARTITION_SIZE = 4096
