@@ -24,7 +24,7 @@ for _ in range(2):
     with _session(None):
         worker = ray.get(ray.remote(lambda: os.getpid()).remote())
         print(worker, ray.get_runtime_context().gcs_address,
-              ray._private.worker._global_node._temp_dir, flush=True)
+              ray._private.worker._global_node.get_session_dir_path(), flush=True)
         sys.stdin.readline()
     assert dict(os.environ) == before
 """
@@ -73,7 +73,7 @@ def test_a_local_session_is_private_and_leaves_nothing(tmp_path):
                 assert len(sockets) >= 4, "Ray's own servers are not among them"
                 assert {name for name, _ in sockets} >= {"gcs_server", "raylet"}
                 assert [found for found in sockets if not loopback(found[1])] == []
-                private = Path(folder).parent
+                private = Path(folder).parent.parent
                 assert stat.S_IMODE(private.stat().st_mode) == 0o700
                 assert (private.stat().st_uid, psutil.pid_exists(int(worker))) == (
                     os.getuid(),
