@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from outputs import made_up, write_output
 
 import stellar_fast
 from stellar_fast.errors import StellarError
@@ -20,6 +22,15 @@ WEIRD = (
     *("", "..", "../x", "/dev/zero", "sparse", "npy", "a" * 5000, "\ud800", "0" * 64),
     *([], {}, [[]], [5, 4, 6], {"": None}, [[[[[]]]]]),
 )
+
+
+PART = "part-00001"
+
+
+def original(folder: Path, format: str) -> Path:
+    """An output of two partitions of 5 images, of which 4 have rows."""
+    write_output(folder, made_up(8), failed=(1, 6), format=format)
+    return folder
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -83,6 +94,14 @@ def outcome(folder: Path) -> dict[str, Any] | str:
         return str(error)
 
 
+def refused(folder: Path, *words: str) -> None:
+    """Reading the folder is one error that has these words in it."""
+    found = outcome(folder)
+    assert isinstance(found, str), "it was read"
+    for word in words:
+        assert word in found
+
+
 class Forger:
     """Changes one file of an output at random, again and again, and undoes it."""
 
@@ -126,13 +145,16 @@ class Forger:
             at = at[key]
         kind = self._random.random()
         if kind < 0.7:
-            at[key] = self._random.choice(WEIRD)
+            at[key] = self._weird()
         elif kind < 0.85:
             del at[key]
         elif isinstance(at, dict):
-            at[self._random.choice(("x", "../x", "files", "rows"))] = self._random.choice(WEIRD)
+            at[self._random.choice(("x", "../x", "files", "rows"))] = self._weird()
         else:
-            at.append(self._random.choice((at[key], *WEIRD)))
+            at.append(self._random.choice((copy.deepcopy(at[key]), self._weird())))
+
+    def _weird(self) -> Any:
+        return copy.deepcopy(self._random.choice(WEIRD))  # as it may be changed in its turn
 
     def _scramble(self, content: bytearray) -> bytes:
         pick = self._random
