@@ -7,11 +7,14 @@ import numpy as np
 import pyarrow
 import pytest
 from forged import PART, change_json, original, read_all, refused, sign
+from outputs import SHAPES
 from pyarrow import parquet
 
 import stellar_fast
 from stellar_fast.errors import StellarError
-from stellar_fast.extract import opened
+from stellar_fast.extract import Item, opened, read_plan
+from stellar_fast.extract.folder import Locks
+from stellar_fast.extract.partition import Work
 
 
 @pytest.fixture
@@ -250,3 +253,23 @@ def test_an_index_that_is_too_long_is_not_written_nor_read(npy, tmp_path, monkey
         writer.write_index(tmp_path, ["x" * 900] * 2, [None] * 2, [(1, 1)] * 2)
     monkeypatch.setattr(opened, "MOST_INDEX", 1000)
     refused(npy, "index.parquet: cannot be read: it has", "1000 are the most")
+
+
+# Going on with a stranger's folder
+
+
+def test_retrying_takes_only_rows_of_these_images_and_shapes(npy):
+    """Or rows of others would be stored under the ids of these."""
+    made = read_plan(npy)
+    items = [Item(f"folder/{at:04d}.jpg", f"/nowhere/{at}") for at in range(5, 10)]
+    with Locks(npy) as locks:
+        work = Work(npy, made, 1, items, SHAPES, locks)
+        assert [item.id for item in work.items] == ["folder/0006.jpg"]
+        work.drop()
+        for shapes in ({**SHAPES, "cls": (1, 7)}, {"sparse": (4, 6)}):
+            with pytest.raises(StellarError, match="other images, or features of other shapes"):
+                Work(npy, made, 1, items, shapes, locks)
+        rewrite(npy / PART / "index.parquet", with_column("id", replaced(0, "folder/0000.jpg")))
+        with pytest.raises(StellarError, match="other images, or features of other shapes"):
+            Work(npy, made, 1, items, SHAPES, locks)
+    assert sorted(path.name for path in npy.glob("*part*")) == ["part-00000", PART]
