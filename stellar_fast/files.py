@@ -1,16 +1,21 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files of a folder that a stranger may have filled."""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import StellarError
+
+_UNFOLLOWED = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextmanager
@@ -43,18 +48,86 @@ def folder_to_disk(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix, that takes its place when the block ends
-    well and is removed when it does not.
+    """A new, empty file beside `path`, with its suffix, that takes its place when the block ends
+    well and is removed when it does not. A link at `path` is replaced, not followed.
 
     Raises:
         StellarError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
         with writing(path):
+            temporary.touch(exist_ok=False)  # O_EXCL: what was put there before is not written to
             yield temporary
             with temporary.open("rb+") as file:
                 to_disk(file)
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_inside(folder: Path, *names: str) -> BufferedReader:
+    """Opens for reading the regular file that is `names`, one below the other, in `folder`.
+
+    Links are followed on the way to `folder`, whose place the caller chose, and nowhere below it:
+    what lies there may come from a stranger, and leads nowhere else. Nor does this wait for what is
+    no file, such as a FIFO.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StellarError: it is a link, is reached through one, or is no regular file.
+        OSError: it cannot be opened.
+    """
+    path = folder.joinpath(*names)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in names:
+            try:
+                inner = os.open(name, os.O_RDONLY | _UNFOLLOWED, dir_fd=descriptor)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.EMLINK):  # EMLINK on BSD
+                    raise _refused(path, "is a link, or is reached through one") from error
+                raise
+            os.close(descriptor)
+            descriptor = inner
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _refused(path, "is no regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        with suppress(OSError):
+            os.close(descriptor)
+        raise
+
+
+def open_own(path: Path) -> IO[bytes]:
+    """Opens `path` to append to, made if it is not there.
+
+    Raises:
+        StellarError: it is a link or no regular file, and is not touched.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _UNFOLLOWED, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.EISDIR):
+            raise _refused(path, "is a link or a folder") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _refused(path, "is no regular file")
+    return os.fdopen(descriptor, "ab")
+
+
+def _refused(path: Path, what: str) -> StellarError:
+    return StellarError(
+        f"{path}: {what}: an output folder has files of its own only; if it is yours, copy it with "
+        "its links resolved (cp -rL), else remove this"
+    )
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or a link and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -36,7 +36,19 @@ def write_output(
     dtype = next(iter(features.values())).dtype.name
     ids = [f"folder/{place:04d}.jpg" for place in range(rows + len(failed))]
     items = [Item(id, f"/nowhere/{id}") for id in ids]
-    configuration = {"features": list(features), "dtype": dtype, "format": format}
+    configuration = {
+        "model": {"name": "made-up", "backbone": {"patch_size": 16}},
+        "weights": "made-up",
+        "precision": "fp32",
+        "input": "/nowhere",
+        "column": None,
+        "preset": "card",
+        "features": list(features),
+        "dtype": dtype,
+        "format": format,
+        "batch_size": batch,
+        "partition_size": size,
+    }
     starts = range(0, len(ids), size)
     parts = [ids[start : start + size] for start in starts]
     plan = Plan(

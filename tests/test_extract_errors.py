@@ -108,18 +108,16 @@ def test_an_output_that_may_not_be_written_is_told_before_any_work(
 def test_an_output_that_becomes_read_only_is_one_clear_error(
     photographs, tmp_path, engine, monkeypatch, whole
 ):
-    import tempfile
-
     output = tmp_path / "out"
-    made = tempfile.mkdtemp
+    made = Path.mkdir
 
-    def refuse(*arguments, prefix, **named):
-        if prefix.startswith(".part-00001"):
+    def refuse(path, *arguments, **named):
+        if path.name.startswith(".part-00001"):
             raise OSError(30, "Read-only file system")
-        return made(*arguments, prefix=prefix, **named)
+        return made(path, *arguments, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tempfile, "mkdtemp", refuse)
+        patched.setattr(Path, "mkdir", refuse)
         with pytest.raises(StellarError, match="part-00001: cannot be written: Read-only file"):
             run(plan(photographs, output, **SMALL), engine)
     run(plan(photographs, output, **SMALL), engine)

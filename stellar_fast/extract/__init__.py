@@ -1,18 +1,9 @@
 """Features of many images: what to read, the plan, the pipeline, and what is written."""
 
 from .devices import device_names
+from .foreign import DTYPES, FEATURES
 from .input import discover
-from .job import (
-    DEFAULT_FEATURES,
-    DTYPES,
-    FEATURES,
-    Job,
-    identify,
-    parse_share,
-    plan,
-    prepare,
-    todo,
-)
+from .job import DEFAULT_FEATURES, Job, identify, parse_share, plan, prepare, todo
 from .layout import Item, Plan, check_sums, complete, read_manifest, read_plan
 from .pipeline import Options, Pipeline, Stopped
 from .runner import run, run_devices

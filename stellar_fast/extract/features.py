@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -44,6 +44,7 @@ def open_features(folder: PathLike, *, allow_incomplete: bool = False) -> Featur
         raise StellarError(f"{folder}: no such folder")
     plan = read_plan(folder)
     manifests = complete(folder, plan)
+    _check_shapes(folder, manifests)
     features = Features(folder, plan, manifests)
     if features.missing and not allow_incomplete:
         raise StellarError(
@@ -145,8 +146,10 @@ class Features:
         import pyarrow.compute as compute
 
         tables = []
-        for folder, start in zip(self._folders, self._starts, strict=False):
-            table = read_index(folder)
+        for folder, manifest, start in zip(
+            self._folders, self._manifests, self._starts, strict=False
+        ):
+            table = read_index(folder, manifest)
             place = table.schema.get_field_index("row")
             row = compute.add(table["row"], pyarrow.scalar(start, pyarrow.int64()))
             tables.append(table.set_column(place, "row", row))
@@ -324,6 +327,19 @@ class Feature:
         for part, at, inside in self._features._split(rows):
             result[at] = self._features._opened.take(part, self.name, inside)
         return result
+
+
+def _check_shapes(folder: Path, manifests: Mapping[int, dict[str, Any]]) -> None:
+    """Raises StellarError where partitions have rows of different shapes."""
+    first: dict[str, Any] = {}
+    for index, manifest in manifests.items():
+        shapes = {name: facts["shape"][1:] for name, facts in manifest["features"].items()}
+        first = first or shapes
+        if shapes != first:
+            raise StellarError(
+                f"{folder}: the rows of partition {index} are {shapes}, those of the first "
+                f"{first}; one model makes rows of one shape"
+            )
 
 
 def _checked(rows: np.ndarray, length: int) -> np.ndarray:

@@ -16,15 +16,14 @@ import errno
 import fcntl
 import os
 import re
-import shutil
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import StellarError
-from ..files import folder_to_disk, writing
+from ..files import folder_to_disk, open_own, remove, writing
 from .layout import INPUTS, PLAN, Partition
 
 LOCK = ".lock"
@@ -70,6 +69,8 @@ def clear(output: Path) -> None:
 
     Raises:
         StellarError: something cannot be removed.
+
+    Links are removed, and never what they lead to.
     """
     with writing(output):
         names = [entry.name for entry in output.iterdir() if _OURS.fullmatch(entry.name)]
@@ -77,10 +78,7 @@ def clear(output: Path) -> None:
             path = output / name
             if name == LOCK:
                 continue  # others may be waiting for it
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            remove(path)
 
 
 class Locks:
@@ -93,7 +91,7 @@ class Locks:
         self._output = output
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-            self._file = (output / LOCK).open("ab")
+            self._file = open_own(output / LOCK)
         status = os.fstat(self._file.fileno())
         self._identity = status.st_dev, status.st_ino
 
@@ -172,9 +170,9 @@ class Staged:
         try:
             with writing(output / partition.name):
                 for other in output.glob(f"{prefix}*"):  # of a run that died
-                    shutil.rmtree(other)
-                self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=output))
-                self.folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would be the partition's
+                    remove(other)
+                self.folder = output / f"{prefix}{secrets.token_hex(8)}"
+                self.folder.mkdir()  # fails where anything is, a link too
         except BaseException:
             locks.release(partition)
             raise
@@ -188,27 +186,22 @@ class Staged:
         target = self.output / self.partition.name
         with writing(target):
             folder_to_disk(self.folder)
-            if not target.exists():
+            if not os.path.lexists(target):
                 os.rename(self.folder, target)
             elif not _exchange(self.folder, target):
                 # No exchange here: between these two renames the partition is absent, not half.
                 earlier = self.folder.with_name(f"{self.folder.name}-earlier")
                 os.rename(target, earlier)
                 os.rename(self.folder, target)
-                shutil.rmtree(earlier)
+                remove(earlier)
             folder_to_disk(self.output)
         self.drop()
 
     def drop(self) -> None:
         """Removes what is left of the folder, and lets others make the partition."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            remove(self.folder)
         self._locks.release(self.partition)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -13,10 +13,10 @@ from typing import Any
 from ..errors import StellarError
 from ..images import check_preset
 from .folder import Locks, check_output, clear
+from .foreign import DTYPES, FEATURES, FORMATS
 from .input import discover
 from .input.addresses import Allowed, is_address, localized, shown
 from .layout import (
-    FORMATS,
     Item,
     Partition,
     PathLike,
@@ -31,9 +31,7 @@ from .layout import (
 from .pipeline import Encoder, Options
 from .workers import cores
 
-FEATURES = ("sparse", "cls", "spatial", "dense")
 DEFAULT_FEATURES = ("sparse", "cls")
-DTYPES = ("float32", "float16")
 # At 10 images/s seven minutes of work are in a partition's hands, at 3,000 a file of features is
 # 200 MB every second or two. Full batches of any power of two up to this.
 PARTITION_SIZE = 4096

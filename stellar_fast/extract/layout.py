@@ -24,12 +24,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import StellarError
-from ..files import folder_to_disk, replacing, writing
+from ..files import folder_to_disk, open_inside, remove, replacing, writing
+from .foreign import MOST_IMAGES, MOST_PARTITIONS, check_manifest, check_plan, read_json, shown
 from .input.addresses import without_user
 from .records import Item, PathLike
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SCHEMA = 2
 PLAN = "plan.json"
@@ -38,7 +42,6 @@ STATS = "stats.json"
 INDEX = "index.parquet"
 MANIFEST = "manifest.json"
 FEATURES_PARQUET = "features.parquet"
-FORMATS = ("npy", "parquet")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,17 @@ class Plan:
     partitions: tuple[Partition, ...]
     facts: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where `read_plan` would refuse it."""
+        most = max((part.images for part in self.partitions), default=0)
+        for found, limit, remedy in (
+            (len(self.partitions), MOST_PARTITIONS, "give a larger --partition-size"),
+            (most, MOST_IMAGES, "give a smaller --partition-size"),
+        ):
+            if found > limit:
+                what = "partitions" if limit == MOST_PARTITIONS else "images in one partition"
+                raise ValueError(f"{found} {what}, and {limit} are the most; {remedy}")
+
     @property
     def images(self) -> int:
         return sum(partition.images for partition in self.partitions)
@@ -102,20 +116,23 @@ def read_plan(output: PathLike) -> Plan:
         StellarError: there is none, it cannot be read, or it is of another version.
     """
     path = Path(output) / PLAN
-    content = _read_json(path, "an output of `stellar-fast extract` has one")
     try:
-        if content["schema"] != SCHEMA:
-            raise StellarError(
-                f"{path}: schema {content['schema']}, but this version of stellar-fast reads "
-                f"schema {SCHEMA}; use the version that wrote it, or extract anew with --overwrite"
-            )
-        partitions = tuple(
-            Partition(index, part["images"], part["digest"])
-            for index, part in enumerate(content["partitions"])
+        content = read_json(Path(output), PLAN)
+    except FileNotFoundError:
+        raise StellarError(
+            f"{path}: no such file; an output of `stellar-fast extract` has one"
+        ) from None
+    if content.get("schema") != SCHEMA:
+        raise StellarError(
+            f"{path}: schema {shown(content.get('schema'))}, but this version of stellar-fast "
+            f"reads schema {SCHEMA}; use the version that wrote it, or extract anew with --overwrite"
         )
-        return Plan(content["configuration"], partitions, content["facts"])
-    except (KeyError, TypeError) as error:
-        raise StellarError(f"{path} is no plan of an extraction: {error!r}") from error
+    check_plan(path, content)
+    partitions = tuple(
+        Partition(index, part["images"], part["digest"])
+        for index, part in enumerate(content["partitions"])
+    )
+    return Plan(content["configuration"], partitions, content["facts"])
 
 
 def write_plan(output: Path, plan: Plan, items: Sequence[Item]) -> None:
@@ -136,11 +153,10 @@ def write_plan(output: Path, plan: Plan, items: Sequence[Item]) -> None:
     folder_to_disk(output)
 
 
-def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
+def _inputs_schema() -> pyarrow.Schema:
     import pyarrow
-    from pyarrow import parquet
 
-    schema = pyarrow.schema(
+    return pyarrow.schema(
         [
             ("id", pyarrow.string()),
             ("file", pyarrow.binary()),  # a file's name may be no UTF-8
@@ -148,11 +164,18 @@ def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
             ("size", pyarrow.int64()),
         ]
     )
+
+
+def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = _inputs_schema()
     start = 0
     _remove_leftovers(path)
     with replacing(path) as temporary:
         # The addresses may have credentials, which nothing else of an output has.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        temporary.chmod(0o600)
         with parquet.ParquetWriter(temporary, schema) as writer:
             for partition in plan.partitions:
                 part = items[start : start + partition.images]
@@ -176,14 +199,22 @@ def read_items(output: PathLike, partition: Partition) -> list[Item]:
 
     path = Path(output) / INPUTS
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_inside(Path(output), INPUTS) as opened, parquet.ParquetFile(opened) as file:
+            if not file.schema_arrow.equals(_inputs_schema()):
+                raise ValueError("its columns are not those of a plan's images")
+            group = file.metadata.row_group(partition.index)
+            if group.num_rows != partition.images or group.total_byte_size > MOST_TEXT:
+                raise ValueError(
+                    f"{partition.name} has {group.num_rows} lines of {group.total_byte_size} bytes,"
+                    f" not {partition.images} of {MOST_TEXT} at most"
+                )
             columns = file.read_row_group(partition.index).to_pydict()
-    except (OSError, ArrowException, IndexError) as error:
+        items = [
+            Item(name, os.fsdecode(place), offset, size)
+            for name, place, offset, size in zip(*columns.values(), strict=True)
+        ]
+    except (OSError, ArrowException, IndexError, TypeError, ValueError) as error:
         raise StellarError(f"{path}: cannot be read: {error}") from error
-    items = [
-        Item(name, os.fsdecode(file), offset, size)
-        for name, file, offset, size in zip(*columns.values(), strict=True)
-    ]
     if digest_of(items) != partition.digest:
         raise StellarError(
             f"{path}: {partition.name} names other images than {PLAN}; use --overwrite"
@@ -195,24 +226,35 @@ def read_manifest(output: PathLike, plan: Plan, index: int) -> dict[str, Any] | 
     """The manifest of a partition; None if the partition is not complete.
 
     Raises:
-        StellarError: the partition is of another plan, or a file of it has another size.
+        StellarError: the partition is of another plan, a field of the manifest is not what it can
+            be, or a file is no regular file of the partition or has another size.
     """
     partition = plan.partitions[index]
     folder = Path(output) / partition.name
-    path = folder / MANIFEST
-    if not path.exists():
+    try:
+        manifest = read_json(Path(output), partition.name, MANIFEST)
+    except FileNotFoundError:
         return None
-    manifest = _read_json(path, "")
     remedy = f"remove {folder} and run again"
     expected = (SCHEMA, plan.digest, partition.digest)
     if tuple(manifest.get(key) for key in ("schema", "configuration", "digest")) != expected:
         raise StellarError(f"{folder} was made by another plan than {PLAN}; {remedy}")
+    check_manifest(folder / MANIFEST, manifest, plan.configuration, partition.images, index)
     for name, facts in manifest["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        size = _size(folder / name)
         if size != facts["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes, not {facts['bytes']}"
             raise StellarError(f"{folder / name} {found}; {remedy}")
     return manifest
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a regular file; None where there is nothing. `open_inside` refuses what else there
+    may be."""
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return None
 
 
 def complete(output: PathLike, plan: Plan) -> dict[int, dict[str, Any]]:
@@ -236,7 +278,8 @@ def check_sums(output: PathLike, plan: Plan, index: int) -> None:
     if manifest is None:
         raise StellarError(f"{folder} is not complete")
     for name, facts in manifest["files"].items():
-        found = sha256_of(folder / name)
+        with open_inside(Path(output), folder.name, name) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != facts["sha256"]:
             raise StellarError(
                 f"{folder / name} has changed since it was written: its SHA-256 is {found}, not "
@@ -273,16 +316,4 @@ def _remove_leftovers(path: Path) -> None:
     """Removes what `replacing` left of this file in a process that was killed."""
     with writing(path):
         for leftover in path.parent.glob(f".{path.stem}.*{path.suffix}"):
-            leftover.unlink()
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise StellarError(f"{path}: no such file{'; ' if hint else ''}{hint}") from None
-    except (OSError, ValueError) as error:
-        raise StellarError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise StellarError(f"{path}: holds no JSON object")
-    return content
+            remove(leftover)

@@ -1,27 +1,40 @@
-"""The files of partitions, opened when they are read and not all at once."""
+"""The files of partitions, opened when they are read and not all at once.
+
+They may come from a stranger, and say how much memory to take: nothing is read before what a file
+says of itself is what the plan and the manifest say, and its length is as that has it.
+"""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import StellarError
+from ..files import open_inside
+from .foreign import DTYPES, MOST_TEXT
 from .layout import FEATURES_PARQUET, INDEX
-from .writer import METADATA
+from .writer import INDEX_COLUMNS, METADATA
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow import parquet
 
 # Files of one `Opened` that are open at once: each holds a descriptor, of which a process has 1024
 # by default.
 OPEN = 64
+# Of an index in the file. What snappy packs grows by a factor of 22 at most.
+MOST_INDEX = MOST_TEXT  # bytes
+_INDEX_CODECS = ("UNCOMPRESSED", "SNAPPY")
 
 
 class Opened:
@@ -61,43 +74,92 @@ class Opened:
 
     def _open(self, part: int, name: str) -> Any:
         folder, manifest = self._folders[part], self._manifests[part]
-        if not name:
-            table = read_index(folder)
-            return table.filter(ok(table))["id"]
-        facts = manifest["features"][name]
-        path = folder / (FEATURES_PARQUET if manifest["format"] == "parquet" else f"{name}.npy")
-        rows: np.ndarray | _ParquetRows
-        try:
-            if manifest["format"] == "parquet":
-                rows = _ParquetRows(path, name)
-            else:  # a plain view: memmap's own indexing is slow
-                rows = np.load(path, mmap_mode="r").view(np.ndarray)
-        except Exception as error:  # OSError, NumPy's ValueError, Arrow's own
-            raise StellarError(f"{path}: cannot be read: {error}; remove {folder}") from error
-        if (list(rows.shape), rows.dtype.name) != (facts["shape"], facts["dtype"]):
-            raise StellarError(
-                f"{path} holds {rows.dtype.name} {list(rows.shape)}, but its manifest says "
-                f"{facts['dtype']} {facts['shape']}; remove {folder} and extract again"
-            )
-        return rows
+        if name:
+            return open_rows(folder, manifest, name)
+        table = read_index(folder, manifest)
+        return table.filter(ok(table))["id"]
 
 
-class _ParquetRows:
+def open_rows(folder: Path, manifest: Mapping[str, Any], name: str) -> np.ndarray | ParquetRows:
+    """One feature of a partition: (rows, ...), indexed by a slice or an array of row numbers.
+
+    Args:
+        manifest: of the partition in `folder`, by `layout.read_manifest`.
+
+    Raises:
+        StellarError: its file cannot be read, or is not what the manifest says.
+    """
+    if manifest["format"] == "parquet":
+        return ParquetRows(folder, manifest, name)
+    with _reading(folder, f"{name}.npy") as file:
+        return _mapped(file, folder / f"{name}.npy", manifest["features"][name])
+
+
+def _mapped(file: IO[bytes], path: Path, facts: Mapping[str, Any]) -> np.ndarray:
+    shape, dtype = tuple(facts["shape"]), np.dtype(facts["dtype"])
+    # Only the header that extraction writes: the later ones may say to be 4 GB long.
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"its header is of version {version}, not (1, 0)")
+    found = np.lib.format.read_array_header_1_0(file)
+    if found != (shape, False, dtype):
+        order = " in Fortran order" if found[1] else ""
+        raise StellarError(
+            f"{path} holds {found[2].name} {list(found[0])}{order}, but its manifest says "
+            f"{dtype.name} {list(shape)}; remove {path.parent} and extract again"
+        )
+    start = file.tell()
+    expected = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if (length := os.fstat(file.fileno()).st_size) != expected:
+        raise ValueError(f"it has {length} bytes, and its rows take {expected}")
+    # A plain view: memmap's own indexing is slow.
+    return np.memmap(file, dtype, "r", start, shape).view(np.ndarray)
+
+
+class ParquetRows:
     """One feature of a `features.parquet`, read by row group; the last group read is kept."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        from pyarrow import parquet
-
-        self._file = parquet.ParquetFile(path, memory_map=True)
-        self._name = name
-        facts = json.loads(self._file.schema_arrow.metadata[METADATA])[name]
-        groups = range(self._file.metadata.num_row_groups)
-        counts = [self._file.metadata.row_group(group).num_rows for group in groups]
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+        """
+        Raises:
+            StellarError: the file cannot be read, or is not what the manifest says.
+        """
+        facts = manifest["features"][name]
+        self.shape, self.dtype = tuple(facts["shape"]), np.dtype(facts["dtype"])
+        self._path, self._name = folder / FEATURES_PARQUET, name
+        with _reading(folder, FEATURES_PARQUET) as file:
+            self._file = _parquet(file)
+            counts = self._check(manifest["features"], os.fstat(file.fileno()).st_size)
         self._starts = np.array([0, *accumulate(counts)])
-        self.dtype = np.dtype(facts["dtype"])
-        self.shape = (int(self._starts[-1]), *facts["shape"])
         self._lock = threading.Lock()
         self._last: tuple[int, np.ndarray] | None = None
+
+    def _check(self, features: Mapping[str, Any], length: int) -> list[int]:
+        """The rows of every group, of a file that cannot unpack to more than its length."""
+        schema, facts = self._file.schema_arrow, self._file.metadata
+        rows = {name: {**wanted, "shape": wanted["shape"][1:]} for name, wanted in features.items()}
+        written = json.loads((schema.metadata or {}).get(METADATA, b"null"))
+        widths = {
+            name: int(np.prod(wanted["shape"], dtype=np.int64)) * DTYPES[wanted["dtype"]]
+            for name, wanted in rows.items()
+        }
+        types = {"id": "string"} | {
+            name: f"fixed_size_binary[{width}]" for name, width in widths.items()
+        }
+        found = {field.name: str(field.type) for field in schema}
+        if (found, written) != (types, rows) or len(schema) != len(types):
+            raise ValueError("its columns are not those of its manifest")
+        # Groups without rows would cost memory for nothing.
+        if facts.num_row_groups > max(1, facts.num_rows):
+            raise ValueError(f"it has {facts.num_row_groups} row groups for {facts.num_rows} rows")
+        groups = [facts.row_group(group) for group in range(facts.num_row_groups)]
+        counts = [group.num_rows for group in groups]
+        if min(counts, default=0) < 0 or not sum(counts) == facts.num_rows == self.shape[0]:
+            raise ValueError(f"it has {sum(counts)} rows, and its manifest {self.shape[0]}")
+        if sum(widths.values()) * self.shape[0] > length:
+            raise ValueError(f"it has {length} bytes, fewer than its rows take")
+        if any(codec != "UNCOMPRESSED" for group in groups for codec in _codecs(group)):
+            raise ValueError("it is compressed")
+        return counts
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
@@ -112,32 +174,87 @@ class _ParquetRows:
     def _group(self, group: int) -> np.ndarray:
         with self._lock:
             if self._last is None or self._last[0] != group:
-                column = self._file.read_row_group(group, [self._name])[self._name]
-                chunks = [
-                    np.frombuffer(
-                        chunk.buffers()[1].slice(
-                            chunk.offset * chunk.type.byte_width, len(chunk) * chunk.type.byte_width
-                        ),
-                        self.dtype,
-                    )
-                    for chunk in column.chunks
-                ]
-                self._last = group, np.concatenate(chunks).reshape(-1, *self.shape[1:])
+                with _told(self._path):
+                    column = self._file.read_row_group(group, [self._name])[self._name]
+                    count = int(self._starts[group + 1] - self._starts[group])
+                    # Under a null there is whatever was in memory.
+                    if (len(column), column.null_count) != (count, 0):
+                        raise ValueError(f"row group {group} has not the {count} rows that it says")
+                    chunks = [
+                        np.frombuffer(
+                            chunk.buffers()[1].slice(
+                                chunk.offset * chunk.type.byte_width,
+                                len(chunk) * chunk.type.byte_width,
+                            ),
+                            self.dtype,
+                        )
+                        for chunk in column.chunks
+                    ]
+                    self._last = group, np.concatenate(chunks).reshape(count, *self.shape[1:])
             return self._last[1]
 
 
-def read_index(folder: Path) -> pyarrow.Table:
+def read_index(folder: Path, manifest: Mapping[str, Any]) -> pyarrow.Table:
     """The index of a partition, one line an image.
 
     Raises:
-        StellarError: it cannot be read.
+        StellarError: it cannot be read, or is not what the manifest says.
     """
-    from pyarrow import ArrowException, parquet
+    with _reading(folder, INDEX) as file:
+        if (length := os.fstat(file.fileno()).st_size) > MOST_INDEX:
+            raise ValueError(f"it has {length} bytes, and {MOST_INDEX} are the most")
+        table = _unpacked(_parquet(file, read_dictionary=["id", "status", "reason"]), manifest)
+        _check_index(table, manifest)
+        return table
 
-    try:
-        return parquet.read_table(folder / INDEX, partitioning=None)
-    except (OSError, ArrowException) as error:
-        raise StellarError(f"{folder / INDEX}: cannot be read: {error}") from error
+
+def _unpacked(file: parquet.ParquetFile, manifest: Mapping[str, Any]) -> pyarrow.Table:
+    """The table of an index whose text, however often it is repeated, is within `MOST_TEXT`."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    facts = file.metadata
+    groups = [facts.row_group(group) for group in range(min(facts.num_row_groups, 2))]
+    # One group, as `write_index` makes of at most `MOST_IMAGES` lines.
+    if len(groups) != 1 or not facts.num_rows == groups[0].num_rows == manifest["images"]:
+        raise ValueError(f"it has {facts.num_rows} lines, and its manifest {manifest['images']}")
+    packed = dict.fromkeys(("id", "status", "reason"), "dictionary<values=string, indices=int32")
+    found = {field.name: str(field.type) for field in file.schema_arrow}
+    expected = {**INDEX_COLUMNS, **{name: f"{type}, ordered=0>" for name, type in packed.items()}}
+    if found != expected or len(file.schema_arrow) != len(expected):
+        raise ValueError("its columns are not those of an index")
+    if any(codec not in _INDEX_CODECS for codec in _codecs(groups[0])):
+        raise ValueError(f"it is packed otherwise than by {' or '.join(_INDEX_CODECS)}")
+    table = file.read()
+    table.validate(full=True)  # UTF-8, and places in the dictionary
+    text = 0
+    for name in packed:
+        for chunk in table[name].chunks:
+            sizes = compute.binary_length(chunk.dictionary).cast(pyarrow.int64())
+            text += compute.sum(sizes.take(chunk.indices)).as_py() or 0
+    if text > MOST_TEXT:
+        raise ValueError(f"its text unpacks to {text} bytes, and {MOST_TEXT} are the most")
+    columns = {name: table[name].cast(pyarrow.string()) for name in packed}
+    return pyarrow.table({name: columns.get(name, table[name]) for name in INDEX_COLUMNS})
+
+
+def _check_index(table: pyarrow.Table, manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError where its lines are not those of the manifest's rows, in order."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    good = compute.is_valid(table["row"])
+    rows = table["row"].drop_null().to_numpy()
+    if not np.array_equal(rows, np.arange(manifest["rows"])):
+        raise ValueError(f"its rows are not 0 to {manifest['rows']} - 1 in order")
+    status = compute.if_else(good, pyarrow.scalar("ok"), pyarrow.scalar("failed"))
+    for what, holds in (
+        ("an id", compute.is_valid(table["id"])),
+        ("the status of its row", compute.fill_null(compute.equal(table["status"], status), False)),
+        ("a reason where it failed, alone", compute.xor(good, compute.is_valid(table["reason"]))),
+    ):
+        if not compute.all(holds, min_count=0).as_py():
+            raise ValueError(f"a line has not {what}")
 
 
 def ok(table: pyarrow.Table) -> pyarrow.ChunkedArray:
@@ -145,3 +262,35 @@ def ok(table: pyarrow.Table) -> pyarrow.ChunkedArray:
     import pyarrow.compute as compute
 
     return compute.equal(table["status"], "ok")
+
+
+def _parquet(file: IO[bytes], **options: Any) -> parquet.ParquetFile:
+    """Reads a file in place: by its descriptor, as its name may lead elsewhere by now."""
+    import pyarrow
+    from pyarrow import parquet
+
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return parquet.ParquetFile(pyarrow.BufferReader(pyarrow.py_buffer(mapped)), **options)
+
+
+def _codecs(group: Any) -> Iterator[str]:
+    return (group.column(column).compression for column in range(group.num_columns))
+
+
+@contextmanager
+def _reading(folder: Path, name: str) -> Iterator[IO[bytes]]:
+    with (
+        _told(folder / name),
+        open_inside(folder.parent, folder.name, name) as file,
+    ):
+        yield file
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except StellarError:
+        raise
+    except Exception as error:  # OSError, NumPy's ValueError and SyntaxError, Arrow's own
+        raise StellarError(f"{path}: cannot be read: {error}; remove {path.parent}") from error

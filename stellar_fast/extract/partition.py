@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import StellarError
 from ..files import to_disk, writing
 from ..printable import printable
 from .decoding import Outcome
 from .folder import Locks, Staged
 from .layout import MANIFEST, SCHEMA, Item, Plan, read_manifest, sha256_of
-from .writer import FeatureFiles, Shapes, feature_files, read_index, read_rows, write_index
+from .opened import open_rows, read_index
+from .writer import FeatureFiles, Shapes, feature_files, write_index
 
 PACKAGES = ("stellar-fast", "torch", "numpy", "pillow", "pyarrow")
 # Rows that are copied at once where a partition's earlier rows and new ones are put together.
@@ -55,7 +57,7 @@ class Work:
             self._earlier = read_manifest(output, plan, index)
             self._all = [item.id for item in items]
             if self._earlier is not None:
-                self._index = read_index(output / self.partition.name)
+                self._index = self._read_earlier(self._earlier)
                 failed = {
                     id
                     for id, row in zip(self._index["id"], self._index["row"], strict=True)
@@ -66,6 +68,18 @@ class Work:
         except BaseException:
             self.drop()
             raise
+
+    def _read_earlier(self, manifest: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """The index of the partition as it is, of these images and features of these shapes."""
+        folder = self._output / self.partition.name
+        index = read_index(folder, manifest).to_pydict()
+        shapes = {name: tuple(facts["shape"][1:]) for name, facts in manifest["features"].items()}
+        if index["id"] != self._all or shapes != dict(self._shapes):
+            raise StellarError(
+                f"{folder} holds other images, or features of other shapes, than this run makes; "
+                f"remove {folder} and run again"
+            )
+        return index
 
     def _new_files(self) -> FeatureFiles:
         if self._earlier is None:
@@ -148,8 +162,13 @@ class Work:
         assert self._files is not None
         folder = self._output / self.partition.name
         new = self._staged.folder / "new"
-        old_rows = {name: read_rows(folder, earlier, name) for name in self._shapes}
-        new_rows = {name: np.load(new / f"{name}.npy", mmap_mode="r") for name in self._shapes}
+        rows = {
+            name: (
+                open_rows(folder, earlier, name),
+                np.load(new / f"{name}.npy", mmap_mode="r"),
+            )
+            for name in self._shapes
+        }
         outcomes = {
             item.id: (reason, size)
             for item, reason, size in zip(self.items, self.reasons, self.sizes, strict=True)
@@ -176,15 +195,11 @@ class Work:
             self._plan.configuration["dtype"],
         )
         for start in range(0, len(ids), BLOCK):
-            part = sources[start : start + BLOCK]
+            fresh, at = np.array(sources[start : start + BLOCK]).T
+            chosen = fresh.astype(bool)
             self._files.append(
                 ids[start : start + BLOCK],
-                {
-                    name: np.stack(
-                        [(new_rows if fresh else old_rows)[name][row] for fresh, row in part]
-                    )
-                    for name in self._shapes
-                },
+                {name: _woven(*pair, chosen, at) for name, pair in rows.items()},
             )
         paths = self._files.finish()
         for path in new.iterdir():
@@ -197,6 +212,14 @@ class Work:
         if self._files is not None:
             self._files.close()
         self._staged.drop()
+
+
+def _woven(old: Any, new: np.ndarray, fresh: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Rows `at` of `new` where `fresh`, of `old` elsewhere."""
+    result = np.empty((len(at), *new.shape[1:]), new.dtype)
+    result[fresh] = new[at[fresh]]
+    result[~fresh] = old[at[~fresh]]
+    return result
 
 
 class Unwritten:

@@ -13,10 +13,19 @@ import numpy as np
 
 from ..errors import StellarError
 from ..files import to_disk, writing
+from .foreign import MOST_TEXT
 from .layout import FEATURES_PARQUET, INDEX
 
 Shapes = Mapping[str, tuple[int, ...]]
 METADATA = b"stellar_fast"  # the key of shapes and dtypes in a Parquet schema
+INDEX_COLUMNS = {
+    "id": "string",
+    "row": "int64",
+    "status": "string",
+    "reason": "string",
+    "width": "int32",
+    "height": "int32",
+}
 
 
 class FeatureFiles(Protocol):
@@ -43,7 +52,7 @@ def feature_files(kind: str, folder: Path, shapes: Shapes, dtype: str) -> Featur
     """New files of features in `folder`.
 
     Args:
-        kind: of `layout.FORMATS`.
+        kind: of `foreign.FORMATS`.
         shapes: of one row of each feature.
     """
     if kind == "npy":
@@ -173,22 +182,6 @@ class ParquetFile:
             self._file.close()
 
 
-def read_rows(folder: Path, manifest: Mapping[str, Any], name: str) -> np.ndarray:
-    """One feature of a complete partition, (rows, ...) of the files' dtype."""
-    if manifest["format"] == "npy":
-        return np.load(folder / f"{name}.npy", mmap_mode="r")
-    from pyarrow import parquet
-
-    facts = manifest["features"][name]
-    column = parquet.read_table(folder / FEATURES_PARQUET, columns=[name])[name]
-    # An array that begins at an offset shares its buffer with others.
-    content = b"".join(
-        chunk.buffers()[1].slice(chunk.offset * chunk.type.byte_width, chunk.nbytes).to_pybytes()
-        for chunk in column.chunks
-    )
-    return np.frombuffer(content, facts["dtype"]).reshape(facts["shape"])
-
-
 def write_index(
     folder: Path,
     ids: Sequence[str],
@@ -203,6 +196,9 @@ def write_index(
 
     Args:
         reasons: why each image failed, None where it did not.
+
+    Raises:
+        StellarError: it cannot be written, or its text is longer than `opened.read_index` takes.
     """
     import pyarrow
     from pyarrow import parquet
@@ -213,25 +209,23 @@ def write_index(
         rows.append(good if reason is None else None)
         good += reason is None
     states = ["ok" if reason is None else "failed" for reason in reasons]
-    table = pyarrow.table(
-        {
-            "id": pyarrow.array(ids, pyarrow.string()),
-            "row": pyarrow.array(rows, pyarrow.int64()),
-            "status": pyarrow.array(states, pyarrow.string()),
-            "reason": pyarrow.array(reasons, pyarrow.string()),
-            "width": pyarrow.array([width for width, _ in sizes], pyarrow.int32()),
-            "height": pyarrow.array([height for _, height in sizes], pyarrow.int32()),
-        }
-    )
+    columns = {
+        "id": ids,
+        "row": rows,
+        "status": states,
+        "reason": reasons,
+        "width": [width for width, _ in sizes],
+        "height": [height for _, height in sizes],
+    }
+    table = pyarrow.table(columns, schema=pyarrow.schema(list(INDEX_COLUMNS.items())))
     path = folder / INDEX
+    text = sum(table[name].nbytes for name in ("id", "status", "reason"))
+    if text > MOST_TEXT:
+        raise StellarError(
+            f"{path}: {text} bytes of ids and reasons, and {MOST_TEXT} are the most; give a "
+            "smaller --partition-size"
+        )
     with writing(path), path.open("wb") as file:
-        parquet.write_table(table, file)
+        parquet.write_table(table, file, compression="snappy")  # what `opened` reads
         to_disk(file)
     return path
-
-
-def read_index(folder: Path) -> dict[str, list[Any]]:
-    """The columns of a partition's `index.parquet`, by name."""
-    from pyarrow import parquet
-
-    return parquet.read_table(folder / INDEX).to_pydict()
