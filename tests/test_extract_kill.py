@@ -180,7 +180,7 @@ def test_an_image_that_never_ends_is_a_failed_row(tmp_path, engine, monkeypatch)
     monkeypatch.setattr(workers, "PATIENCE", 1.0)
     for name in ("a", "b-endless", "c"):
         photograph(60, 50, seed=ord(name[0])).save(tmp_path / f"{name}.png")
-    run(plan(tmp_path, tmp_path / "out", batch_size=8, workers=2), engine)
+    run(plan(tmp_path, tmp_path / "out", batch_size=8, workers=2, decode_seconds=2), engine)
     table = index(tmp_path / "out")
     assert table["reason"] == [None, "reading took more than 1 s, twice", None]
 

@@ -19,42 +19,32 @@ from ..errors import ImageError
 from ..images import SIZE, decode, describe_error, preset_pixels
 from .layout import Item
 from .locations import read_item
-from .sandbox import Limits, enter
+from .sandbox import Limits, decoding_time, enter
 
 SHAPE = (3, SIZE, SIZE)
 
 
 class Slots:
-    """Memory that several processes see.
+    """Pictures in memory that several processes see: `array` is (count, 3, 224, 224).
 
-    It has no name, so a killed process leaves nothing behind, and it does not count towards
+    The memory has no name, so a killed process leaves nothing behind, and it does not count towards
     /dev/shm, which containers keep small.
-
-    Attributes:
-        array: (count, 3, 224, 224), pictures.
-        clocks: (processes, 2), float64: since when, by `time.monotonic`, each process has been
-            reading an image, and decoding one; 0 where it is not.
     """
 
-    def __init__(
-        self, count: int, dtype: str, processes: int, descriptor: int | None = None
-    ) -> None:
-        self.count, self.dtype, self.processes = count, dtype, processes
-        start = processes * 2 * np.dtype(np.float64).itemsize
-        length = start + count * int(np.prod(SHAPE)) * np.dtype(dtype).itemsize
+    def __init__(self, count: int, dtype: str, descriptor: int | None = None) -> None:
+        self.count, self.dtype = count, dtype
+        length = count * int(np.prod(SHAPE)) * np.dtype(dtype).itemsize
         if descriptor is None:
             descriptor = _nameless()
             os.ftruncate(descriptor, length)
         self._descriptor = descriptor
-        memory = mmap.mmap(descriptor, length)
-        self.clocks = np.frombuffer(memory, np.float64, 2 * processes).reshape(processes, 2)
-        self.array = np.frombuffer(memory, dtype, offset=start).reshape(count, *SHAPE)
+        self.array = np.frombuffer(mmap.mmap(descriptor, length), dtype).reshape(count, *SHAPE)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (self.count, self.dtype, self.processes, DupFd(self._descriptor))
+        return _attach, (self.count, self.dtype, DupFd(self._descriptor))
 
 
 def _nameless() -> int:
@@ -64,8 +54,8 @@ def _nameless() -> int:
         return os.dup(file.fileno())
 
 
-def _attach(count: int, dtype: str, processes: int, descriptor: Any) -> Slots:
-    return Slots(count, dtype, processes, descriptor.detach())
+def _attach(count: int, dtype: str, descriptor: Any) -> Slots:
+    return Slots(count, dtype, descriptor.detach())
 
 
 def pixels_dtype(preset: str) -> str:
@@ -102,13 +92,10 @@ class Outcome:
 READY = "ready"
 
 
-def work(
-    connection: Connection, place: int, slots: Slots, preset: str, dummy: bool, limits: Limits
-) -> None:
+def work(connection: Connection, slots: Slots, preset: str, dummy: bool, limits: Limits) -> None:
     """Answers every list of orders by a list of outcomes, until the other end is closed.
 
     Args:
-        place: of this process in `slots.clocks`.
         dummy: read nothing, and fill the slots with noise.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
@@ -123,7 +110,6 @@ def work(
 
         torch.set_num_threads(1)
     enter(limits)
-    clock = slots.clocks[place]
     try:
         connection.send(READY)
         while True:
@@ -131,7 +117,7 @@ def work(
             outcomes = []
             for order in orders:
                 if noise is None:
-                    outcomes.append(_carry_out(order, slots, preset, limits, clock))
+                    outcomes.append(_carry_out(order, slots, preset, limits))
                 else:
                     slots.array[order.slot] = noise
                     outcomes.append(Outcome(order.number, order.slot, None, SIZE, SIZE))
@@ -140,26 +126,21 @@ def work(
         pass  # done, or the process that wanted the pictures is gone
 
 
-def _carry_out(
-    order: Order, slots: Slots, preset: str, limits: Limits, clock: np.ndarray
-) -> Outcome:
+def _carry_out(order: Order, slots: Slots, preset: str, limits: Limits) -> Outcome:
     start = time.perf_counter()
     read = start
     try:
-        clock[0] = time.monotonic()
         content = read_item(order.item)
-        clock[:] = 0, time.monotonic()
         read = time.perf_counter()
-        image = decode(content, max_pixels=limits.max_pixels)
-        slots.array[order.slot] = preset_pixels(image, preset)
+        with decoding_time(limits.seconds):
+            image = decode(content, max_pixels=limits.max_pixels)
+            slots.array[order.slot] = preset_pixels(image, preset)
     except Exception as error:
         end = time.perf_counter()
         if read == start:
             read = end
         reason = _reason(error, limits)
         return Outcome(order.number, order.slot, reason, read=read - start, decode=end - read)
-    finally:
-        clock[:] = 0
     end = time.perf_counter()
     return Outcome(
         order.number,

@@ -38,6 +38,7 @@ DTYPES = ("float32", "float16")
 # At 10 images/s seven minutes of work are in a partition's hands, at 3,000 a file of features is
 # 200 MB every second or two. Full batches of any power of two up to this.
 PARTITION_SIZE = 4096
+MOST_SECONDS = 86_400  # to decode one image in: timers do not take just any number
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ def plan(
     ):
         if number is not None and number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
-    if not decode_seconds > 0:  # not a number is none
+    if not 0 < decode_seconds <= MOST_SECONDS:  # not a number is none
         raise ValueError(
-            f"the seconds to decode an image in must be positive, got {decode_seconds}"
+            f"decode_seconds must be more than 0 and at most {MOST_SECONDS}, got {decode_seconds}"
         )
     if not 1 <= share[0] <= share[1]:
         raise ValueError(

@@ -7,11 +7,12 @@ The process limits itself once, before it sees the first file:
   only reserved counts, so the limit is the same for a process that has imported torch. What is
   refused becomes a MemoryError, or whatever the decoder makes of it. Linux only.
 * files: none of more than `FILE_BYTES`, and no core.
-* Linux: no more privileges by exec, and no life after the process that it was forked from.
-* Pillow's module-wide settings are what `stellar_fast.images` expects, whatever the script of the
-  user says, which every process of multiprocessing imports.
+* privileges: no more by executing a program. Linux only.
+* Pillow's module-wide settings: what `stellar_fast.images` expects, whatever the user's script
+  says, which every process of multiprocessing imports.
 
-Time is kept by `Workers`, which kills what takes more: a decoder in C sees no signal of Python's.
+And each image's time: a signal that nothing handles ends the process, whatever its decoder is at,
+and though the process that started it may be gone. `Workers` knows it by that signal.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +37,8 @@ LEAST_MEMORY = 2048  # MiB
 BYTES_A_PIXEL = 40
 # Decoding writes no files; a store's client may keep the token that it was given.
 FILE_BYTES = 1 << 20
-# Of linux/prctl.h.
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
+TIME_IS_UP = signal.SIGALRM
+_PR_SET_NO_NEW_PRIVS = 38  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,25 @@ def enter(limits: Limits) -> None:
     _lower(resource.RLIMIT_FSIZE, FILE_BYTES)
     if sys.platform == "linux":
         _lower(resource.RLIMIT_DATA, _data_bytes() + (limits.memory << 20))
-        system = ctypes.CDLL(None)
-        system.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    signal.signal(TIME_IS_UP, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {TIME_IS_UP})
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     Image.MAX_IMAGE_PIXELS = limits.max_pixels
     GifImagePlugin.LOADING_STRATEGY = GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST
     PngImagePlugin.MAX_TEXT_CHUNK = ImageFile.SAFEBLOCK
     PngImagePlugin.MAX_TEXT_MEMORY = 64 * ImageFile.SAFEBLOCK
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there is a process for each core
+
+
+@contextmanager
+def decoding_time(seconds: float) -> Iterator[None]:
+    """Ends this process, which `enter` has limited, if the block takes longer."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _lower(what: int, most: int) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 from ..errors import StellarError
 from .decoding import READY, Order, Outcome, Slots, pixels_dtype, work
 from .layout import Item
-from .sandbox import Limits
+from .sandbox import TIME_IS_UP, Limits
 
 # Lists of orders that a process has: one in work and one that waits, so that it never does.
 LISTS_AHEAD = 2
 # Images in one list: fewer messages, but more to do again when a process dies.
 MOST_ORDERS = 8
-PATIENCE = 300.0  # seconds to read one image in: a store may never answer
+# Seconds to read one list of orders in, besides what its images have to be decoded in.
+PATIENCE = 300.0
 START_PATIENCE = 120.0  # seconds to be ready in
 # Processes that die one after another before they are ready.
 FALSE_STARTS = 3
@@ -29,26 +30,23 @@ POLL = 0.5  # seconds between looks at the clock and at `stopped`
 
 
 class _Process:
-    """One decoding process, and the lists of orders that it has not answered, oldest first.
+    """One decoding process, and the lists of orders that it has not answered, oldest first."""
 
-    Attributes:
-        place: of its clocks.
-    """
-
-    def __init__(self, context: Any, place: int, arguments: tuple[Any, ...]) -> None:
-        self.place = place
+    def __init__(self, context: Any, arguments: tuple[Any, ...]) -> None:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=work, args=(theirs, place, *arguments), daemon=True, name="decode"
+            target=work, args=(theirs, *arguments), daemon=True, name="decode"
         )
         with without_interrupts():
             self.process.start()
         theirs.close()
         self.ready = False
         self.lists: deque[list[Order]] = deque()
-        self.started = time.monotonic()
+        self.since = time.monotonic()
 
     def send(self, orders: list[Order]) -> None:
+        if not self.lists:
+            self.since = time.monotonic()
         self.lists.append(orders)
         with suppress(OSError):  # it died, which its sentinel tells
             self.connection.send(orders)
@@ -93,7 +91,7 @@ class Workers:
         self._orders = max(1, min(MOST_ORDERS, batch_size // (2 * count)))
         # Two batches ahead of the engine, and what the processes have in hand.
         room = 2 * batch_size + count * LISTS_AHEAD * self._orders
-        self.slots = Slots(room, pixels_dtype(preset), count)
+        self.slots = Slots(room, pixels_dtype(preset))
         self._free = list(range(room))
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([work.__module__])
@@ -105,8 +103,8 @@ class Workers:
         self._false_starts = 0
         self._died_on: dict[int, str] = {}  # order's number -> how its process died
         try:
-            for place in range(count):
-                self._processes.append(_Process(self._context, place, self._arguments))
+            for _ in range(count):
+                self._processes.append(_Process(self._context, self._arguments))
         except BaseException:
             self.close()
             raise
@@ -182,30 +180,30 @@ class Workers:
             if process.connection in ready or process.process.sentinel in ready:
                 found += self._read(process)
             if process.process.sentinel in ready:
-                how = exit_of(process.process.exitcode)
-                found += self._replace(process, retries, f"the decoding process died ({how})")
+                found += self._replace(process, retries, self._end_of(process))
                 continue
-            if (late := self._late(process)) is not None:
-                found += self._replace(process, retries, late)
+            waited = time.monotonic() - process.since
+            if process.ready and process.lists:
+                # A process that decodes for too long ends by itself.
+                if waited > PATIENCE + len(process.lists[0]) * self._limits.seconds:
+                    why = f"reading took more than {PATIENCE:g} s"
+                    found += self._replace(process, retries, why)
+            elif not process.ready and waited > START_PATIENCE:
+                found += self._replace(process, retries, "a decoding process hung")
         return found
 
-    def _late(self, process: _Process) -> str | None:
-        """What a process takes too long for, if it does."""
-        now = time.monotonic()
-        reading, decoding = self.slots.clocks[process.place]
-        if reading and now - reading > PATIENCE:
-            return f"reading took more than {PATIENCE:g} s"
-        if decoding and now - decoding > self._limits.seconds:
+    def _end_of(self, process: _Process) -> str:
+        code = process.process.exitcode
+        if process.ready and code == -TIME_IS_UP:
             return f"decoding took more than {self._limits.seconds:g} s"
-        if not process.ready and now - process.started > START_PATIENCE:
-            return "a decoding process hung"
-        return None
+        return f"the decoding process died ({exit_of(code)})"
 
     def _read(self, process: _Process) -> list[Outcome]:
         found: list[Outcome] = []
         try:
             while process.connection.poll():
                 message = process.connection.recv()
+                process.since = time.monotonic()
                 if message == READY:
                     process.ready = True
                     self._false_starts = 0
@@ -220,7 +218,6 @@ class Workers:
         """A new process for one that died. The images of the list that it had in work are tried
         once more, each in a list of its own, since one of them may have been the cause."""
         process.kill()
-        self.slots.clocks[process.place] = 0
         lists = list(process.lists)
         failed = []
         if process.ready and lists:
@@ -239,8 +236,7 @@ class Workers:
                     "extracts must do so under `if __name__ == '__main__':`"
                 )
         retries.extend(lists)
-        place = process.place
-        self._processes[place] = _Process(self._context, place, self._arguments)
+        self._processes[self._processes.index(process)] = _Process(self._context, self._arguments)
         return failed
 
 
