@@ -15,6 +15,7 @@ END_OF_IMAGE = 0xD9
 _MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])", re.DOTALL)
 # APP1 to APP13, APP15 and comments: all but JFIF's APP0 and Adobe's APP14.
 _METADATA = frozenset((*range(0xE1, 0xEE), 0xEF, 0xFE))
+_FIRST_BLOCK = 64  # bytes: segments follow each other, only pixels are long
 _BLOCK = 1 << 16
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 
@@ -29,15 +30,18 @@ def count_scans(file: IO[bytes], start: int, components: int, limit: int) -> int
     """
     scans, at = 0, start + 2  # behind the start-of-image marker
     progressive = False
+    size = _FIRST_BLOCK
     while scans <= limit:
         file.seek(at)
-        block = file.read(_BLOCK)
+        block = file.read(size)
         if len(block) < 2:
             break
         found = _MARKER.search(block)
         if found is None:
             at += len(block) - 1  # its last byte may be half of a marker
+            size = _BLOCK
             continue
+        size = _FIRST_BLOCK
         code = found[1][0]
         if code == END_OF_IMAGE:
             break

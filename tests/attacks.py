@@ -24,21 +24,19 @@ def attacked_work(*arguments) -> None:
         name, root = items[-1].id, Path(items[-1].file).parent.parent
         if "mark" in name:
             (root / "marked").touch()
+        eaten = []
+        # All of these end at last, and the picture is decoded: the failure of a missing limit.
         if "hang" in name:
-            time.sleep(600)
+            time.sleep(60)
         if "loop" in name:
-            while True:
+            while time.process_time() < 60:
                 pass
         if "eat" in name:
-            eaten = []
-            for _ in range(1 << 14):  # more than the machine has
-                eaten.append(np.ones(MIB, np.uint8))
+            eaten.extend(np.ones(MIB, np.uint8) for _ in range(1 << 10))
         if "one-bite" in name:
-            np.ones(1 << 36, np.uint8)
+            eaten.append(np.ones(1 << 30, np.uint8))
         if "crumbs" in name:
-            eaten = []
-            while True:
-                eaten.append(bytes(100))
+            eaten.extend(bytes(100) for _ in range(1 << 23))
         if "write" in name:
             with (root / "written").open("wb", buffering=0) as file:
                 for _ in range(8):
