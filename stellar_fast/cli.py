@@ -178,6 +178,18 @@ def extract(
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode; one for each core.")
     ] = None,
+    max_pixels: Annotated[
+        int, typer.Option(help="Width times height of an image; a larger one has failed.")
+    ] = 50_000_000,
+    decode_seconds: Annotated[
+        float, typer.Option(help="To decode an image in; one that takes longer has failed.")
+    ] = 30.0,
+    worker_memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB", help="For a process to decode in; 2048, or more for more --max-pixels."
+        ),
+    ] = None,
     on_error: Annotated[
         str, typer.Option(help="record images that cannot be read; or fail at the first.")
     ] = "record",
@@ -246,6 +258,9 @@ def extract(
             partition_size=partition_size,
             column=column,
             workers=workers,
+            max_pixels=max_pixels,
+            decode_seconds=decode_seconds,
+            worker_memory=worker_memory,
             on_error=on_error,
             max_errors=max_errors,
             retry_failed=retry_failed,

@@ -27,9 +27,8 @@ from .images import (
     EVAL_MAX_PIXELS,
     MAX_PIXELS,
     SIZE,
-    check_pixels,
+    check_costs,
     check_preset,
-    check_scans,
     decode,
     describe_error,
     eval_size,
@@ -131,9 +130,8 @@ def upright(pixels: Tensor, orientation: Any) -> Tensor:
 
 def _plain_jpeg(data: bytes, max_pixels: int) -> tuple[bytes, Any] | None:
     """The coded pixels and the orientation of a JPEG that every decoder reads alike, else None."""
-    with open_image(BytesIO(data)) as image:
-        check_pixels(image, max_pixels)
-        check_scans(image)
+    with open_image(BytesIO(data), max_pixels) as image:
+        check_costs(image, max_pixels)
         if not isinstance(image, JpegImageFile) or image.mode not in ("RGB", "L"):
             return None
         # Without Adobe's or JFIF's word, components named R, G and B are no YCbCr.

@@ -2,13 +2,16 @@
 
 `decode` gives 8-bit RGB, whatever the file holds:
 
-1. Formats: `FORMATS`, told by content and not by suffix. Nothing that starts another program (EPS).
+1. Formats: `FORMATS`, told by content and not by suffix. Nothing that starts another program (EPS);
+   of PNM the binary kinds, P4 to P6.
 2. Size: width times height of the header is checked against `max_pixels` before any pixel is
-   decoded, and again after. Pillow's limit for a whole picture plays no part, nor does its warning;
-   what its decoders check themselves (WebP, frames of GIF, tiles of TIFF) still holds.
-3. Truncated or damaged pixels: an error. A half-decoded photograph is never returned. A progressive
-   JPEG of more than `MAX_SCANS` scans is refused: a few bytes more make one pass more over all
-   pixels.
+   decoded, and again after; a side is at most `MAX_SIDE`, as resizing takes memory for each of its
+   pixels. Pillow's limit for a whole picture plays no part, nor does its warning; what its decoders
+   check themselves (WebP, frames of GIF, tiles of TIFF) still holds. Small files that cost more
+   than their pixels are refused: a JPEG of several scans that has more than `MAX_SCANS`, each a few
+   bytes and a pass over all pixels; a TIFF whose tiles are larger than `max_pixels`; a JPEG 2000
+   cut into more pieces than `jpeg2000.check` allows; a PNM header of more than 64 KiB.
+3. Truncated or damaged pixels: an error. A half-decoded photograph is never returned.
 4. Orientation: the EXIF (or XMP) orientation is applied, for PIL images as well as for files, so
    that a photograph looks as a viewer shows it. Unreadable metadata count as "upright".
 5. Several frames or pages: the first; a PIL image gives the frame it stands at.
@@ -30,6 +33,7 @@ No global state of Pillow is changed. Everything here may be called from many th
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 import threading
@@ -40,11 +44,14 @@ from io import BytesIO, UnsupportedOperation
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from .errors import ImageError
 from .jpeg import count_scans
+from .jpeg2000 import check as check_jpeg2000
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +59,8 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "MPO")
-MAX_PIXELS = 178_956_970  # Pillow's own error limit: 0.5 GiB of RGB
+MAX_PIXELS = 50_000_000  # 0.2 GiB as RGB in Pillow; decoders take up to 9 times that
+MAX_SIDE = 1 << 20  # resizing takes 32 bytes for each pixel of a side
 MAX_SCANS = 100  # libtiff's limit for JPEG; encoders make about 10
 PRESETS = ("card", "eval")
 SIZE = 224  # the models' side, in pixels
@@ -60,8 +68,13 @@ EVAL_SIDE = 256
 # Longest strip that "eval" resizes to, 256 times its width: more is a bomb of another kind.
 EVAL_MAX_PIXELS = EVAL_SIDE * EVAL_SIDE * 256
 BACKGROUND = (255, 255, 255, 255)
-STRIP = 1 << 22  # pixels that are composited at once
+STRIP = 1 << 20  # pixels that are composited at once
 REASON_LENGTH = 300
+
+# A comment's end, or the file's, must be among the bytes that it is applied to.
+_PNM_HEADER = re.compile(rb"P[456](?:(?:\s|#[^\r\n]*[\r\n])++\d++){2}\s")
+_PNM_HEADER_BYTES = 1 << 16
+_TIFF_TILE = (322, 323)  # tags: width and height of a tile
 
 # Held where this module changes the process's warning filters, so that its threads restore them in
 # turn.
@@ -241,13 +254,17 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def _decode_file(file: IO[bytes], max_pixels: int) -> Image.Image:
-    with open_image(file) as image:
+    with open_image(file, max_pixels) as image:
         return _to_rgb(image, max_pixels)
 
 
-def open_image(file: IO[bytes]) -> Image.Image:
+def open_image(file: IO[bytes], max_pixels: int) -> Image.Image:
     """`PIL.Image.open` for `FORMATS`, without its own limit of pixels, which warns of pictures that
-    `max_pixels` allows."""
+    `max_pixels` allows.
+
+    Raises:
+        ImageError: in no format that is read, damaged, or of a size that `check_size` refuses.
+    """
     try:
         file.seek(0)
     except (AttributeError, UnsupportedOperation):
@@ -262,11 +279,17 @@ def open_image(file: IO[bytes]) -> Image.Image:
         if isinstance(accepted, str):  # the format is known, but this Pillow was built without it
             reason = accepted
         elif accepted:
+            if name in _BEFORE_OPENING:
+                file.seek(0)
+                _BEFORE_OPENING[name](file, max_pixels)
             file.seek(0)
             try:
-                return opener(file, "")
+                image = opener(file, "")
             except (SyntaxError, IndexError, TypeError, struct.error) as error:
                 reason = f"damaged {name} file: {_one_line(error) or type(error).__name__}"
+            else:
+                check_size(*image.size, max_pixels)
+                return image
     raise ImageError("", reason)
 
 
@@ -277,11 +300,34 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def _check_webp(file: IO[bytes], max_pixels: int) -> None:
+    """The canvas, which Pillow's opener allocates twice."""
+    head = file.read(30)
+    if head[12:16] == b"VP8X":
+        width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (24, 27))
+    elif head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    else:
+        width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    if len(head) == 30:  # or it is damaged, which the opener tells
+        check_size(width, height, max_pixels)
+
+
+def _check_pnm(file: IO[bytes], max_pixels: int) -> None:
+    """Pillow takes comments byte by byte, and in a text all that follow for each."""
+    if _PNM_HEADER.match(file.read(_PNM_HEADER_BYTES)) is None:
+        raise ImageError("", "of PNM only P4, P5 and P6 are read, with a header of at most 64 KiB")
+
+
+_BEFORE_OPENING = {"WEBP": _check_webp, "PPM": _check_pnm}
+
+
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    check_pixels(image, max_pixels)
-    check_scans(image)
+    check_size(*image.size, max_pixels)
+    check_costs(image, max_pixels)
     image.load()
-    check_pixels(image, max_pixels)  # some formats learn their size while decoding
+    check_size(*image.size, max_pixels)  # some formats learn their size while decoding
     # After loading: TIFF orients itself there, and drops the tag.
     transpose = _TRANSPOSE.get(orientation_of(image))
     rgb = _convert(image)
@@ -293,23 +339,34 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     return rgb
 
 
-def check_pixels(image: Image.Image, max_pixels: int) -> None:
-    """Raises ImageError for no pixels or too many."""
-    width, height = image.size
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises ImageError for no pixels or too many, and for a side that is too long."""
     if width < 1 or height < 1:
         raise ImageError("", f"has no pixels ({width}x{height})")
     if width * height > max_pixels:
         raise ImageError("", f"{width}x{height} is more than the limit of {max_pixels} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError("", f"{width}x{height} has a side of more than {MAX_SIDE} pixels")
 
 
-def check_scans(image: Image.Image) -> None:
-    """Raises ImageError for a progressive JPEG, still to be decoded, of too many scans."""
-    if not isinstance(image, JpegImageFile) or "progressive" not in image.info:
+def check_costs(image: Image.Image, max_pixels: int) -> None:
+    """Raises ImageError for what would cost more than its pixels do, if it is still to be decoded.
+
+    Nothing is refused that a camera or an encoder in use makes.
+    """
+    if not isinstance(image, ImageFile.ImageFile) or image.fp is None or not image.tile:
         return
-    if image.fp is None or not image.tile:  # closed, or its pixels are decoded already
-        return
-    if count_scans(image.fp, image.tile[0].offset, MAX_SCANS) > MAX_SCANS:
-        raise ImageError("", f"progressive JPEG of more than {MAX_SCANS} scans")
+    if isinstance(image, JpegImageFile):
+        scans = count_scans(image.fp, image.tile[0].offset, image.layers, MAX_SCANS)
+        if scans > MAX_SCANS:
+            raise ImageError("", f"JPEG of more than {MAX_SCANS} scans")
+    elif isinstance(image, TiffImageFile):
+        sides = [image.tag_v2.get(tag, 1) for tag in _TIFF_TILE]
+        if sides[0] * sides[1] > max_pixels:
+            tile = "x".join(map(str, sides))
+            raise ImageError("", f"TIFF whose tiles of {tile} are more than {max_pixels} pixels")
+    elif isinstance(image, Jpeg2KImageFile):
+        check_jpeg2000(image.fp)
 
 
 def orientation_of(image: Image.Image) -> Any:

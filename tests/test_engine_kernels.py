@@ -10,9 +10,9 @@ import torch
 from checkpoints import golden, images, relative_error
 from engines import SMALL_META, config_of, engine_of, image, small_engine
 from kernel_checks import DEVICE, ON_GPU, PARTS, assert_budget, on_part, shaken
+from references import reference_of
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
-from references import reference_of
 
 from stellar_fast import decoder, encoder, kernels
 from stellar_fast.encoder import OUTPUTS

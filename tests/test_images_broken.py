@@ -39,7 +39,7 @@ def broken_files() -> dict[str, tuple[bytes, str]]:
         "truncated png": (png[: len(png) // 2], "truncated|broken|unrecognized"),
         "header of jpeg": (jpeg[:20], "damaged JPEG file"),
         "header of png": (png[:30], "damaged PNG file"),
-        "bomb": (huge, "60000x60000 is more than the limit of 178956970 pixels"),
+        "bomb": (huge, "60000x60000 is more than the limit of 50000000 pixels"),
         "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     }
 

@@ -18,8 +18,9 @@ import numpy as np
 from ..errors import ImageError
 from ..images import SIZE, decode, describe_error, preset_pixels
 from .input.addresses import Allowed
-from .input.door import NOTHING_MORE, read_item
+from .input.door import read_item
 from .layout import Item
+from .sandbox import Limits, decoding_time, enter
 
 SHAPE = (3, SIZE, SIZE)
 
@@ -97,7 +98,8 @@ def work(
     slots: Slots,
     preset: str,
     dummy: bool,
-    allowed: Allowed = NOTHING_MORE,
+    allowed: Allowed,
+    limits: Limits,
 ) -> None:
     """Answers every list of orders by a list of outcomes, until the other end is closed.
 
@@ -116,6 +118,7 @@ def work(
         import torch
 
         torch.set_num_threads(1)
+    enter(limits)
     try:
         connection.send(READY)
         while True:
@@ -123,7 +126,7 @@ def work(
             outcomes = []
             for order in orders:
                 if noise is None:
-                    outcomes.append(_carry_out(order, slots, preset, allowed))
+                    outcomes.append(_carry_out(order, slots, preset, allowed, limits))
                 else:
                     slots.array[order.slot] = noise
                     outcomes.append(Outcome(order.number, order.slot, None, SIZE, SIZE))
@@ -132,19 +135,22 @@ def work(
         pass  # done, or the process that wanted the pictures is gone
 
 
-def _carry_out(order: Order, slots: Slots, preset: str, allowed: Allowed) -> Outcome:
+def _carry_out(
+    order: Order, slots: Slots, preset: str, allowed: Allowed, limits: Limits
+) -> Outcome:
     start = time.perf_counter()
     read = start
     try:
         content = read_item(order.item, allowed)
         read = time.perf_counter()
-        image = decode(content)
-        slots.array[order.slot] = preset_pixels(image, preset)
+        with decoding_time(limits.seconds):
+            image = decode(content, max_pixels=limits.max_pixels)
+            slots.array[order.slot] = preset_pixels(image, preset)
     except Exception as error:
-        reason = error.reason if isinstance(error, ImageError) else describe_error(error)
         end = time.perf_counter()
         if read == start:
             read = end
+        reason = _reason(error, limits)
         return Outcome(order.number, order.slot, reason, read=read - start, decode=end - read)
     end = time.perf_counter()
     return Outcome(
@@ -155,3 +161,10 @@ def _carry_out(order: Order, slots: Slots, preset: str, allowed: Allowed) -> Out
         read=read - start,
         decode=end - read,
     )
+
+
+def _reason(error: Exception, limits: Limits) -> str:
+    cause = error.__cause__ or error
+    if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):  # torch's words
+        return f"needs more than {limits.memory} MiB of memory (--worker-memory)"
+    return error.reason if isinstance(error, ImageError) else describe_error(error)

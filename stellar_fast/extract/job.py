@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StellarError
-from ..images import check_preset
+from ..images import MAX_PIXELS, check_preset
 from .folder import Locks, check_output, clear
 from .foreign import DTYPES, FEATURES, FORMATS
 from .input import discover
@@ -29,12 +29,14 @@ from .layout import (
     write_plan,
 )
 from .pipeline import Encoder, Options
+from .sandbox import DECODE_SECONDS, Limits, memory_for
 from .workers import cores
 
 DEFAULT_FEATURES = ("sparse", "cls")
 # At 10 images/s seven minutes of work are in a partition's hands, at 3,000 a file of features is
 # 200 MB every second or two. Full batches of any power of two up to this.
 PARTITION_SIZE = 4096
+MOST_SECONDS = 86_400  # to decode one image in: timers do not take just any number
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ def plan(
     partition_size: int | None = None,
     column: str | None = None,
     workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    decode_seconds: float = DECODE_SECONDS,
+    worker_memory: int | None = None,
     on_error: str = "record",
     max_errors: int | None = None,
     retry_failed: bool = False,
@@ -98,6 +103,10 @@ def plan(
         partition_size: images in one partition; `PARTITION_SIZE` if left out.
         column: of a table, the one with the paths.
         workers: processes that decode; None is one for each core.
+        max_pixels: the largest width times height of an image.
+        decode_seconds: to decode one image in.
+        worker_memory: MiB that a process may take to decode, beyond what it has at its start; if
+            left out, 2048, or what `max_pixels` may need if that is more.
         resume: do not look at the input again, and take the images of the existing plan.
         on_error, max_errors, retry_failed, dummy_reader, dummy_writer: see `Options`.
         allow_protocols: of addresses that are read beside the usual ones, such as "ftp".
@@ -123,10 +132,16 @@ def plan(
         ("the batch size", batch_size, 1),
         ("the partition size", partition_size, 1),
         ("the number of workers", workers, 1),
+        ("max_pixels", max_pixels, 1),
+        ("the worker memory in MiB", worker_memory, 1),
         ("max_errors", max_errors, 0),
     ):
         if number is not None and number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
+    if not 0 < decode_seconds <= MOST_SECONDS:  # not a number is none
+        raise ValueError(
+            f"decode_seconds must be more than 0 and at most {MOST_SECONDS}, got {decode_seconds}"
+        )
     if not 1 <= share[0] <= share[1]:
         raise ValueError(
             f"of n shares the first is 1/n and the last n/n, got {share[0]}/{share[1]}"
@@ -161,8 +176,9 @@ def plan(
             batch_size = existing.configuration["batch_size"]
         if items is not None:
             _check_images(target, existing, _partitions(items, size))
+    limits = Limits(max_pixels, decode_seconds, worker_memory or memory_for(max_pixels))
     options = Options(
-        workers, on_error, max_errors, retry_failed, dummy_reader, dummy_writer, allowed
+        workers, on_error, max_errors, retry_failed, dummy_reader, dummy_writer, allowed, limits
     )
     return Job(target, configuration, items, batch_size, options, share, overwrite)
 

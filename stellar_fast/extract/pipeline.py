@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,7 @@ from .input.addresses import Allowed
 from .input.door import NOTHING_MORE
 from .layout import Item, Partition, Plan, read_items
 from .partition import Unwritten, Work
+from .sandbox import Limits
 from .stats import Timer
 from .workers import Workers
 
@@ -53,7 +54,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How to work; nothing of it changes the features.
+    """How to work; nothing of it changes the features, only which images have any.
 
     Attributes:
         workers: processes that decode.
@@ -63,6 +64,8 @@ class Options:
         dummy_reader: encode noise instead of the images, to measure everything but reading.
         dummy_writer: write nothing, to measure everything but writing.
         allowed: what may be read beyond the defaults; never the plan's, which may be another's.
+        limits: of decoding one image. They are in every manifest, not in the plan: an image that
+            failed by them may be tried again under others.
     """
 
     workers: int
@@ -72,6 +75,7 @@ class Options:
     dummy_reader: bool = False
     dummy_writer: bool = False
     allowed: Allowed = NOTHING_MORE
+    limits: Limits = field(default_factory=Limits)
 
 
 class Stopped(Exception):
@@ -146,7 +150,11 @@ class Pipeline:
             self._buffers.put(self._copies.buffer(self._batch_size, dtype))
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        self._made: dict[str, Any] = {"device": str(engine.device), "backend": engine.backend}
+        self._made: dict[str, Any] = {
+            "device": str(engine.device),
+            "backend": engine.backend,
+            "limits": asdict(options.limits),
+        }
         self._failures = 0
         self._locks = None if output is None else Locks(output)
         try:
@@ -156,6 +164,7 @@ class Pipeline:
                 self._batch_size,
                 dummy=options.dummy_reader,
                 allowed=options.allowed,
+                limits=options.limits,
             )
         except BaseException:
             self._close_locks()

@@ -17,12 +17,13 @@ from .decoding import READY, Order, Outcome, Slots, pixels_dtype, work
 from .input.addresses import Allowed
 from .input.door import NOTHING_MORE
 from .layout import Item
+from .sandbox import TIME_IS_UP, Limits
 
 # Lists of orders that a process has: one in work and one that waits, so that it never does.
 LISTS_AHEAD = 2
 # Images in one list: fewer messages, but more to do again when a process dies.
 MOST_ORDERS = 8
-# Seconds after which one list of orders is given up: a store or a decoder that never returns.
+# Seconds to read one list of orders in, besides what its images have to be decoded in.
 PATIENCE = 300.0
 START_PATIENCE = 120.0  # seconds to be ready in
 # Processes that die one after another before they are ready.
@@ -84,7 +85,13 @@ class Workers:
         *,
         dummy: bool = False,
         allowed: Allowed = NOTHING_MORE,
+        limits: Limits | None = None,
     ) -> None:
+        """
+        Args:
+            allowed: what may be read beyond the defaults.
+            limits: of every image; the defaults if left out.
+        """
         self._orders = max(1, min(MOST_ORDERS, batch_size // (2 * count)))
         # Two batches ahead of the engine, and what the processes have in hand.
         room = 2 * batch_size + count * LISTS_AHEAD * self._orders
@@ -94,7 +101,8 @@ class Workers:
         self._context.set_forkserver_preload([work.__module__])
         with without_interrupts():
             forkserver.ensure_running()
-        self._arguments = (self.slots, preset, dummy, allowed)
+        self._limits = limits or Limits()
+        self._arguments = (self.slots, preset, dummy, allowed, self._limits)
         self._processes: list[_Process] = []
         self._false_starts = 0
         self._died_on: dict[int, str] = {}  # order's number -> how its process died
@@ -176,16 +184,23 @@ class Workers:
             if process.connection in ready or process.process.sentinel in ready:
                 found += self._read(process)
             if process.process.sentinel in ready:
-                how = exit_of(process.process.exitcode)
-                found += self._replace(process, retries, f"the decoding process died ({how})")
+                found += self._replace(process, retries, self._end_of(process))
                 continue
             waited = time.monotonic() - process.since
-            if process.ready and process.lists and waited > PATIENCE:
-                why = f"reading and decoding took more than {PATIENCE:.0f} s"
-                found += self._replace(process, retries, why)
+            if process.ready and process.lists:
+                # A process that decodes for too long ends by itself.
+                if waited > PATIENCE + len(process.lists[0]) * self._limits.seconds:
+                    why = f"reading took more than {PATIENCE:g} s"
+                    found += self._replace(process, retries, why)
             elif not process.ready and waited > START_PATIENCE:
                 found += self._replace(process, retries, "a decoding process hung")
         return found
+
+    def _end_of(self, process: _Process) -> str:
+        code = process.process.exitcode
+        if process.ready and code == -TIME_IS_UP:
+            return f"decoding took more than {self._limits.seconds:g} s"
+        return f"the decoding process died ({exit_of(code)})"
 
     def _read(self, process: _Process) -> list[Outcome]:
         found: list[Outcome] = []
