@@ -1,16 +1,40 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and JSON that others wrote."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from .errors import StellarError
+
+# Bytes of a config.json or of a safetensors header; the published ones have some 1,000 and 100,000.
+MAX_JSON = 10_000_000
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON by its standard: no NaN, no infinity, no key twice in one object.
+
+    Raises:
+        ValueError, RecursionError: it is something else, or nested too deeply.
+    """
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+
+
+def _no_constant(token: str) -> NoReturn:
+    raise ValueError(f"{token} is no JSON number")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice in one object")
+    return found
 
 
 @contextmanager
