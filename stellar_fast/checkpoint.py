@@ -6,6 +6,7 @@ HTML page, a Git-LFS pointer, half a file) is recognised for what it is.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -223,17 +224,16 @@ def check_tensors(
                 f"{where}: {name} must be floating point of 16, 32 or 64 bits, found "
                 f"{tensor.dtype}; save it in one of these"
             )
-        check_finite(tensor, name, where)
+        if not all(map(math.isfinite, bounds(tensor))):
+            raise CheckpointError(
+                f"{where}: {name} holds NaN or infinity; the file is damaged, or the training "
+                "run diverged"
+            )
 
 
-def check_finite(tensor: Tensor, name: str, where: str) -> None:
-    """
-    Raises:
-        CheckpointError: `tensor` holds NaN or infinity.
-    """
-    bounds = torch.stack(tensor.float().aminmax()) if tensor.numel() else tensor
-    if not bounds.isfinite().all():
-        raise CheckpointError(
-            f"{where}: {name} holds NaN or infinity; the file is damaged, or the training run "
-            "diverged"
-        )
+def bounds(tensor: Tensor) -> tuple[float, float]:
+    """Its least and its largest value, both NaN if there is one in it; of no values 0 and 0."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    low, high = torch.stack(tensor.float().aminmax()).tolist()
+    return low, high

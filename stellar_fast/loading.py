@@ -103,7 +103,7 @@ def load(
 
     if located is not None and saving.saved_precision(located.weights) is not None:
         config, source = located.config, str(located.weights)
-        encoder, decoder = saving.read(located.weights, target)
+        encoder, decoder = saving.read(located.weights, config, target)
         if purpose == "reconstruct" and decoder is None:
             raise CheckpointError(f"{source} was saved from an engine that only encodes")
     else:
