@@ -380,6 +380,7 @@ class Engine:
         """Has `function` fill `out` chunk by chunk of `inputs`. When memory runs out, the position
         tables of other grids than `grid` go first, then chunks are halved."""
         total, start, size = len(inputs[0]), 0, self.max_batch
+        evicted = False
         while start < total:
             stop = min(start + size, total)
             try:
@@ -390,7 +391,8 @@ class Engine:
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                if self._tables.evict(grid):
+                if not evicted and self._tables.evict(grid):
+                    evicted = True
                     continue
                 if stop - start == 1:
                     raise StellarError(
