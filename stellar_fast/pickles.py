@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,13 +146,13 @@ class _Bounded(io.BufferedReader):
 
 
 def _copy(file: IO[bytes], values: Tensor) -> None:
-    into = memoryview(values.view(torch.uint8).numpy())
+    into = values.view(torch.uint8).numpy()
     for start in range(0, len(into), CHUNK):
         part = into[start : start + CHUNK]
         content = file.read(len(part))
         if len(content) != len(part):
             raise EOFError("a storage ends before its time")
-        part[:] = content
+        part[:] = np.frombuffer(content, np.uint8)
 
 
 Fill = Callable[[Storage, Tensor], None]
@@ -232,8 +233,9 @@ def interpret(data: IO[bytes], storages: dict[str, Storage]) -> Any:
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stacks under the marks
     memo: dict[int, Any] = {}
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
-        name: str = opcode.name
+        name = opcode.name
         if name in _TEXTS or name in _ARGUMENTS:
             stack.append(argument)
         elif name in ("BINPUT", "LONG_BINPUT"):

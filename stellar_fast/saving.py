@@ -190,8 +190,14 @@ def _quantized(block: Block, dtype: torch.dtype) -> Fp8Block:
         scale = torch.empty(len(linear.weight))
         return Fp8Linear(linear.weight.to(FP8), linear.bias.to(dtype), scale)
 
-    linears = (block.qkv, block.proj, block.fc1, block.fc2)
-    return Fp8Block(*map(layer, linears), attended_scale=1.0, hidden_scale=1.0)
+    return Fp8Block(
+        qkv=layer(block.qkv),
+        proj=layer(block.proj),
+        fc1=layer(block.fc1),
+        fc2=layer(block.fc2),
+        attended_scale=1.0,
+        hidden_scale=1.0,
+    )
 
 
 def _build(want: Any, structure: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
@@ -209,7 +215,7 @@ def _build(want: Any, structure: Any, name: str, tensors: Mapping[str, Tensor]) 
     if isinstance(want, tuple) and isinstance(structure, list) and len(structure) == len(want):
         items = zip(want, structure, strict=True)
         return tuple(_build(*item, f"{name}.{i}", tensors) for i, item in enumerate(items))
-    if is_dataclass(want) and isinstance(structure, dict):
+    if is_dataclass(want) and not isinstance(want, type) and isinstance(structure, dict):
         keys = [field.name for field in fields(want)]
         parts = structure.get("fields")
         exact = structure == {"kind": type(want).__name__, "fields": parts}
