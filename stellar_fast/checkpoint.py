@@ -6,25 +6,25 @@ HTML page, a Git-LFS pointer, half a file) is recognised for what it is.
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, DownloadError
+from . import pickles
+from .errors import CheckpointError, DownloadError, listing
+from .files import MAX_JSON, parse_json
 from .names import Shapes, canonical
 
 PathLike = str | os.PathLike[str]
-MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 # Narrower floats mean nothing without scales, which the published layout has no place for.
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NAMES_SHOWN = 5
 
 
 def read_state(path: PathLike, *, inside: str | None = None) -> dict[str, Tensor]:
@@ -87,32 +87,46 @@ def _refuse_what_is_no_weights_file(path: Path, head: bytes) -> None:
 
 
 def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
+    read_header(path, head)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged safetensors ({_first_line(error)}); {_again(path)}"
+        ) from error
+
+
+def read_header(path: Path, head: bytes) -> dict[str, Any]:
+    """The header of a safetensors file that begins with `head`, its tensors' offsets checked
+    against the file's size.
+
+    Raises:
+        CheckpointError: it is none, or damaged.
+    """
     size = path.stat().st_size
     length = int.from_bytes(head[:8], "little")
-    if len(head) < 9 or head[8:9] != b"{" or length > MAX_HEADER:
+    if len(head) < 9 or head[8:9] != b"{" or length > MAX_JSON:
         raise CheckpointError(
             f"{path}: expected safetensors or a torch pickle, found {size} bytes that begin "
-            f"{head[:16]!r}; {_again(path)}"
+            f"{head[:16]!r} (a header has at most {MAX_JSON}); {_again(path)}"
         )
     if 8 + length > size:
         raise CheckpointError(_truncated(path, size, 8 + length, "its header alone"))
     try:
         with path.open("rb") as file:
             file.seek(8)
-            entries = json.loads(file.read(length))
-        ends = (e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__")
+            header = parse_json(file.read(length))
+        ends = (e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")
         end = 8 + length + max(ends, default=0)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: the safetensors header is damaged ({error!r}); {_again(path)}"
+            f"{path}: the safetensors header is damaged ({type(error).__name__}: "
+            f"{_first_line(error)}); {_again(path)}"
         ) from error
     if end > size:
         raise CheckpointError(_truncated(path, size, end, "its header"))
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors ({error}); {_again(path)}") from error
+    return header
 
 
 def _truncated(path: Path, size: int, expected: int, by: str) -> str:
@@ -121,62 +135,53 @@ def _truncated(path: Path, size: int, expected: int, by: str) -> str:
 
 def _read_pickle(path: Path, inside: str | None) -> dict[str, Tensor]:
     try:
-        with path.open("rb") as file:  # given a path, torch would choose a format by its suffix
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        lines = str(error).splitlines()
-        reason = next((line for line in lines if "GLOBAL" in line), _first_line(error))
-        raise CheckpointError(
-            f"{path}: the pickle holds more than tensors and was not run ({reason.strip()}); "
-            "save it as safetensors, or as torch.save({name: tensor, ...})"
-        ) from error
-    except Exception as error:  # torch.load documents no set of errors for a damaged file
+        with pickles.opened(path) as (found, read):
+            views = _state_dict(path, found, inside)
+            return {name: read(view) for name, view in views.items()}
+    except CheckpointError:
+        raise
+    except pickles.MoreThanTensors as error:
         if "TorchScript" in str(error):
             raise CheckpointError(
                 f"{path}: expected a state dict {{name: tensor}}, found a TorchScript archive, "
                 "which is a program; save its state_dict() alone"
             ) from error
         raise CheckpointError(
+            f"{path}: the pickle holds more than dense tensors and was not run ({error}); load it "
+            "where you trust it and save its state dict as safetensors"
+        ) from error
+    except pickles.DAMAGE as error:
+        raise CheckpointError(
             f"{path}: damaged or truncated torch pickle of {path.stat().st_size} bytes "
             f"({_first_line(error)}); {_again(path)}"
         ) from error
-    if inside is not None and isinstance(state, Mapping) and isinstance(state.get(inside), Mapping):
-        state = state[inside]
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{path}: expected a state dict {{name: tensor}}, found a {type(state).__name__}"
-        )
+
+
+def _state_dict(path: Path, found: Any, inside: str | None) -> dict[str, pickles.View]:
+    if isinstance(found, dict) and isinstance(found.get(inside), dict):
+        found = found[inside]
+    if not isinstance(found, dict):
+        kind = "Tensor" if isinstance(found, pickles.View) else type(found).__name__
+        raise CheckpointError(f"{path}: expected a state dict {{name: tensor}}, found a {kind}")
     strange = [
-        key for key, value in state.items() if not (isinstance(key, str) and _is_plain(value))
+        str(key)
+        for key, value in found.items()
+        if not (isinstance(key, str) and isinstance(value, pickles.View))
     ]
     if strange:
-        nested = next((key for key in strange if isinstance(state[key], Mapping)), None)
-        remedy = f"; if {nested!r} is the state dict, save that alone" if nested is not None else ""
+        nested = next((key for key in strange if isinstance(found.get(key), dict)), None)
+        remedy = ""
+        if nested is not None:
+            remedy = f"; if '{listing([nested])}' is the state dict, save that alone"
         raise CheckpointError(
             f"{path}: expected a plain state dict {{name: dense tensor}}, found other entries: "
-            f"{_some(strange)}{remedy}"
+            f"{listing(strange)}{remedy}"
         )
-    # Saved parameters would take the engine's weights into a graph of gradients.
-    return {name: tensor.detach() for name, tensor in state.items()}
+    return found
 
 
-def _is_plain(value: object) -> bool:
-    """Whether it is a tensor with values of its own: not sparse, nested, or on the meta device."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and not value.is_nested
-        and value.device.type == "cpu"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _some(names: Collection[object]) -> str:
-    shown = ", ".join(map(str, list(names)[:NAMES_SHOWN]))
-    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def check_tensors(
@@ -206,7 +211,7 @@ def check_tensors(
         if name in state and tuple(state[name].shape) != tuple(shape)
     ]
     kinds = {"missing": missing, "of another shape": misshapen, "unknown": unknown}
-    wrong = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    wrong = [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]
     if wrong:
         raise CheckpointError(
             f"{where}: {len(expected)} tensors expected; {'; '.join(wrong)}. Is this the file of "
@@ -219,9 +224,16 @@ def check_tensors(
                 f"{where}: {name} must be floating point of 16, 32 or 64 bits, found "
                 f"{tensor.dtype}; save it in one of these"
             )
-        bounds = torch.stack(tensor.float().aminmax()) if tensor.numel() else tensor
-        if not bounds.isfinite().all():
+        if not all(map(math.isfinite, bounds(tensor))):
             raise CheckpointError(
                 f"{where}: {name} holds NaN or infinity; the file is damaged, or the training "
                 "run diverged"
             )
+
+
+def bounds(tensor: Tensor) -> tuple[float, float]:
+    """Its least and its largest value, both NaN if there is one in it; of no values 0 and 0."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    low, high = torch.stack(tensor.float().aminmax()).tolist()
+    return low, high

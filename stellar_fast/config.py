@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -13,13 +14,38 @@ NORMALIZE_EPS = 1e-7  # floor of the l2 norm before the spatial-map logits
 CODEBOOK_SIZE = 1024  # codes of the MaskGIT-VQGAN tokenizer
 CODE_DIM = 256  # channels of a code
 
+# A geometry comes from files of strangers. Each number may be ten times that of the largest
+# published model, and so may all parameters of the backbone together.
+LARGEST = {
+    "hidden_size": 12_800,
+    "num_hidden_layers": 320,
+    "num_attention_heads": 160,
+    "intermediate_size": 51_200,
+    "patch_size": 160,
+    "image_size": 2_240,
+    "num_sparse_tokens": 240,
+    "num_decoder_layers": 60,
+}
+MOST_PARAMETERS = 6_400_000_000
+TEMPERATURES = (1e-4, 1e4)
+
+
+def _check_number(owner: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{owner} {name} must be a positive integer, got {reprlib.repr(value)}")
+    if value > LARGEST[name]:
+        raise ValueError(
+            f"{owner} {name} must be at most {LARGEST[name]}, got {reprlib.repr(value)}"
+        )
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
     """Geometry of one ViT. Lengths are in channels, sizes in pixels.
 
     Raises:
-        ValueError: a field is not a positive integer, or the fields contradict one another.
+        ValueError: a field is not a positive integer, beyond what is plausible (`LARGEST`,
+            `MOST_PARAMETERS`), or the fields contradict one another.
     """
 
     hidden_size: int
@@ -31,9 +57,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"backbone {field.name} must be a positive integer, got {value!r}")
+            _check_number("backbone", field.name, getattr(self, field.name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"backbone hidden_size {self.hidden_size} is no multiple of num_attention_heads "
@@ -44,6 +68,18 @@ class BackboneConfig:
                 f"backbone image_size {self.image_size} is smaller than one patch of "
                 f"{self.patch_size}"
             )
+        if self.parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"a backbone of {self.parameters} parameters, at most {MOST_PARAMETERS} are taken"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """Weights of its matrices and its position table."""
+        width = self.hidden_size
+        layer = 4 * width + 2 * self.intermediate_size
+        embeddings = self.num_patches + 3 * self.patch_size**2
+        return width * (self.num_hidden_layers * layer + embeddings)
 
     @property
     def head_dim(self) -> int:
@@ -70,8 +106,8 @@ class BackboneConfig:
         if isinstance(backbone, str):
             if backbone not in BACKBONES:
                 raise ValueError(
-                    f"unknown backbone {backbone!r}; known: {', '.join(BACKBONES)}, or give "
-                    "its fields as an object"
+                    f"unknown backbone {reprlib.repr(backbone)}; known: {', '.join(BACKBONES)}, or "
+                    "give its fields as an object"
                 )
             return BACKBONES[backbone]
         if not isinstance(backbone, Mapping):
@@ -82,7 +118,7 @@ class BackboneConfig:
         unknown, missing = set(backbone) - known, known - {"image_size"} - set(backbone)
         if unknown or missing:
             raise ValueError(
-                f"backbone object: unknown fields {sorted(unknown)}, missing fields "
+                f"backbone object: unknown fields {reprlib.repr(sorted(unknown))}, missing fields "
                 f"{sorted(missing)}"
             )
         return cls(**backbone)  # type: ignore[arg-type]
@@ -112,12 +148,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_sparse_tokens", "num_decoder_layers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{self.name}: {name} must be a positive integer, got {value!r}")
-        if self.spatial_temp is not None and not self.spatial_temp > 0:
+            _check_number(f"{self.name}:", name, getattr(self, name))
+        low, high = TEMPERATURES
+        if self.spatial_temp is not None and not low <= self.spatial_temp <= high:
             raise ValueError(
-                f"{self.name}: spatial_temp must be positive or null, got {self.spatial_temp!r}"
+                f"{self.name}: spatial_temp must be positive, from {low} to {high}, or null, got "
+                f"{reprlib.repr(self.spatial_temp)}"
             )
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,22 @@ import torch
 from torch import Tensor
 
 from . import backends, decoder, encoder, saving
+from .caching import ByteCache
 from .config import ModelConfig
 from .devices import resolve_device
 from .encoder import OUTPUTS
 from .errors import ForkError, StellarError
 from .graphs import CudaRecorder, GraphRunner
-from .inputs import as_batch, as_features, check_size
+from .inputs import as_batch, as_features, check_patches
 from .inputs import check_range as check_pixel_range
 from .quantize import calibrated
 from .weights import DecoderWeights, EncoderWeights, map_nodes, position_code
 
 TYPICAL_BATCH = 8  # images in the product that weights are laid out for
-TABLES_CACHED = 32  # position tables kept, one for each image size
+# Patches of an image. Attention takes time by their square: on a processor's two cores, minutes for
+# this many, which is an image of 4096x4096 at patch 16.
+MAX_PATCHES = 65_536
+TABLE_BYTES = 256 << 20  # of position tables kept, one for each image size
 
 
 def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
@@ -70,6 +73,7 @@ class Engine:
         backend: "triton" or "torch".
         output_dtype: dtype of every float output.
         max_batch: images computed at once; larger batches are cut into chunks.
+        max_patches: patches of an image; larger images are refused.
         cuda_graphs: whether forwards of the Triton backend run as CUDA graphs.
         weights: where the weights came from, a path or "synthetic".
     """
@@ -85,6 +89,7 @@ class Engine:
         output_dtype: torch.dtype,
         max_batch: int,
         weights: str,
+        max_patches: int = MAX_PATCHES,
         backend: str = "torch",
         cuda_graphs: bool = False,
     ) -> None:
@@ -92,10 +97,13 @@ class Engine:
             raise ValueError(f"output_dtype must be a float dtype, got {output_dtype}")
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        if max_patches < 1:
+            raise ValueError(f"max_patches must be at least 1, got {max_patches}")
         self.config = config
         self.precision = precision
         self.output_dtype = output_dtype
         self.max_batch = max_batch
+        self.max_patches = max_patches
         self.weights = weights
         self.backend = backend
         self.cuda_graphs = cuda_graphs
@@ -114,7 +122,9 @@ class Engine:
         self.device = device
         self._encoder: EncoderWeights = backends.prepare(self._ops, encoder_weights, rows)
         self._decoder: DecoderWeights | None = backends.prepare(self._ops, decoder_weights, rows)
-        self._table = lru_cache(TABLES_CACHED)(self._encoder.table.table)
+        self._tables: ByteCache[tuple[int, int], Tensor] = ByteCache(
+            TABLE_BYTES, lambda table: table.nbytes
+        )
         self._graphs: GraphRunner | None = None
         if self.cuda_graphs and self.backend == "triton" and device.type == "cuda":
             with torch.cuda.device(device):
@@ -145,8 +155,8 @@ class Engine:
         Args:
             images: float tensor or NumPy array (B, 3, H, W) with RGB in [0, 1], any float dtype,
                 strides and device; uint8 (B, 3, H, W) or (B, H, W, 3); or a list of PIL images and
-                paths. H and W are at least one patch; rows and columns beyond a whole patch are
-                dropped. B may be 0.
+                paths. H and W are at least one patch, and `max_patches` together; rows and columns
+                beyond a whole patch are dropped. B may be 0.
             outputs: the features wanted, of sparse, spatial, dense, lowrank, cls; all by default.
                 Only what they need is computed.
             preset: how listed images are resized: "card" (224x224) or "eval" (shorter side 256,
@@ -166,14 +176,14 @@ class Engine:
         """
         self._check_process()
         wanted = resolve_outputs(outputs)
-        batch, floats = as_batch(images, preset)
-        check_size(batch, self.config.backbone.patch_size)
+        batch, floats = self._batch(images, preset)
         if floats and check_range and batch.numel():
             check_pixel_range(batch)
-        shapes = self._shapes(*batch.shape[2:])
+        grid = self._grid(*batch.shape[2:])
+        shapes = self._shapes(*grid)
 
         def encode_chunk(out: dict[str, Tensor], chunk: Tensor) -> None:
-            table = self._grid_table(*chunk.shape[2:])
+            table = self._table(grid)
 
             def forward(chunk: Tensor) -> dict[str, Tensor]:
                 return encoder.encode(
@@ -190,7 +200,7 @@ class Engine:
                 )
                 for name in wanted
             }
-            self._chunked(encode_chunk, (batch,), out)
+            self._chunked(encode_chunk, (batch,), out, grid)
         return out
 
     def reconstruct(
@@ -224,6 +234,7 @@ class Engine:
         width, tokens = self.config.backbone.hidden_size, self.config.num_sparse_tokens
         parts = as_features(features, spatial, width, tokens)
         patches = parts[0].shape[1]
+        check_patches(patches, self.max_patches, f"features of {patches} patches")
         side = decoder.square_grid(patches)
         weights = self._decoder
         dtype = weights.decoder_proj.bias.dtype
@@ -260,11 +271,10 @@ class Engine:
         self._check_process()
         if self.precision != "fp8":
             raise ValueError(f"only fp8 engines have static scales, this one is {self.precision}")
-        batch, _ = as_batch(images, preset)
-        check_size(batch, self.config.backbone.patch_size)
+        batch, _ = self._batch(images, preset)
         if not len(batch):
             raise ValueError("calibrate needs at least one image, got an empty batch")
-        table = self._grid_table(*batch.shape[2:])
+        table = self._table(self._grid(*batch.shape[2:]))
 
         def run(ops: Any, weights: EncoderWeights) -> None:
             for chunk in batch.split(self.max_batch):
@@ -326,13 +336,19 @@ class Engine:
             stack.enter_context(torch.cuda.device(self.device))
         return stack
 
-    def _grid_table(self, height: int, width: int) -> Tensor:
-        patch = self.config.backbone.patch_size
-        return self._table(height // patch, width // patch)
+    def _batch(self, images: Any, preset: str) -> tuple[Tensor, bool]:
+        return as_batch(images, preset, self.config.backbone.patch_size, self.max_patches)
 
-    def _shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        patch, channels = self.config.backbone.patch_size, self.config.backbone.hidden_size
-        patches, tokens = (height // patch) * (width // patch), self.config.num_sparse_tokens
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        patch = self.config.backbone.patch_size
+        return height // patch, width // patch
+
+    def _table(self, grid: tuple[int, int]) -> Tensor:
+        return self._tables.get(grid, lambda: self._encoder.table.table(*grid))
+
+    def _shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        channels, tokens = self.config.backbone.hidden_size, self.config.num_sparse_tokens
+        patches = rows * columns
         return {
             "sparse": (tokens, channels),
             "spatial": (patches, tokens),
@@ -359,9 +375,12 @@ class Engine:
         function: Callable[..., None],
         inputs: tuple[Tensor, ...],
         out: dict[str, Tensor],
+        grid: tuple[int, int] | None = None,
     ) -> None:
-        """Has `function` fill `out` chunk by chunk of `inputs`, halved when memory runs out."""
+        """Has `function` fill `out` chunk by chunk of `inputs`. When memory runs out, the position
+        tables of other grids than `grid` go first, then chunks are halved."""
         total, start, size = len(inputs[0]), 0, self.max_batch
+        evicted = False
         while start < total:
             stop = min(start + size, total)
             try:
@@ -372,6 +391,9 @@ class Engine:
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
+                if not evicted and self._tables.evict(grid):
+                    evicted = True
+                    continue
                 if stop - start == 1:
                     raise StellarError(
                         f"not enough memory on {self.device} for one image of this size: {error}"

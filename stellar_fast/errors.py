@@ -1,5 +1,24 @@
 """The errors that this package raises, beside `ValueError` and `TypeError` for arguments."""
 
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice
+
+NAMES_SHOWN = 5
+NAME_SHOWN = 120  # characters
+
+
+def listing(names: Collection[str]) -> str:
+    """Names that a file holds, for a message: printable, and not more than a few lines of them."""
+    shown = ", ".join(map(_printable, islice(names, NAMES_SHOWN)))
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
+
+
+def _printable(name: str) -> str:
+    text = name[:NAME_SHOWN] + ("..." if len(name) > NAME_SHOWN else "")
+    return text if text.isprintable() else ascii(text)
+
 
 class StellarError(Exception):
     """Base of the errors below."""

@@ -1,8 +1,9 @@
-"""Files that are whole or not there, and files of a folder that a stranger may have filled."""
+"""Files that are whole or not there, and files that a stranger may have written."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -11,11 +12,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from .errors import StellarError
 
 _UNFOLLOWED = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# Bytes of a config.json or of a safetensors header; the published ones have some 1,000 and 100,000.
+MAX_JSON = 10_000_000
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON by its standard: no NaN, no infinity, no key twice in one object.
+
+    Raises:
+        ValueError, RecursionError: it is something else, or nested too deeply.
+    """
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+
+
+def _no_constant(token: str) -> NoReturn:
+    raise ValueError(f"{token} is no JSON number")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice in one object")
+    return found
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import time
@@ -33,7 +34,9 @@ from huggingface_hub.errors import (
 )
 
 from .config import BackboneConfig, ModelConfig, list_models
-from .errors import CheckpointError, DownloadError
+from .errors import CheckpointError, DownloadError, listing
+from .files import MAX_JSON, parse_json
+from .names import published_shapes
 
 CONFIG_FILE = "config.json"
 PUBLISHED_REPO = "microsoft/STELLAR"
@@ -43,6 +46,9 @@ TRIES = 3
 PATIENCE = 5.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 COMMIT = re.compile("[0-9a-f]{40}")
+# Bytes that a weights file may have beyond every published tensor in float64: a header, and the
+# tokenizer that a file saved in training holds.
+BESIDE_WEIGHTS = 1_000_000_000
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # huggingface_hub's HTTP client: requests before 1.0, then httpx, then httpx2.
 HTTP_CLIENTS = ("requests", "urllib3", "httpx", "httpcore", "httpx2", "httpcore2")
@@ -71,8 +77,8 @@ def locate(
 
     Args:
         name: a model of the repository's `config.json`.
-        repo: a Hub repository, or a local folder in the published layout; a folder that exists wins
-            over a repository of the same name.
+        repo: a Hub repository, "owner/name", or a local folder in the published layout: an
+            `os.PathLike`, or a string of any other form. What is on the disk never decides which.
         revision, cache_dir, token, local_files_only: as in `huggingface_hub`; a local folder has
             no use for them.
 
@@ -88,7 +94,7 @@ def locate(
     if folder is not None:
         config = read_config(folder / CONFIG_FILE, name)
         weights = folder / config.weights
-        if not weights.is_file():
+        if not os.path.isfile(weights):  # Path.is_file raises for a name that is too long
             _missing(weights, f"the weights of {name!r} as {folder / CONFIG_FILE} names them")
         return Located(config, weights)
 
@@ -98,13 +104,19 @@ def locate(
     fetch = partial(
         _fetch, repo, cache_dir=cache_dir, token=token, local_files_only=local_files_only
     )
-    index = fetch(CONFIG_FILE, revision)
+    index = fetch(CONFIG_FILE, revision, MAX_JSON)
     config = read_config(index, name)
     # The cache keeps files in a folder named after their commit. Asking for the weights of that
     # commit keeps both files of one version, whatever is pushed in between.
     commit = index.parent.name
     pinned = commit if COMMIT.fullmatch(commit) else revision
-    return Located(config, fetch(config.weights, pinned))
+    return Located(config, fetch(config.weights, pinned, _most_bytes(config)))
+
+
+def _most_bytes(config: ModelConfig) -> int:
+    """More than any weights file of this geometry has."""
+    shapes = published_shapes(config, teacher=True)
+    return BESIDE_WEIGHTS + 8 * sum(map(math.prod, shapes.values()))
 
 
 def read_config(path: Path, name: str) -> ModelConfig:
@@ -118,11 +130,14 @@ def read_config(path: Path, name: str) -> ModelConfig:
     if not path.is_file():
         _missing(path, "a file of the published layout")
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_JSON + 1)
     except OSError as error:
         raise DownloadError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(raw) > MAX_JSON:
+        raise CheckpointError(f"{path} has more than {MAX_JSON} bytes, which no config.json needs")
     try:
-        content = json.loads(raw, parse_constant=_no_constant)
+        content = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not JSON ({error}); it starts with {raw[:40]!r}. If it was downloaded, "
@@ -132,16 +147,15 @@ def read_config(path: Path, name: str) -> ModelConfig:
     if not isinstance(models, dict):
         raise CheckpointError(f"{path}: 'models' must be an object of models, got {_show(models)}")
     if name not in models:
-        raise ValueError(f"unknown model {name!r}; {path} has: {', '.join(models) or 'none'}")
+        raise ValueError(f"unknown model {name!r}; {path} has: {listing(models) or 'none'}")
     return _model(name, models[name], f"{path}: models.{name}")
 
 
-def _no_constant(token: str) -> NoReturn:
-    raise ValueError(f"{token} is no JSON number")
-
-
 def _show(value: object) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
@@ -149,9 +163,8 @@ def _member(entry: object, field: str, where: str) -> Any:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} must be a JSON object, got {_show(entry)}")
     if field not in entry:
-        raise CheckpointError(
-            f"{where} has no field {field!r}; it has: {', '.join(map(repr, entry)) or 'none'}"
-        )
+        fields = listing([repr(key) for key in entry]) or "none"
+        raise CheckpointError(f"{where} has no field {field!r}; it has: {fields}")
     return entry[field]
 
 
@@ -193,47 +206,59 @@ def _missing(path: Path, what: str) -> NoReturn:
     folder = path.parent
     if not folder.is_dir():
         raise DownloadError(f"{path} is missing ({what}): there is no folder {folder}")
-    found = sorted(entry.name for entry in folder.iterdir())
-    listing = ", ".join(found[:10]) + (f", and {len(found) - 10} more" if len(found) > 10 else "")
-    raise DownloadError(f"{path} is missing ({what}); the folder has: {listing or 'nothing'}")
+    found = listing(sorted(entry.name for entry in folder.iterdir()))
+    raise DownloadError(f"{path} is missing ({what}); the folder has: {found or 'nothing'}")
 
 
 def local_folder(repo: PathLike) -> Path | None:
     """`repo` as a folder, or None if it is the name of a Hub repository.
 
+    The form alone decides: "owner/name" is never a folder, or whoever can make one where a program
+    is started would choose its weights.
+
     Raises:
-        DownloadError: it is a file, or a path where nothing is.
+        DownloadError: it is a path where no folder is.
     """
     text = os.fspath(repo)
     path = Path(os.path.expanduser(text))
-    if text and path.is_dir():
+    if isinstance(repo, str) and (not text or _is_hub_name(text)):
+        return None
+    if path.is_dir():
         return path
-    if text and path.is_file():
+    if path.is_file():
         raise DownloadError(
             f"repo {text!r} is a file; give the folder with {CONFIG_FILE} and the weights, or a "
             "Hub repository"
         )
-    # A Hub name has one slash at most, between owner and repository.
-    looks = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1
-    if not isinstance(repo, str) or looks or "\\" in text or path.is_absolute():
-        raise DownloadError(
-            f"repo {text!r} is a path, and there is no such folder (looked in {Path.cwd()}); give "
-            "a folder in the published layout or a Hub repository such as 'microsoft/STELLAR'"
-        )
-    return None
+    raise DownloadError(
+        f"repo {text!r} is a path, and there is no such folder (looked in {Path.cwd()}); give "
+        "a folder in the published layout or a Hub repository such as 'microsoft/STELLAR'"
+    )
+
+
+def _is_hub_name(text: str) -> bool:
+    """Whether it has the form owner/name, and is not marked as a path."""
+    owner, _, name = text.partition("/")
+    return bool(owner and name) and not owner.startswith((".", "~")) and not set(name) & set("/\\")
+
+
+def _folder_here(repo: str) -> str:
+    """What to say of a folder that has the name of a repository."""
+    return f"; for the folder here, write './{repo}'" if os.path.isdir(repo) else ""
 
 
 def _fetch(
     repo: str,
     file: str,
     revision: str | None,
+    most_bytes: int,
     *,
     cache_dir: PathLike | None,
     token: str | bool | None,
     local_files_only: bool,
 ) -> Path:
     """One file of a Hub repository: from the cache where it is up to date or the server is out of
-    reach, else downloaded."""
+    reach, else downloaded, if it has no more than `most_bytes`."""
     folder = None if cache_dir is None else Path(cache_dir).expanduser().resolve()
     cached = partial(_cached, repo, file, revision, folder)
     try:
@@ -245,7 +270,7 @@ def _fetch(
             if local_files_only:
                 raise LocalEntryNotFoundError("not in the cache")
         try:
-            _reach(
+            size = _reach(
                 hf_hub_url(repo, file, revision=revision),
                 token,
                 stop=lambda: cached() is not None,
@@ -257,6 +282,8 @@ def _fetch(
             if path is None:
                 raise
             return path
+        if size is not None and size > most_bytes:
+            raise _TooLarge(f"it has {size} bytes, and no such file needs more than {most_bytes}")
         return Path(hf_hub_download(repo, file, revision=revision, cache_dir=folder, token=token))
     # Whatever the library and the three HTTP clients of its supported versions raise is the same
     # to the caller: the file could not be had.
@@ -265,7 +292,7 @@ def _fetch(
         shown = revision or constants.DEFAULT_REVISION
         raise DownloadError(
             f"cannot get {file!r} of Hub repository {repo!r} at revision {shown!r}: {reason}; "
-            f"{remedy}"
+            f"{remedy}{_folder_here(repo)}"
         ) from error
 
 
@@ -276,21 +303,27 @@ def _cached(repo: str, file: str, revision: str | None, cache_dir: Path | None) 
     return Path(path) if isinstance(path, str) else None
 
 
-def _reach(url: str, token: str | bool | None, stop: Callable[[], bool]) -> None:
-    """Asks the server for a file's metadata, again for failures that pass, unless `stop()`.
+def _reach(url: str, token: str | bool | None, stop: Callable[[], bool]) -> int | None:
+    """A file's size, asked of the server, again for failures that pass, unless `stop()`.
 
     `hf_hub_download` asks again by itself, but with no option for how long.
     """
     start = time.monotonic()
-    for attempt in range(1, TRIES + 1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
-            get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            return
+            timeout = constants.HF_HUB_ETAG_TIMEOUT
+            return get_hf_file_metadata(url, token=token, timeout=timeout).size
         except Exception as error:
             waited = time.monotonic() - start
             if attempt == TRIES or waited > PATIENCE or not _passes(error) or stop():
                 raise
             time.sleep(attempt)
+
+
+class _TooLarge(Exception):
+    pass
 
 
 def _status(error: BaseException) -> int | None:
@@ -323,6 +356,8 @@ def _explain(error: BaseException, repo: str, file: str, local_files_only: bool)
             "it is not in the cache, and local_files_only=True forbids to download it",
             "load once without it, or pass the cache_dir that has it",
         )
+    if isinstance(error, _TooLarge):
+        return str(error), f"see {page}/tree/main"
     if isinstance(error, OfflineModeIsEnabled):
         return (
             "it is not in the cache, and HF_HUB_OFFLINE is set",
@@ -330,7 +365,7 @@ def _explain(error: BaseException, repo: str, file: str, local_files_only: bool)
         )
     if isinstance(error, HFValidationError):
         return (
-            f"{repo!r} is no repository name ({_line(error)}), and no folder here",
+            f"{repo!r} is no repository name ({_line(error)})",
             "give 'owner/name' or an existing folder",
         )
     if isinstance(error, LocalTokenNotFoundError):
@@ -343,8 +378,7 @@ def _explain(error: BaseException, repo: str, file: str, local_files_only: bool)
         return f"{answer}: there is no such file", f"see {page}/tree/main for those there are"
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{answer}: there is no such repository (and no folder of that name here), or it is "
-            "private",
+            f"{answer}: there is no such repository, or it is private",
             f"check the name, or {log_in}",
         )
     if status in (401, 403):

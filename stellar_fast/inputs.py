@@ -14,22 +14,24 @@ from torch import Tensor
 RANGE_SLACK = 1e-3
 
 
-def as_batch(images: Any, preset: str) -> tuple[Tensor, bool]:
+def as_batch(images: Any, preset: str, patch_size: int, max_patches: int) -> tuple[Tensor, bool]:
     """Images in any accepted form as a tensor, and whether its range is still to be checked.
 
     Args:
         images: a float or uint8 tensor or NumPy array (B, 3, H, W), uint8 also (B, H, W, 3); or a
             list of PIL images and paths, each decoded and resized by `preset` (`images.PRESETS`).
+        patch_size, max_patches: images are of one patch at least, and of no more than these.
 
     Raises:
         TypeError: neither a tensor, an array nor a list of images.
-        ValueError: wrong shape, channels or dtype.
+        ValueError: wrong shape, size, channels or dtype.
         ImageError: a listed image could not be decoded.
     """
     if isinstance(images, np.ndarray):
-        images = _from_numpy(images)
+        images = _from_numpy(images, patch_size, max_patches)
     if isinstance(images, Tensor):
         batch = _check_layout(images)
+        _check_size(batch, patch_size, max_patches)
         if batch.dtype.itemsize == 1 and batch.dtype != torch.uint8:
             batch = batch.float()  # float8 has neither comparison nor arithmetic
         return batch, batch.dtype != torch.uint8
@@ -39,7 +41,9 @@ def as_batch(images: Any, preset: str) -> tuple[Tensor, bool]:
             "encode([image])"
         )
     if isinstance(images, Sequence):
-        return _from_list(images, preset), False
+        batch = _from_list(images, preset)
+        _check_size(batch, patch_size, max_patches)
+        return batch, False
     raise TypeError(
         "encode takes a tensor or NumPy array (B, 3, H, W), or a list of PIL images or paths; "
         f"got {type(images).__name__}"
@@ -67,7 +71,7 @@ def _from_list(images: Sequence[Any], preset: str) -> Tensor:
     return load_batch(images, preset)
 
 
-def _from_numpy(array: np.ndarray) -> Tensor:
+def _from_numpy(array: np.ndarray, patch_size: int, max_patches: int) -> Tensor:
     if array.dtype.kind not in "fu" or (array.dtype.kind == "u" and array.dtype.itemsize != 1):
         raise ValueError(
             f"images must be uint8 or floats in [0, 1], got a NumPy array of dtype {array.dtype}"
@@ -76,6 +80,10 @@ def _from_numpy(array: np.ndarray) -> Tensor:
     native = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     usable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
     if native != array.dtype or not usable:
+        # Before the copy: a view that repeats one value may stand for terabytes.
+        kind = torch.uint8 if array.dtype.kind == "u" else torch.float32
+        described = _check_layout(torch.empty(array.shape, dtype=kind, device="meta"))
+        _check_size(described, patch_size, max_patches)
         array = np.array(array, dtype=native, order="C")
     return torch.from_numpy(array)
 
@@ -105,13 +113,23 @@ def _check_layout(images: Tensor) -> Tensor:
     raise ValueError(f"images must have 3 channels (RGB), got shape {shape}")
 
 
-def check_size(images: Tensor, patch_size: int) -> None:
-    """Raises ValueError when images (B, 3, H, W) are smaller than one patch."""
+def _check_size(images: Tensor, patch_size: int, max_patches: int) -> None:
     height, width = images.shape[2:]
     if height < patch_size or width < patch_size:
         raise ValueError(
             f"images must be at least one patch of {patch_size}x{patch_size} pixels, got "
             f"{height}x{width}"
+        )
+    patches = (height // patch_size) * (width // patch_size)
+    check_patches(patches, max_patches, f"images of {height}x{width} pixels, {patches} patches")
+
+
+def check_patches(patches: int, max_patches: int, what: str) -> None:
+    """Raises ValueError when `what` has more patches an image than the engine takes."""
+    if patches > max_patches:
+        raise ValueError(
+            f"{what}, are more than max_patches={max_patches}: resize or cut them, or load with a "
+            "larger max_patches (attention takes time by its square)"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import backends, checkpoint, hub, names, saving, synthetic
 from .config import MODELS, ModelConfig
 from .devices import DTYPES, resolve_device, resolve_precision
-from .engine import Engine
+from .engine import MAX_PATCHES, Engine
 from .errors import CheckpointError
 from .quantize import quantize_block
 from .weights import VQGANWeights, pack_decoder, pack_encoder, pack_vqgan
@@ -50,6 +50,7 @@ def load(
     token: str | bool | None = None,
     local_files_only: bool = False,
     max_batch: int | None = None,
+    max_patches: int = MAX_PATCHES,
     cuda_graphs: bool = True,
 ) -> Engine:
     """An engine for one model.
@@ -70,6 +71,8 @@ def load(
             tests.
         revision, cache_dir, token, local_files_only: as in `huggingface_hub`.
         max_batch: images computed at once; larger batches are cut. 16 on a CPU, 256 on a GPU.
+        max_patches: patches of an image; larger images are a ValueError. The default is an image of
+            4096x4096 at patch 16.
         cuda_graphs: run the kernels as CUDA graphs, one for each bucket of batch sizes.
 
     Raises:
@@ -103,7 +106,7 @@ def load(
 
     if located is not None and saving.saved_precision(located.weights) is not None:
         config, source = located.config, str(located.weights)
-        encoder, decoder = saving.read(located.weights, target)
+        encoder, decoder = saving.read(located.weights, config, target)
         if purpose == "reconstruct" and decoder is None:
             raise CheckpointError(f"{source} was saved from an engine that only encodes")
     else:
@@ -128,6 +131,7 @@ def load(
         precision=precision,
         output_dtype=output_dtype,
         max_batch=max_batch,
+        max_patches=max_patches,
         weights=source,
         backend=resolved,
         cuda_graphs=cuda_graphs,

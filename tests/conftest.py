@@ -25,13 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.backends.mkldnn.enabled = False
 
 
-def pytest_configure() -> None:
-    if os.environ.get("STELLAR_TEST_ONEDNN") == "0":
-        import torch
-
-        torch.backends.mkldnn.enabled = False
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     by_name = any("::" in argument for argument in config.args)
     asked = config.getoption("markexpr")

@@ -3,6 +3,7 @@
 import errno
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import HubServer, files, index, locate_in_process
@@ -11,6 +12,7 @@ from stellar_fast import hub
 from stellar_fast.errors import DownloadError
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+METADATA = SimpleNamespace(size=11)
 
 
 def case(repo: str, **arguments) -> dict:
@@ -341,7 +343,7 @@ def test_a_failure_while_writing(monkeypatch, tmp_path, error, parts):
     def download(*args, **arguments):
         raise error
 
-    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *args, **arguments: None)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *args, **arguments: METADATA)
     monkeypatch.setattr(hub, "hf_hub_download", download)
     with pytest.raises(DownloadError) as caught:
         hub.locate("small", repo="org/name", revision="v1", cache_dir=tmp_path)

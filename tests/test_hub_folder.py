@@ -26,12 +26,9 @@ def test_local_folder(folder, monkeypatch):
     assert hub.locate("small", repo=folder) == hub.locate("small", repo=str(folder)) == expected
     monkeypatch.setenv("HOME", str(folder.parent))
     assert hub.locate("small", repo=f"~/{folder.name}") == expected
-    # A folder wins over a Hub repository of the same name, the published one included.
-    (folder / "microsoft").mkdir()
-    (folder / "microsoft/STELLAR").symlink_to(folder)
-    monkeypatch.chdir(folder)
-    located = hub.locate("small", repo=hub.PUBLISHED_REPO)
-    assert located.weights == Path("microsoft/STELLAR/small.safetensors")
+    monkeypatch.chdir(folder.parent)
+    for repo in (folder.name, f"./{folder.name}", f"../{folder.parent.name}/{folder.name}"):
+        assert hub.locate("small", repo=repo).weights.samefile(expected.weights)
 
 
 def test_local_folder_without_its_files(folder):
@@ -113,6 +110,11 @@ def test_backbone_objects_and_no_temperature(folder):
         (index(spatial_temp="0.06"), ["spatial_temp must be", '"0.06"']),
         (index(spatial_temp=True), ["spatial_temp must be", "true"]),
         (index(spatial_temp=-1), ["spatial_temp must be positive"]),
+        (index(spatial_temp=10**400), ["spatial_temp must be positive"]),
+        (index().replace(b"0.1", b"1e999"), ["spatial_temp must be positive", "inf"]),
+        (b'{"models": {}, "models": {}}', ["is not JSON", "a key is there twice"]),
+        (b" " * 10_000_001, ["more than 10000000 bytes"]),
+        (b'{"models": ' + b"[" * 900 + b"]" * 900 + b"}", ["'models' must be an object"]),
         (index(num_sparse_tokens="16"), ["num_sparse_tokens must be a positive integer, got '16'"]),
         (index(num_sparse_tokens=True), ["num_sparse_tokens must be a positive integer"]),
         (index(num_decoder_layers=2.0), ["num_decoder_layers must be a positive integer"]),

@@ -79,7 +79,7 @@ def test_fp8_blocks_and_their_scales_come_back(source, tmp_path):
     saving.save(tmp_path, engine.config, "fp8", packed, None)
     file = tmp_path / "small-fp8.safetensors"
     assert saving.saved_precision(file) == "fp8"
-    again, decoder = saving.read(file, torch.device("cpu"))
+    again, decoder = saving.read(file, engine.config, torch.device("cpu"))
     assert decoder is None
     ours, theirs = packed.blocks[1], again.blocks[1]
     assert isinstance(theirs, Fp8Block)

@@ -7,7 +7,6 @@ files to open, so every field is held to a rule here, in one place, before anyth
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StellarError
-from ..files import open_inside
+from ..files import open_inside, parse_json
 
 FORMATS = ("npy", "parquet")
 FEATURES = ("sparse", "cls", "spatial", "dense")
@@ -192,7 +191,7 @@ def read_json(folder: Path, *names: str) -> dict[str, Any]:
             text = file.read(MOST_JSON + 1)
         if len(text) > MOST_JSON:
             raise StellarError(f"{path}: has more than {MOST_JSON} bytes, the most there may be")
-        content = json.loads(text)
+        content = parse_json(text)
     except FileNotFoundError:
         raise
     except RecursionError:

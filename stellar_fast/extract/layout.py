@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StellarError
 from ..files import folder_to_disk, open_inside, remove, replacing, writing
-from .foreign import MOST_IMAGES, MOST_PARTITIONS, check_manifest, check_plan, read_json, shown
+from .foreign import (
+    MOST_IMAGES,
+    MOST_PARTITIONS,
+    MOST_TEXT,
+    check_manifest,
+    check_plan,
+    read_json,
+    shown,
+)
 from .input.addresses import without_user
 from .records import Item, PathLike
 
@@ -125,7 +133,8 @@ def read_plan(output: PathLike) -> Plan:
     if content.get("schema") != SCHEMA:
         raise StellarError(
             f"{path}: schema {shown(content.get('schema'))}, but this version of stellar-fast "
-            f"reads schema {SCHEMA}; use the version that wrote it, or extract anew with --overwrite"
+            f"reads schema {SCHEMA}; use the version that wrote it, or extract anew with "
+            "--overwrite"
         )
     check_plan(path, content)
     partitions = tuple(
