@@ -1,101 +1,169 @@
-"""Timing of alternatives side by side, and the result file that a figure is taken from."""
+"""Result files: how every figure is kept, and the one reader of them.
+
+A file is JSON Lines. An object is what holds of the rows below it: device, date, commit, versions,
+command; each run that wrote into the file begins with one. An array is the rows of one job, whole
+or not there. `{"begin": KEY}` says that a job was started, `{"finished": STAGE}` that all of a
+stage have figures: a job that was begun and has no rows ended with its process.
+
+A row is one implementation of one thing:
+
+    stage        encode, ops, ceilings, latency, footprint, compile, waterfall, …
+    key          the job: model/bBATCH/precision/…; a job that is repeated replaces its rows
+    name         the implementation; ours begin with "engine" or "kernel"
+    model, batch, precision, op
+    median, low, high, rounds    seconds: median and quartiles, of how many rounds
+    refused, failed, not_run     or why there is no figure
+    …            what else was found: errors, flops, floor, peak_bytes, …
+
+The rows are plain dictionaries: a dozen small tables of texts made of several fields each would get
+no shorter with a data frame.
+"""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import re
-import statistics
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-SUMMARY: list[str] = []  # lines that `pytest benchmarks/` prints at its end
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "openvino", "onnxruntime", "transformers", "triton")
+SOURCES = ("stellar_fast", "kernels", "reference", "benchmarks")
+PROBLEMS = ("refused", "failed", "not_run")
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a call: the median and quartiles over `rounds` calls."""
+@dataclass
+class Result:
+    """What a result file holds.
 
-    median: float
-    low: float
-    high: float
-    rounds: int
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Timing:
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(median, low, high, len(seconds))
-
-
-class Alternation:
-    """Times several functions in turn, so that a drift of the machine's speed hits them alike."""
-
-    def __init__(self, functions: Mapping[str, Callable[[], object]], warmup: int = 2) -> None:
-        self.functions = dict(functions)
-        self.seconds: dict[str, list[float]] = {name: [] for name in functions}
-        for function in self.functions.values():
-            for _ in range(warmup):
-                function()
-
-    def round(self) -> None:
-        """One timed call of each function."""
-        for name, function in self.functions.items():
-            start = time.perf_counter()
-            function()
-            self.seconds[name].append(time.perf_counter() - start)
-
-    def timings(self) -> dict[str, Timing]:
-        return {name: Timing.of(seconds) for name, seconds in self.seconds.items()}
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """L2 norm of the difference over that of `exact`, in float64."""
-    exact = exact.double()
-    return ((found.double() - exact).norm() / exact.norm()).item()
-
-
-def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """The relative error of each output; an output that is missing is an AssertionError."""
-    for name in exact:
-        assert name in found, f"{name}: no such output"
-    return {name: relative_error(found[name], exact[name]) for name in exact}
-
-
-def over_budget(measured: Mapping[str, float], plain: Mapping[str, float]) -> str | None:
-    """The first error that exceeds twice plain PyTorch's at that dtype, in words."""
-    for name, error in measured.items():
-        budget = 2 * plain[name]
-        if not error <= budget:  # nor is NaN
-            return f"{name}: error {error:.2e} exceeds its budget {budget:.2e}"
-    return None
-
-
-def within_budget(
-    found: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
-) -> None:
-    """Raises AssertionError unless every error is at most twice plain PyTorch's at that dtype.
-
-    No figure is written for a result that fails this.
+    Attributes:
+        facts: of the first run that wrote into it.
+        runs: the facts of each.
+        jobs: rows by stage and key.
+        begun: the job that was started last and has no rows, as it was announced.
+        tried: stages and keys that the last run has begun.
+        finished: stages all of whose rows have figures.
     """
-    reason = over_budget(errors(found, exact), errors(plain, exact))
-    if reason is not None:
-        raise AssertionError(reason)
+
+    path: Path
+    runs: list[Row] = field(default_factory=list)
+    jobs: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
+    begun: Row | None = None
+    tried: set[tuple[str, str]] = field(default_factory=set)
+    finished: set[str] = field(default_factory=set)
+
+    @property
+    def facts(self) -> Row:
+        return self.runs[0]
+
+    @property
+    def when(self) -> tuple[str, str]:
+        return self.runs[-1]["date"], self.runs[-1].get("time", "")
+
+    def rows(self, stage: str, **equal: Any) -> list[Row]:
+        """The rows of a stage in which these fields have these values."""
+        return [
+            row
+            for (of, _), rows in self.jobs.items()
+            for row in rows
+            if of == stage and all(row.get(name) == value for name, value in equal.items())
+        ]
+
+    def has(self, stage: str, key: str) -> bool:
+        """Whether a job needs no second run: a failure does."""
+        rows = self.jobs.get((stage, key))
+        return rows is not None and not any("failed" in row for row in rows)
+
+    def take(self, line: Any) -> None:
+        """One line of the file."""
+        if isinstance(line, list):
+            self.jobs[line[0]["stage"], line[0]["key"]] = line
+            self.begun = None
+        elif "begin" in line:
+            job = line["stage"], line["begin"]
+            self.begun = line
+            self.tried.add(job)
+            self.jobs[job] = [ended(line, "its process ended in this row")]
+        elif "finished" in line:
+            self.finished.add(line["finished"])
+        else:
+            self.runs.append(line)
+            self.tried, self.begun = set(), None
 
 
-def processor() -> dict[str, object]:
+def ended(begin: Row, why: str) -> Row:
+    """The row of a job that came to nothing."""
+    return {"stage": begin["stage"], "key": begin["begin"], "name": "engine", "failed": why}
+
+
+def read(path: Path) -> Result:
+    """A result file; a last line that was being written when its process ended is left out.
+
+    Raises:
+        ValueError: it is no result file.
+    """
+    result = Result(path)
+    text = path.read_text()
+    try:
+        for line in text[: text.rfind("\n") + 1].splitlines():
+            result.take(json.loads(line))
+        if not {"name", "date", "commit"} <= set(result.facts):
+            raise KeyError("name, date or commit")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is no result file: {type(error).__name__}: {error}") from error
+    return result
+
+
+def found(name: str, folder: str = "*") -> list[Result]:
+    """The result files of one benchmark, the newest first."""
+    every = (read(path) for path in sorted(RESULTS.glob(f"{folder}/*.jsonl")))
+    return sorted(
+        (result for result in every if result.facts["name"] == name),
+        key=lambda result: (result.when, result.path),
+        reverse=True,
+    )
+
+
+def kind(result: Result) -> tuple:
+    """What tells one kind of machine from another."""
+    processor = result.facts.get("processor", {})
+    names = ("name", "family", "model", "threads")
+    return (result.facts.get("device"), *(processor.get(name) for name in names))
+
+
+def newest_of_each_kind(name: str) -> list[Result]:
+    """The newest result of a benchmark for each kind of machine, the newest of all first."""
+    kinds: dict[tuple, Result] = {}
+    for result in found(name):
+        kinds.setdefault(kind(result), result)
+    return list(kinds.values())
+
+
+def is_ours(row: Row) -> bool:
+    return row["name"].startswith(("engine", "kernel"))
+
+
+def problem(row: Row) -> str:
+    """Why a row has no figure, in one line; empty if it has."""
+    for name in PROBLEMS:
+        if name in row:
+            return f"{name.replace('_', ' ')}: {(row[name].splitlines() or [''])[0]}"
+    return ""
+
+
+def processor() -> Row:
     """What the CPU calls itself and the instruction sets that decide bf16 speed."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -123,20 +191,29 @@ def versions() -> dict[str, str]:
     return found
 
 
+def sources() -> str:
+    """A hash of all code that a figure depends on, this folder included."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix == ".py" or path.parent.name == "tuned":
+                digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def commit() -> str:
-    """The commit measured; "-dirty" where the code differs from it."""
+    """The commit measured, "-dirty" where the code differs from it; without git, the sources'."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    files = [Path(path) for m in sys.modules.values() if (path := getattr(m, "__file__", None))]
-    here = [
-        str(path) for path in files if path.parent == ROOT / "benchmarks"
-    ]  # the benchmarks at work
-    changed = git("status", "--porcelain", "--", "stellar_fast", "kernels", "reference", *here)
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--", *(f"{folder}/*.py" for folder in SOURCES))
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"sources-{sources()}"
 
 
 def folder_of(device: str) -> str:
@@ -144,25 +221,38 @@ def folder_of(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def write_result(device: str, name: str, rows: list[dict], **facts: object) -> Path:
-    """Writes `results/<device>/<date>-<commit>-<name>.json` and returns its path."""
+def facts(name: str, command: str, **others: Any) -> Row:
+    """The first line of a run."""
     now = datetime.datetime.now(datetime.UTC)
-    today = now.date().isoformat()
-    result = {
+    return {
         "name": name,
-        "date": today,
+        "date": now.date().isoformat(),
         "time": now.time().isoformat(timespec="seconds"),
         "commit": commit(),
+        "sources": sources(),
         "versions": versions(),
-        **facts,
-        "rows": rows,
+        "command": command,
+        **others,
     }
-    path = RESULTS / device / f"{today}-{result['commit']}-{name}.json"
+
+
+def jobs_of(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows as a file has them: those of a job together."""
+    jobs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        jobs.setdefault((row["stage"], row["key"]), []).append(row)
+    return list(jobs.values())
+
+
+def lines_of(items: Sequence[Any]) -> str:
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
+def write(folder: str, header: Row, rows: Iterable[Row]) -> Path:
+    """Writes `results/FOLDER/DATE-COMMIT-NAME.jsonl`, whole or not at all, and returns its path."""
+    path = RESULTS / folder / f"{header['date']}-{header['commit']}-{header['name']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    beside = path.with_suffix(".unfinished")
+    beside.write_text(lines_of([header, *jobs_of(rows)]))
+    beside.replace(path)
     return path
-
-
-def row(timing: Timing, images: int, **facts: object) -> dict[str, object]:
-    """One line of a result file."""
-    return {**facts, **asdict(timing), "images_per_second": images / timing.median}
