@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "openvino", "onnxruntime", "transformers", "triton")
 SOURCES = ("stellar_fast", "kernels", "reference", "benchmarks")
+BASELINES = {"encode": "reference fp32 eager", "ops": "eager"}  # what speed-ups are over
 PROBLEMS = ("refused", "failed", "not_run")
 Row = dict[str, Any]
 
@@ -139,7 +140,7 @@ def found(name: str, folder: str = "*") -> list[Result]:
 def kind(result: Result) -> tuple:
     """What tells one kind of machine from another."""
     processor = result.facts.get("processor", {})
-    names = ("name", "family", "model", "threads")
+    names = ("name", "family", "model", "threads", "cores")
     return (result.facts.get("device"), *(processor.get(name) for name in names))
 
 
@@ -210,7 +211,8 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", *(f"{folder}/*.py" for folder in SOURCES))
+        code = [*(f"{folder}/*.py" for folder in SOURCES), "kernels/tuned"]
+        changed = git("status", "--porcelain", "--", *code)
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return f"sources-{sources()}"
@@ -256,3 +258,47 @@ def write(folder: str, header: Row, rows: Iterable[Row]) -> Path:
     beside.write_text(lines_of([header, *jobs_of(rows)]))
     beside.replace(path)
     return path
+
+
+def going_on(folder: Path, header: Row, resume: Path | None = None, fresh: bool = False) -> Path:
+    """The file in `folder` that a run of this device appends to; its header is written.
+
+    The newest file of the same device and sources goes on, wherever it lies; `resume` names
+    another. It is copied into `folder` where that is not its own.
+
+    Raises:
+        ValueError: `resume` was measured on another device or from other sources.
+    """
+    same = ("name", "device", "sources")
+    places = {folder.resolve(), (RESULTS / folder.name).resolve()}
+    earlier = [read(path) for place in places for path in place.glob("*.jsonl")]
+    if resume is not None:
+        earlier = [read(resume)]
+        for name in same:
+            if earlier[0].facts.get(name) != header[name]:
+                raise ValueError(
+                    f"{resume} was measured with {name} {earlier[0].facts.get(name)!r}, this is "
+                    f"{header[name]!r}: leave out --resume"
+                )
+    fitting = [r for r in earlier if not fresh and all(r.facts.get(n) == header[n] for n in same)]
+    folder.mkdir(parents=True, exist_ok=True)
+    path, number = folder / f"{header['date']}-{header['commit']}.jsonl", 2
+    if fitting:
+        found = max(fitting, key=lambda result: (result.when, len(result.jobs)))
+        path = folder / found.path.name
+        text = found.path.read_text()
+        if path.resolve() != found.path.resolve() or not text.endswith("\n"):
+            beside = path.with_suffix(".unfinished")
+            beside.write_text(text[: text.rfind("\n") + 1])
+            beside.replace(path)
+    while not fitting and path.exists():
+        path = folder / f"{header['date']}-{header['commit']}-{number}.jsonl"
+        number += 1
+    append(path, [header])
+    return path
+
+
+def append(path: Path, items: Sequence[Any]) -> None:
+    """Adds lines to a result file, at once."""
+    with path.open("ab", buffering=0) as file:
+        file.write(lines_of(items).encode())

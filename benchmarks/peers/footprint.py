@@ -1,6 +1,6 @@
 """What one implementation takes to load, and at its peak, in a process that does nothing else.
 
-    python -P benchmarks/footprint.py engine-fp32 FOLDER stellar-b16 8 224
+    python -P benchmarks/peers/footprint.py engine-fp32 FOLDER stellar-b16 8 224
 
 prints one line of JSON. FOLDER holds `config.json` and a weights file; `write_checkpoint` makes it.
 """
@@ -30,6 +30,24 @@ NAMES = ("engine-fp32", "engine-bf16", "reference-fp32")
 Encode = Callable[[Tensor], object]
 
 
+def synthetic(config: ModelConfig) -> dict[str, Tensor]:
+    """The weights that `stellar_fast.load` draws for `weights="synthetic"`."""
+    return dict(synthetic_state(encode_shapes(config), SYNTHETIC_SEED))
+
+
+def plain_model(config: ModelConfig, state: dict[str, Tensor]) -> STELLARModel:
+    """The published model in plain PyTorch, float32, to encode with."""
+    model = STELLARModel(
+        num_sparse_tokens=config.num_sparse_tokens,
+        spatial_temp=config.spatial_temp,
+        vit_pretrained=config.backbone,
+        do_recon=False,
+        do_clustering=False,
+    )
+    model.load_state_dict(state, strict=False)
+    return model.eval().requires_grad_(False)
+
+
 def write_config(config: ModelConfig, folder: Path) -> None:
     """`config.json` in the published layout."""
     backbone = config.backbone
@@ -46,8 +64,7 @@ def write_config(config: ModelConfig, folder: Path) -> None:
 def write_checkpoint(config: ModelConfig, folder: Path) -> None:
     """`config.json`, and a file of the encoder's seeded random weights."""
     write_config(config, folder)
-    state = synthetic_state(encode_shapes(config), SYNTHETIC_SEED)
-    save_file(state, folder / "weights.safetensors")
+    save_file(synthetic(config), folder / "weights.safetensors")
 
 
 def _load(name: str, folder: Path, model: str) -> Encode:
@@ -55,15 +72,8 @@ def _load(name: str, folder: Path, model: str) -> Encode:
     if kind == "engine":
         return stellar_fast.load(model, repo=folder, device="cpu", precision=precision).encode
     located = locate(model, repo=folder)
-    reference = STELLARModel(
-        num_sparse_tokens=located.config.num_sparse_tokens,
-        spatial_temp=located.config.spatial_temp,
-        vit_pretrained=located.config.backbone,
-        do_recon=False,
-        do_clustering=False,
-    )
-    reference.load_state_dict(load_file(located.weights), strict=False)
-    return torch.no_grad()(reference.eval().encode)
+    plain = plain_model(located.config, load_file(located.weights))
+    return torch.no_grad()(plain.encode)
 
 
 def _peak() -> int:
@@ -84,6 +94,9 @@ def measure(name: str, folder: Path, model: str, batch: int, side: int) -> dict[
     loaded = _peak()
     encode(torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)))
     return {
+        "stage": "footprint",
+        "key": f"{model}/b{batch}",
+        "model": model,
         "name": name.replace("-", " "),
         "batch": batch,
         "load_seconds": seconds,
@@ -100,16 +113,8 @@ def measure_all(
     write_checkpoint(config, folder)
     found = []
     for name in NAMES:
-        command = [
-            sys.executable,
-            "-P",
-            __file__,
-            name,
-            str(folder),
-            config.name,
-            str(batch),
-            str(side),
-        ]
+        numbers = (str(batch), str(side))
+        command = [sys.executable, "-P", __file__, name, str(folder), config.name, *numbers]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found.append(json.loads(done.stdout))
     return found

@@ -1,5 +1,8 @@
 """What a STELLAR model can be run with on a CPU: ours, plain PyTorch, and others' runtimes.
 
+To add one, write a function that makes it and name it in IMPLEMENTATIONS. It gets a figure where
+its outputs keep the error budget of its precision.
+
 Each runs in a process of its own (`Remote`). Within one process they are not independent: eager
 PyTorch took 1.26 s a batch alone, and 1.43 s after OpenVINO had been loaded beside it.
 """
@@ -15,16 +18,17 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import footprint
-import harness
 import torch
-from contest import BASELINE, Encode, Local, Outputs
+from harness.budgets import Encode, Outputs
+from harness.results import BASELINES, ROOT
+from peers.footprint import plain_model, synthetic, write_config
 from stellar_fast.reference.model import STELLARModel
 from torch import Tensor, nn
 
@@ -32,9 +36,8 @@ import stellar_fast
 from stellar_fast.config import ModelConfig
 from stellar_fast.encoder import OUTPUTS
 from stellar_fast.loading import SYNTHETIC_SEED
-from stellar_fast.names import encode_shapes
-from stellar_fast.synthetic import synthetic_state
 
+BASELINE = BASELINES["encode"]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -54,7 +57,7 @@ def _without_root() -> Iterator[None]:
     """Without this repository's root in the path, whose `kernels/` transformers would take for the
     package of that name."""
     before = sys.path[:]
-    sys.path[:] = [entry for entry in before if Path(entry).resolve() != harness.ROOT]
+    sys.path[:] = [entry for entry in before if Path(entry).resolve() != ROOT]
     try:
         yield
     finally:
@@ -71,22 +74,13 @@ class Subject:
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        footprint.write_config(config, folder)
+        write_config(config, folder)
         self.reference = functools.cache(self._reference)
         self.openvino_graph = functools.cache(self._openvino_graph)
         self.vit = functools.cache(self._vit)
 
     def _reference(self, precision: str) -> STELLARModel:
-        model = STELLARModel(
-            num_sparse_tokens=self.config.num_sparse_tokens,
-            spatial_temp=self.config.spatial_temp,
-            vit_pretrained=self.config.backbone,
-            do_recon=False,
-            do_clustering=False,
-        )
-        state = synthetic_state(encode_shapes(self.config), SYNTHETIC_SEED)
-        model.load_state_dict(state, strict=False)
-        return model.to(DTYPES[precision]).eval().requires_grad_(False)
+        return plain_model(self.config, synthetic(self.config)).to(DTYPES[precision])
 
     def eager(self, precision: str) -> Encode:
         """The model in plain PyTorch."""
@@ -237,6 +231,30 @@ IMPLEMENTATIONS: dict[str, tuple[Maker, str]] = {
     "OpenVINO bf16": (_openvino, "bf16"),
     "ONNX Runtime fp32": (_onnxruntime, "fp32"),
 }
+
+
+@dataclass
+class Local:
+    """An entrant in this process."""
+
+    name: str
+    precision: str
+    encode: Encode
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+    def load(self, images: Tensor) -> None:
+        self._images = images
+
+    def run(self) -> float:
+        start = time.perf_counter()
+        self._found = self.encode(self._images)
+        return time.perf_counter() - start
+
+    def fetch(self) -> Outputs:
+        return self._found
+
+    def exact(self, images: Tensor) -> None:
+        return None
 
 
 def local(subject: Subject, name: str, example: Tensor) -> Local:
