@@ -128,7 +128,8 @@ def _stored(name: str, record: Record, header: Row) -> str:
     if name == "ops" and DEVICE.type == "cuda":
         # Beside what `gpu/run.py` measures, in the one file of this device and these sources.
         path = results.going_on(results.RESULTS / results.folder_of(header["device"]), header)
-        results.append(path, results.jobs_of(record.rows))
+        with results.adding_to(path, header) as file:
+            file.write(results.lines_of(results.jobs_of(record.rows)))
         return path.name
     return results.write("cpu", header, record.rows).name
 

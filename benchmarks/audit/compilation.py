@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from machine_code import MATRIX, Anatomy, Instruction, anatomy, parse
+from audit.machine_code import MATRIX, Anatomy, Instruction, anatomy, parse
 
 REGISTERS = 65_536  # of one multiprocessor, from sm_80 to sm_120
 WARPS = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}  # resident on one multiprocessor

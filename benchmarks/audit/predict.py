@@ -1,6 +1,6 @@
 """Times predicted from machine code, for GPUs that are not at hand. No figure here is measured.
 
-    python -P benchmarks/predict.py [--arch 90] [--model NAME] [--precision P] [--batch N]
+    python -P benchmarks/audit/predict.py [--arch 90] [--model NAME] [--precision P] [--batch N]
 
 Of every launch of a real forward it takes the tiles, their waves over the multiprocessors and the
 bytes that must move, and of its compiled code what a warp issues in the main loop and beside it.
@@ -15,8 +15,6 @@ has a measured time for a launch, it is printed beside the prediction, with its 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -26,11 +24,12 @@ from typing import Any
 
 if __name__ == "__main__":  # before Triton is imported; workers inherit it
     os.environ.pop("TRITON_INTERPRET", None)
-sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
+sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 
-import audit
-import harness
-from audit_compile import Compilation, Finding
+from audit import run as audit
+from audit.compilation import Compilation, Finding
+from harness import results
+from harness.results import Row
 from stellar_fast.kernels import launch
 from torch import Tensor
 
@@ -268,7 +267,7 @@ def forward(config: ModelConfig, precision: str, batch: int, arch: int) -> list[
 
 def rows_of(
     config: ModelConfig, precision: str, batch: int, chip: Chip, arch: int, workers: int
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One row for each kind of launch of a forward, with how often it occurs."""
     seen = forward(config, precision, batch, arch)
     groups: dict[tuple[str, Compilation, tuple], list[launch.Launch]] = {}
@@ -281,7 +280,7 @@ def rows_of(
         if finding.faults:
             raise ValueError(f"{name} on sm_{arch}: {'; '.join(finding.faults)}")
 
-    def rows(clock: float) -> list[dict[str, Any]]:
+    def rows(clock: float) -> list[Row]:
         made = []
         for (name, compilation, _), finding, items in zip(
             groups, found, groups.values(), strict=True
@@ -307,30 +306,27 @@ def rows_of(
     return rows(chip.boost)
 
 
-def summary(rows: Iterable[dict[str, Any]], batch: int) -> dict[str, float]:
+def summary(rows: Iterable[Row], batch: int) -> dict[str, float]:
     rows = list(rows)
     seconds = sum(row["times"] * row["seconds"] for row in rows)
     floor = sum(row["times"] * row["floor"] for row in rows)
     return {"seconds": seconds, "floor": floor, "images_per_second": batch / seconds}
 
 
-def kept(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a file of predictions holds: of each launch, no more than the report needs."""
-    now = datetime.datetime.now(datetime.UTC)
+def kept(found: list[Row]) -> list[Any]:
+    """The lines of a file of predictions: of each launch, no more than the report needs."""
+    chips = {str(arch): asdict(CHIPS[arch]) for arch in {result["arch"] for result in found}}
+    command = "python -P benchmarks/audit/predict.py --json FILE"
+    lines: list[Any] = [results.facts("predicted", command, prediction=True, chips=chips)]
     fields = ("op", "times", "seconds", "floor", "bound")
-    return {
-        "name": "predicted",
-        "prediction": True,
-        "date": now.date().isoformat(),
-        "time": now.time().isoformat(timespec="seconds"),
-        "commit": harness.commit(),
-        "versions": harness.versions(),
-        "chips": {str(arch): asdict(CHIPS[arch]) for arch in {r["arch"] for r in results}},
-        "results": [
-            {**result, "rows": [{key: row[key] for key in fields} for row in result["rows"]]}
-            for result in results
-        ],
-    }
+    for result in found:
+        job = {name: result[name] for name in ("model", "batch", "precision", "arch")}
+        job["stage"] = "predicted"
+        job["key"] = "{model}/b{batch}/{precision}/sm_{arch}".format(**job)
+        total = {name: value for name, value in result.items() if name != "rows"}
+        launches = [{name: row[name] for name in fields} for row in result["rows"]]
+        lines.append([{**job, **row} for row in ({**total, "op": "forward"}, *launches)])
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -342,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
-    results = []
+    found = []
     print("PREDICTED from machine code, not measured")
     for arch in options.arch or [90]:
         chip = CHIPS[arch]
@@ -355,18 +351,20 @@ def main(arguments: list[str] | None = None) -> int:
                 for batch in options.batch or [1, 64]:
                     rows = rows_of(MODELS[model], precision, batch, chip, arch, options.workers)
                     total = summary(rows, batch)
-                    results.append(
+                    found.append(
                         {"arch": arch, "chip": chip.name, "model": model, "precision": precision,
                          "batch": batch, **total, "rows": rows}
                     )  # fmt: skip
                     _print(model, precision, batch, rows, total)
     if options.json:
-        options.json.write_text(json.dumps(kept(results), indent=1) + "\n")
+        options.json.write_bytes(
+            results.lines_of(kept(found, "python -P benchmarks/audit/predict.py"))
+        )
     return 0
 
 
 def _print(
-    model: str, precision: str, batch: int, rows: list[dict[str, Any]], total: dict[str, float]
+    model: str, precision: str, batch: int, rows: list[Row], total: dict[str, float]
 ) -> None:
     print(
         f"\n{model} {precision}, batch {batch}: predicted {total['seconds'] * 1e3:.3f} ms, "

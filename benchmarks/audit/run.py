@@ -7,7 +7,7 @@ and read: no spills, shared memory within the part, the part's matrix instructio
 FP8 products are taken, none that rounds float32, 64-bit offsets, and the same rows, warps and
 instruction depth in all tiles that batches of different sizes choose between.
 
-    python -P benchmarks/audit.py [--arch 90] [--quick] [--json FILE]
+    python -P benchmarks/audit/run.py [--arch 90] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from typing import Any
 if __name__ == "__main__":  # before Triton is imported; workers inherit it
     os.environ.pop("TRITON_INTERPRET", None)
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # as every launch sets it; silences a warning
-sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
+sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 
 import torch
-from audit_compile import Compilation, Finding, compile_one
+from audit.compilation import Compilation, Finding, compile_one
+from harness.workloads import DTYPES
 from stellar_fast.kernels import launch
 from stellar_fast.kernels.reassemble import MAX_TOKENS
 from torch import Tensor
@@ -59,12 +60,6 @@ TYPES = {
     torch.float16: "fp16",
     torch.uint8: "u8",
     FP8: "fp8e4nv",
-}
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.bfloat16,
 }
 LARGEST_BATCH = 256
 BATCHES = sorted({bucket(batch, LARGEST_BATCH) for batch in range(1, LARGEST_BATCH + 1)})

@@ -1,6 +1,6 @@
 """`encode` end to end on a GPU: ours beside plain PyTorch, its compiler, and transformers' ViT.
 
-Rows of the parts "encode", "compile", "sweep" and "curves".
+Rows of the stages "encode", "compile", "sweep" and "curves".
 """
 
 from __future__ import annotations
@@ -10,18 +10,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import torch
-from gpu_energy import EnergyMeter, joules_per_call
-from gpu_subjects import (
+from gpu.subjects import (
     COMPILE_MODE,
     DEVICE,
-    SETS,
     SIDE,
     Loaded,
     Maker,
-    Row,
     compiled_calls,
     encode_calls,
     engines,
@@ -31,8 +27,9 @@ from gpu_subjects import (
     reference,
     refusal,
     rivals,
-)
-from gpu_timing import Call, first_line, time_in_turn
+)  # fmt: skip
+from harness.results import COMPILED_BF16, Row
+from harness.timing import Call, first_line, in_turns, on_host, rows_of, turns_of
 from torch import Tensor
 
 import stellar_fast
@@ -42,13 +39,24 @@ COMPILE_SECONDS = 3.0  # of timing beside the compiler
 ENERGY_SECONDS = 2.0  # NVML's counter steps every 20 to 100 ms
 
 
-def in_turn(
-    ours: Mapping[str, list[Call]], makers: Mapping[str, Maker], batch: int, **options: Any
-) -> Row:
-    """Fields of a row: the time of each, or `not_run` with the reason of a rival.
+def alive() -> None:
+    """Raises where the device is lost; else frees what a failed call has left."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def race(
+    ours: Mapping[str, list[Call]],
+    makers: Mapping[str, Maker],
+    common: Row,
+    *,
+    seconds: float,
+    least: int = 10,
+) -> list[Row]:
+    """A row of each: its time, or `not_run` with the reason of a rival.
 
     Raises:
-        RuntimeError: ours failed.
+        Exception: ours failed, or the device is lost.
     """
     not_run: dict[str, str] = {}
     calls = dict(ours)
@@ -56,49 +64,66 @@ def in_turn(
         try:
             calls[name] = make()
         except Exception as error:
-            torch.cuda.synchronize()  # raises where the device is lost
+            alive()
             not_run[name] = first_line(error)
     with torch.no_grad():
-        timings = time_in_turn(calls, not_run=not_run, **options)
-    for name in ours:
-        if name in not_run:
-            raise RuntimeError(f"{name}: {not_run[name]}")
-    row: Row = {
-        name: {
-            "median": timing.median,
-            "low": timing.low,
-            "high": timing.high,
-            "rounds": timing.rounds,
-            "images_per_second": batch / timing.median,
-        }
-        for name, timing in timings.items()
-    }
-    return {**row, "not_run": not_run} if not_run else row
+        taken, late = in_turns(
+            turns_of(calls, DEVICE),
+            least=least,
+            seconds=seconds,
+            warmup=3,
+            must=ours,
+            alive=alive,
+        )
+    rows = rows_of(taken, **common)
+    for row in rows:
+        row["images_per_second"] = row["batch"] / row["median"]
+    failed = (not_run | late).items()
+    return rows + [{"name": name, **common, "not_run": reason} for name, reason in failed]
 
 
-def latency(call: Callable[[int], object], calls: int) -> Row:
+def latency(calls: list[Call], count: int) -> Row:
     """Host seconds of single calls, each waited for."""
-    taken = []
-    for index in range(calls):
-        begin = time.perf_counter()
-        call(index)
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begin)
+    turns = {"engine": on_host(calls, torch.cuda.synchronize)}
+    taken = in_turns(turns, least=count, most=count)[0]["engine"]
     return {
         "latency_median": statistics.median(taken),
         "latency_p99": statistics.quantiles(taken, n=100)[98],
-        "latency_calls": calls,
+        "latency_calls": count,
     }
 
 
+def joules() -> Callable[[], float]:
+    """Reads what the device has drawn since its driver was loaded, by NVML.
+
+    Raises:
+        Exception: why it cannot be read: no package, no driver, a device without the counter.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    uuid = f"GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
+    device = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    pynvml.nvmlDeviceGetTotalEnergyConsumption(device)
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1e3
+
+
 def energy(call: Call, batch: int) -> Row:
-    """Joules an image, or why the driver does not report them."""
+    """Joules an image of back-to-back calls, what the device draws idle included."""
     try:
-        meter = EnergyMeter(str(torch.cuda.get_device_properties(DEVICE).uuid))
-    except (OSError, AttributeError) as error:  # no NVML, or an older one without the function
-        return {"energy": f"not reported: {error}"}
-    joules = joules_per_call(meter, call, torch.cuda.synchronize, ENERGY_SECONDS)
-    return {"joules_per_image": joules / batch}
+        read = joules()
+    except ImportError:
+        return {"energy": "not reported: nvidia-ml-py is not installed (extra `peers`)"}
+    except Exception as error:  # NVML has a class for each of its codes
+        return {"energy": f"not reported: {first_line(error)}"}
+    torch.cuda.synchronize()
+    before, end, calls = read(), time.perf_counter() + ENERGY_SECONDS, 0
+    while time.perf_counter() < end:
+        for _ in range(8):
+            call()
+        calls += 8
+        torch.cuda.synchronize()
+    return {"joules_per_image": (read() - before) / calls / batch}
 
 
 def captures(engine: stellar_fast.Engine) -> bool:
@@ -134,36 +159,38 @@ def throughput(
     seconds: float = 2.0,
     least: int = 5,
     closely: bool = False,
-) -> Row:
+) -> list[Row]:
     """Images a second of the engine and its rivals in turn; `closely`: latency and energy too."""
     loaded: Loaded = engines(model, precision)
     engine, sets = loaded.engine, inputs(batch, side)
-    row = facts(model, batch, precision, side, engine) | _first(loaded, sets[0])
+    own = facts(model, batch, precision, side, engine) | _first(loaded, sets[0])
     reason = refusal(engine, sets[0])
     if reason is not None:
-        return {**row, "refused": reason}
+        return [{**own, "refused": reason}]
     calls = encode_calls(engine, sets)
+    common = {"model": model, "batch": batch, "precision": precision, "side": side}
     makers = rivals(model, sets, against)
-    row |= in_turn({"engine": calls}, makers, batch, seconds=seconds, least=least)
-    row["tflops"] = row["flops"] / row["engine"]["median"] / 1e12
+    rows = race({own["name"]: calls}, makers, common, seconds=seconds, least=least)
+    rows[0] = own | rows[0] | {"tflops": own["flops"] / rows[0]["median"] / 1e12}
     if closely:
-        row |= energy(calls[0], batch)
+        rows[0] |= energy(calls[0], batch)
         if batch == 1:
-            row |= latency(lambda index: calls[index % SETS](), LATENCY_CALLS)
-    return row
+            rows[0] |= latency(calls, LATENCY_CALLS)
+    return rows
 
 
-def compiled(model: str, batch: int, precisions: Collection[str]) -> Row:
+def compiled(model: str, batch: int, precisions: Collection[str]) -> list[Row]:
     """The engine in `precisions` and torch.compile of the reference in bf16, in turn."""
     sets = inputs(batch)
-    row: Row = {"model": model, "batch": batch, "compile_mode": COMPILE_MODE}
+    common = {"model": model, "batch": batch}
     ours: dict[str, list[Call]] = {}
     for precision in precisions:
-        engine = load(model, precision).engine  # both are needed at once
+        engine = load(model, precision).engine  # all are needed at once
         reason = refusal(engine, sets[0])
         if reason is not None:
-            return {**row, "refused": f"{precision}: {reason}"}
-        ours[f"engine_{precision}"] = encode_calls(engine, sets)
+            return [{"name": f"engine {precision}", **common, "refused": reason}]
+        ours[f"engine {precision}"] = encode_calls(engine, sets)
+    taken: Row = {"compile_mode": COMPILE_MODE}
 
     def make() -> list[Call]:
         reference(model)  # drawn before the clock starts
@@ -172,10 +199,11 @@ def compiled(model: str, batch: int, precisions: Collection[str]) -> Row:
         with torch.no_grad():
             calls[0]()
         torch.cuda.synchronize()
-        row["compile_seconds"] = time.perf_counter() - start
+        taken["compile_seconds"] = time.perf_counter() - start
         return calls
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         # Nothing cached: what a machine pays that compiles this for the first time.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        return row | in_turn(ours, {"compile": make}, batch, seconds=COMPILE_SECONDS, least=10)
+        rows = race(ours, {COMPILED_BF16: make}, common, seconds=COMPILE_SECONDS)
+    return [row | taken if row["name"] == COMPILED_BF16 else row for row in rows]

@@ -1,31 +1,46 @@
-"""The parts of `gpu.py`, in a process of their own each: rows as JSON lines on standard output."""
+"""The stages of `gpu/run.py`, in a process of their own each, which adds lines to the result file.
+
+    python -P benchmarks/gpu/stages.py STAGE FILE
+
+Standard output is the file. A row that takes longer than its limit ends the process, and the end of
+standard input, which is that of the command, ends it with all that it started.
+"""
 
 from __future__ import annotations
 
-import json
+import faulthandler
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
+sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 
-import ceilings
-import gpu_encode
-import gpu_waterfall
-import op_race
-import op_rivals
 import torch
-import tune
-from cases import BATCHES, Case, cases
-from gpu_run import RESTART
+from gpu import encode, tune, waterfall
+from gpu.run import FAILED, RESTART
+from harness import ceilings
+from harness.results import (
+    COMPILED_BF16,
+    EAGER_BF16,
+    EAGER_FP32,
+    ROOT,
+    VIT_BF16,
+    Result,
+    Row,
+    lines_of,
+    read,
+)  # fmt: skip
+from harness.workloads import BATCHES, Case, cases
+from peers import ops
 
 from stellar_fast.config import MODELS
 
-ROOT = Path(__file__).parent.parent
 GOALS = (
     ("stellar-h16", (64, 1)),
     ("stellar-b16", (64, 1)),
@@ -33,7 +48,7 @@ GOALS = (
 )
 # Against eager float32, which every model has a goal for.
 SMALLER = (("stellar-b8", 8), ("stellar-b24", 8))
-COMPILED = (("stellar-h16", 64), ("stellar-b16", 64), ("stellar-l16", 64), ("stellar-h16", 1))
+WITH_COMPILER = (("stellar-h16", 64), ("stellar-b16", 64), ("stellar-l16", 64), ("stellar-h16", 1))
 SIDES = (224, 384, 512)
 ORDER = ("stellar-h16", "stellar-b16", "stellar-l16", "stellar-b8", "stellar-b24")
 COMPILE_LIMIT = 280
@@ -44,16 +59,16 @@ class Job(NamedTuple):
 
     Attributes:
         limit: seconds after which the process is ended.
-        outlasted: the row's fields in that case; a failure if None.
+        outlasted: the row in that case; a failure if None.
     """
 
     key: str
-    run: Callable[[], dict[str, Any]]
+    run: Callable[[], list[Row]]
     limit: float = 90.0
-    outlasted: dict[str, Any] | None = None
+    outlasted: Row | None = None
 
 
-def environment() -> dict[str, Any]:
+def environment() -> list[Row]:
     """Driver, memory and clocks as the machine has them."""
     major, minor = torch.cuda.get_device_capability()
     free, total = torch.cuda.mem_get_info()
@@ -68,23 +83,27 @@ def environment() -> dict[str, Any]:
         driver = done.stdout.splitlines()[0] if done.returncode == 0 else done.stderr.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         driver = str(error)
-    return {
-        "capability": f"{major}.{minor}",
-        "free_bytes": free,
-        "total_bytes": total,
-        "cuda": torch.version.cuda,
-        query: driver,
-    }
+    return [
+        {
+            "name": "environment",
+            "capability": f"{major}.{minor}",
+            "free_bytes": free,
+            "total_bytes": total,
+            "cuda": torch.version.cuda,
+            query: driver,
+        }
+    ]
 
 
-def command(arguments: list[str]) -> dict[str, Any]:
+def command(arguments: list[str]) -> list[Row]:
     """A row of a command of this repository: its last line, and what failed."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-P", *arguments], capture_output=True, text=True, cwd=ROOT
     )
     lines = done.stdout.splitlines()
-    row: dict[str, Any] = {
+    row: Row = {
+        "name": arguments[0],
         "command": " ".join(["python", "-P", *arguments]),
         "summary": lines[-1] if lines else "",
         "exit": done.returncode,
@@ -94,40 +113,37 @@ def command(arguments: list[str]) -> dict[str, Any]:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         why = "\n".join(failed) or f"exit status {done.returncode}: {done.stderr[-2000:]}"
         row["failed"] = why[:4000]
-    return row
+    return [row]
 
 
-def tests(mark: str, expression: str, *options: str) -> dict[str, Any]:
+def tests(mark: str, expression: str, *options: str) -> list[Row]:
     """The tests of a mark, the slow ones left out.
 
     Of the files that have any: others may need packages that a lent machine lacks.
     """
     files = [
         path.relative_to(ROOT).as_posix()
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if f"mark.{mark}" in path.read_text()
     ]
     return command(["-m", "pytest", "-q", *options, "-m", f"{expression} and not slow", *files])
 
 
-def audit() -> dict[str, Any]:
+def audit() -> list[Row]:
     """The static audit of what this device runs."""
     from stellar_fast.kernels.launch import part_of_capability
 
     arch = part_of_capability(*torch.cuda.get_device_capability()).arch
-    return command(["benchmarks/audit.py", "--arch", str(arch), "--quick"])
+    return command(["benchmarks/audit/run.py", "--arch", str(arch), "--quick"])
 
 
 def has_fp8() -> bool:
     return torch.cuda.get_device_capability() >= (8, 9)
 
 
-def op(case: Case, compiles: bool) -> dict[str, Any]:
-    """A kernel beside its rivals; `compiles`: torch.compile among them, in a row of its own."""
-    row = op_race.measure(case, 1.0, compiles=compiles)
-    if not compiles:
-        return row
-    return {**row, "compile_mode": op_rivals.COMPILE_MODE}
+def op(case: Case, compiles: bool) -> list[Row]:
+    """A kernel beside its rivals; `compiles`: torch.compile among them, in a job of its own."""
+    return ops.Race(case, torch.device("cuda"), compiles).run(seconds=1.0, least=10).rows()
 
 
 def _ops(precisions: tuple[str, ...]) -> Iterator[Job]:
@@ -143,34 +159,33 @@ def _encode(precisions: tuple[str, ...]) -> Iterator[Job]:
     for model, batches in GOALS:
         for precision in precisions:
             for batch in batches:
-                against = ["eager_fp32", "eager_bf16"] if precision == "bf16" else ["eager_fp32"]
+                against = [EAGER_FP32, EAGER_BF16] if precision == "bf16" else [EAGER_FP32]
                 if model == "stellar-b16" and precision == "bf16":
-                    against.append("vit_bf16")
+                    against.append(VIT_BF16)
 
-                def run(m=model, b=batch, p=precision, a=tuple(against)) -> dict[str, Any]:
-                    return gpu_encode.throughput(m, b, p, against=a, closely=True)
+                def run(m=model, b=batch, p=precision, a=tuple(against)) -> list[Row]:
+                    return encode.throughput(m, b, p, against=a, closely=True)
 
                 yield Job(f"{model}/b{batch}/{precision}", run, 120)
     for model, batch in SMALLER:
 
-        def small(m=model, b=batch) -> dict[str, Any]:
-            return gpu_encode.throughput(m, b, "bf16", against=("eager_fp32",))
+        def small(m=model, b=batch) -> list[Row]:
+            return encode.throughput(m, b, "bf16", against=(EAGER_FP32,))
 
         yield Job(f"{model}/b{batch}/bf16", small)
 
 
 def _compile(precisions: tuple[str, ...]) -> Iterator[Job]:
-    for model, batch in COMPILED:
-        why = f"did not finish within {COMPILE_LIMIT} s, our own load included"
+    for model, batch in WITH_COMPILER:
         outlasted = {
+            "name": COMPILED_BF16,
             "model": model,
             "batch": batch,
-            "compile_mode": gpu_encode.COMPILE_MODE,
-            "not_run": {"compile": why},
+            "not_run": f"did not finish within {COMPILE_LIMIT} s, our own load included",
         }
 
-        def run(m=model, b=batch) -> dict[str, Any]:
-            return gpu_encode.compiled(m, b, precisions)
+        def run(m=model, b=batch) -> list[Row]:
+            return encode.compiled(m, b, precisions)
 
         yield Job(f"{model}/b{batch}/compile", run, COMPILE_LIMIT, outlasted)
 
@@ -182,11 +197,11 @@ def _sweep(precisions: tuple[str, ...]) -> Iterator[Job]:
     for precision, models in groups:
         for model in models:
             for batch in BATCHES:
-                against = ("eager_fp32", "eager_bf16") if batch in (8, 64) else ()
+                against = (EAGER_FP32, EAGER_BF16) if batch in (8, 64) else ()
 
-                def run(m=model, b=batch, p=precision, a=against) -> dict[str, Any]:
+                def run(m=model, b=batch, p=precision, a=against) -> list[Row]:
                     a = a if p == "bf16" else ()
-                    return gpu_encode.throughput(m, b, p, against=a, seconds=1.0, least=4)
+                    return encode.throughput(m, b, p, against=a, seconds=1.0, least=4)
 
                 yield Job(f"{model}/b{batch}/{precision}", run)
 
@@ -198,16 +213,16 @@ def _curves(precisions: tuple[str, ...]) -> Iterator[Job]:
     for precision in precisions:
         for model, batch, side in points:
 
-            def run(m=model, b=batch, p=precision, s=side) -> dict[str, Any]:
-                return gpu_encode.throughput(m, b, p, side=s, seconds=1.0)
+            def run(m=model, b=batch, p=precision, s=side) -> list[Row]:
+                return encode.throughput(m, b, p, side=s, seconds=1.0)
 
             yield Job(f"{model}/b{batch}/{precision}/{side}", run)
 
 
-def jobs(part: str) -> Iterator[Job]:
-    """The rows of a part by their keys, most important first."""
+def jobs(stage: str) -> Iterator[Job]:
+    """The rows of a stage by their keys, most important first."""
     quick = ("bf16", "fp8") if has_fp8() else ("bf16",)
-    match part:
+    match stage:
         case "environment":
             yield Job("environment", environment, 30)
         case "tests":
@@ -219,7 +234,7 @@ def jobs(part: str) -> Iterator[Job]:
             yield Job("audit", audit, 95)
         case "ceilings":
             for name in ("bf16", "copy", *quick[1:], "fp16"):
-                yield Job(name, lambda name=name: ceilings.measure(name), 25)
+                yield Job(name, lambda n=name: [ceilings.measure(n, torch.device("cuda"))], 25)
         case "encode":
             yield from _encode(quick)
         case "compile":
@@ -230,14 +245,14 @@ def jobs(part: str) -> Iterator[Job]:
             for key, run, limit in tune.jobs(quick):
                 yield Job(key, run, limit)
         case "waterfall":
-            for key, run in gpu_waterfall.jobs(quick):
+            for key, run in waterfall.jobs(quick):
                 yield Job(key, run)
         case "sweep":
             yield from _sweep(quick)
         case "curves":
             yield from _curves(quick)
         case _:
-            raise ValueError(f"unknown part {part!r}")
+            raise ValueError(f"unknown stage {stage!r}")
 
 
 def lost() -> bool:
@@ -252,44 +267,56 @@ def lost() -> bool:
 
 
 def work(
-    part: str,
-    done: set[str],
-    write: Callable[[dict[str, Any]], None],
+    stage: str,
+    earlier: Result,
+    write: Callable[[Any], object],
     is_lost: Callable[[], bool] = lost,
 ) -> int:
-    """Every row of `part` that is not in `done`: 0, 1 where one failed, or RESTART.
+    """Every job of `stage` that has no figure yet: the exit status.
 
-    `write` gets a line before each row, which says how long it may take, and the row.
+    What this run has tried already is left out; `write` gets the lines of the file.
     """
-    status = 0
-    for item in jobs(part):
+    status, known = 0, ceilings.rates(earlier.rows("ceilings"))
+    for item in jobs(stage):
         job = Job(*item)
-        if job.key in done:
+        if earlier.has(stage, job.key):
             continue
-        begin: dict[str, Any] = {"begin": job.key, "limit": job.limit}
-        write(begin if job.outlasted is None else {**begin, "outlasted": job.outlasted})
+        if (stage, job.key) in earlier.tried:
+            status = FAILED
+            continue
+        place = {"stage": stage, "key": job.key}
+        begin: Row = {"begin": job.key, "stage": stage, "limit": job.limit}
+        write(begin if job.outlasted is None else {**begin, "outlasted": place | job.outlasted})
+        faulthandler.dump_traceback_later(job.limit, exit=True)
         try:
-            row = {**job.run(), "key": job.key}
+            rows = job.run()
         except Exception as error:
-            row = {"key": job.key, "failed": f"{type(error).__name__}: {error}"[:2000]}
+            rows = [{"name": "engine", "failed": f"{type(error).__name__}: {error}"[:2000]}]
+        faulthandler.cancel_dump_traceback_later()
         gone = is_lost()
-        if gone and "failed" not in row:
-            row = {"key": job.key, "failed": "the CUDA context was lost in this row"}
-        status |= "failed" in row
-        write(row)
+        if gone and not any("failed" in row for row in rows):
+            rows = [{"name": "engine", "failed": "the CUDA context was lost in this row"}]
+        write([ceilings.with_floor({**row, **place}, known) for row in rows])
         if gone:
             return RESTART
+        if any("failed" in row for row in rows):
+            status = FAILED
     return status
+
+
+def end_with_the_command() -> None:
+    """Ends this process and all that it started when standard input ends."""
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
 
 
 def main() -> int:
-    done = set(json.load(sys.stdin))
-    out = os.fdopen(os.dup(1), "w")
+    out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no row
-    status = work(sys.argv[1], done, lambda row: print(json.dumps(row), file=out, flush=True))
-    if status == 0:
-        print(json.dumps({"key": "finished"}), file=out, flush=True)
-    return status
+    threading.Thread(target=end_with_the_command, daemon=True).start()
+    stage, path = sys.argv[1:]
+    return work(stage, read(Path(path)), lambda line: os.write(out, lines_of([line])))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
-import peers
 import torch
-from cases import BATCHES, flops_per_image
-from gpu_timing import Call
+from harness.budgets import errors_of, over_budget
+from harness.results import EAGER_BF16, EAGER_FP32, VIT_BF16, Row
+from harness.timing import Call
+from harness.workloads import BATCHES, flops_per_image
+from peers.footprint import plain_model, synthetic
+from peers.models import Subject
 from stellar_fast.reference import ops as oracles
 from stellar_fast.reference.model import STELLARModel
 from torch import Tensor
@@ -29,9 +31,6 @@ import stellar_fast
 from stellar_fast import encoder, torch_ops
 from stellar_fast.config import MODELS
 from stellar_fast.encoder import OUTPUTS
-from stellar_fast.loading import SYNTHETIC_SEED
-from stellar_fast.names import encode_shapes
-from stellar_fast.synthetic import synthetic_state
 from stellar_fast.weights import map_nodes
 
 CHECKED = 4  # images on which the error budget is held
@@ -39,7 +38,6 @@ SETS = 4
 SIDE = 224
 COMPILE_MODE = "max-autotune"
 DEVICE = torch.device("cuda")
-Row = dict[str, Any]
 Maker = Callable[[], list[Call]]
 
 
@@ -80,17 +78,7 @@ def load(model: str, precision: str) -> Loaded:
 
 def _reference(model: str) -> STELLARModel:
     """The published model in plain PyTorch, float32, with the engine's weights."""
-    config = MODELS[model]
-    plain = STELLARModel(
-        num_sparse_tokens=config.num_sparse_tokens,
-        spatial_temp=config.spatial_temp,
-        vit_pretrained=config.backbone,
-        do_recon=False,
-        do_clustering=False,
-    )
-    state = dict(synthetic_state(encode_shapes(config), SYNTHETIC_SEED))
-    plain.load_state_dict(state, strict=False)
-    return plain.eval().requires_grad_(False).to(DEVICE)
+    return plain_model(MODELS[model], synthetic(MODELS[model])).to(DEVICE)
 
 
 def _pixels(count: int, side: int, seed: int) -> Tensor:
@@ -142,11 +130,7 @@ def refusal(
             torch.float32,
         )
     ours = {name: tensor[:count] for name, tensor in found.items()}
-    try:
-        harness.within_budget(ours, plain, exact)
-    except AssertionError as error:
-        return str(error)
-    return None
+    return over_budget(errors_of(ours, exact), errors_of(plain, exact))
 
 
 def weight_bytes(engine: stellar_fast.Engine) -> int:
@@ -172,6 +156,7 @@ def sized(model: str, side: int) -> Any:
 def facts(model: str, batch: int, precision: str, side: int, engine: stellar_fast.Engine) -> Row:
     """What a row says of itself, FLOPs and bytes of a batch included."""
     return {
+        "name": f"engine {precision}",
         "model": model,
         "batch": batch,
         "precision": precision,
@@ -198,7 +183,7 @@ def _eager(model: str, dtype: torch.dtype, sets: list[Tensor]) -> list[Call]:
 def _vit(model: str, sets: list[Tensor]) -> list[Call]:
     """transformers' ViTModel in bfloat16: the backbone alone, so it does less."""
     with tempfile.TemporaryDirectory() as folder:
-        vit = peers.Subject(MODELS[model], Path(folder)).vit("bf16").to(DEVICE)
+        vit = Subject(MODELS[model], Path(folder)).vit("bf16").to(DEVICE)
     return [lambda x=x: vit(x.bfloat16() / 255).last_hidden_state for x in sets]
 
 
@@ -213,10 +198,10 @@ def compiled_calls(model: str, sets: list[Tensor]) -> list[Call]:
 
 
 def rivals(model: str, sets: list[Tensor], names: Collection[str]) -> dict[str, Maker]:
-    """What else can encode these sets."""
+    """What else can encode these sets; to add a rival, add it here and to `stages.py`."""
     every: dict[str, Maker] = {
-        "eager_fp32": lambda: _eager(model, torch.float32, sets),
-        "eager_bf16": lambda: _eager(model, torch.bfloat16, sets),
-        "vit_bf16": lambda: _vit(model, sets),
+        EAGER_FP32: lambda: _eager(model, torch.float32, sets),
+        EAGER_BF16: lambda: _eager(model, torch.bfloat16, sets),
+        VIT_BF16: lambda: _vit(model, sets),
     }
     return {name: every[name] for name in names}

@@ -1,8 +1,8 @@
 """Tuning: which tiles are fastest on a GPU, as the launch table that the kernels read.
 
-    python -P benchmarks/gpu.py --parts environment tune   times them on the GPU at hand
-    python -P benchmarks/tune.py RESULT                    writes kernels/tuned/sm_XX.json of that
-    python -P benchmarks/tune.py --dry-run [--arch 90]     candidates, with PREDICTED times
+    python -P benchmarks/gpu/run.py --stages environment tune  times them on the GPU at hand
+    python -P benchmarks/gpu/tune.py RESULT                    writes kernels/tuned/sm_XX.json
+    python -P benchmarks/gpu/tune.py --dry-run [--arch 90]     candidates, with PREDICTED times
 
 Candidates are the tiles of the heuristics' family that the static audit accepts: all add a row up
 alike, so no result depends on the batch. One replaces the heuristics' choice only where its upper
@@ -26,14 +26,15 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before Triton is imported; workers inherit it
     os.environ.pop("TRITON_INTERPRET", None)
-sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
+sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 
-import audit
 import torch
-from audit_compile import Compilation, Finding, compile_one
-from cases import Case, cases
-from gpu_ops import DTYPES, arguments, op_of, refusal
-from op_race import Race, run
+from audit import run as audit
+from audit.compilation import Compilation, Finding, compile_one
+from harness.budgets import refusal_of_op
+from harness.results import ROOT, Row, read
+from harness.workloads import DTYPES, Case, arguments, cases, op_of
+from peers.ops import Race
 from stellar_fast.kernels import launch, tables
 from stellar_fast.kernels.tables import AttentionTile, Table, Tile
 
@@ -43,7 +44,7 @@ from stellar_fast.config import MODELS
 OPS = ("qkv", "proj", "fc1", "fc2", "attention")
 POINTS = [(m, b) for b in (64, 1, 8, 256) for m in ("stellar-h16", "stellar-l16", "stellar-b16")]
 POINTS += [(model, 64) for model in ("stellar-b8", "stellar-b24")]  # their own lengths
-SECONDS = 0.5  # of timing a case
+SECONDS, LEAST = 0.5, 10  # of timing a case, and rounds
 OURS = "heuristics"
 META = torch.device("meta")
 
@@ -150,7 +151,7 @@ def _with(case: Case, tile: Tile | AttentionTile) -> Callable[..., Any]:
 
 def measure(
     case: Case, part: launch.Part, audits: Mapping[Any, Future[Finding]], device: torch.device
-) -> dict[str, Any]:
+) -> Row:
     """The row of a case: every legal candidate's time in turn with the heuristics' tile."""
     tried: dict[str, dict[str, Any]] = {}
     entrants: list[tuple[str, Callable[..., Any]]] = []
@@ -160,27 +161,26 @@ def measure(
         tried[name] = {"tile": asdict(tile)}
         function = _with(case, tile)
         faults = audited.result().faults
-        reason = "; ".join(faults) or refusal(case, function, inputs)
+        reason = "; ".join(faults) or refusal_of_op(case, function, inputs)
         if reason:
             tried[name]["refused"] = reason
         else:
             entrants.append((name, function))
     with launch.tuned_by(tables.EMPTY):
-        race = run(Race(case, device, compiles=False, others=entrants), SECONDS)
-    row = race.row()
-    for name in list(tried):
-        if name in row:
-            tried[name] |= row.pop(name)
-        elif name in race.not_run:
-            tried[name]["refused"] = race.not_run[name]
-    row.pop("not_run", None)
-    shape = Shape.of(case)
-    facts = {"shape": list(shape), "rows": case.rows, "arch": part.arch}
-    return row | facts | {OURS: asdict(heuristic(part, case)), "tiles": list(tried.values())}
+        race = Race(case, device, compiles=False, others=entrants).run(SECONDS, least=LEAST)
+    own, *others = race.rows("tune")
+    for row in others:
+        tried[row["name"]] |= {"refused": row["not_run"]} if "not_run" in row else timing(row)
+    facts = {"shape": list(Shape.of(case)), "rows": case.rows, "arch": part.arch}
+    return own | facts | {OURS: asdict(heuristic(part, case)), "tiles": list(tried.values())}
 
 
-def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], dict[str, Any]], float]]:
-    """Keys, functions and bounds in seconds of the rows of `gpu.py`'s part "tune"."""
+def timing(row: Row) -> Row:
+    return {name: row[name] for name in ("median", "low", "high", "rounds")}
+
+
+def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], list[Row]], float]]:
+    """Keys, functions and bounds in seconds of the the stage "tune" of `gpu/run.py`."""
     known: set[tuple] = set()
     pending: dict[str, dict] = {}
     chosen = []
@@ -200,32 +200,30 @@ def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], dict[str
         return measure(case, part, pending[case.key], torch.device("cuda"))
 
     for case in chosen:
-        yield case.key, lambda case=case: row(case), 60.0
+        yield case.key, lambda case=case: [row(case)], 60.0
 
 
 def winner(row: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the tile that a row speaks for."""
-    ours = row[row["ours"]]
     timed = [item for item in row["tiles"] if "median" in item]
     best = min(timed, key=lambda item: item["median"], default=None)
-    if best is None or best["high"] >= ours["low"]:
+    if best is None or best["high"] >= row["low"]:
         return row[OURS]
     return best["tile"]
 
 
-def table_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The launch table that a result file of `gpu.py` speaks for, as JSON has it.
+def table_of(facts: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
+    """The launch table that rows of the stage "tune" speak for, as JSON has it.
 
     Between two numbers of rows that were measured, the nearer one's tile is taken, by ratio.
 
     Raises:
-        ValueError: it has no rows of the part "tune", or of several parts.
+        ValueError: there are none with figures, or they are of several GPUs.
     """
-    rows = [row for row in result["rows"] if row["part"] == "tune" and "tiles" in row]
-    rows = [row for row in rows if row["ours"] in row]
+    rows = [row for row in rows if "tiles" in row and "median" in row]
     archs = {row["arch"] for row in rows}
     if len(archs) != 1:
-        raise ValueError(f"rows of the part 'tune' are of {sorted(archs) or 'no GPU'}")
+        raise ValueError(f"rows of the stage 'tune' are of {sorted(archs) or 'no GPU'}")
     attention, by_shape = [], {}
     for row in rows:
         if row["op"] == "attention":
@@ -251,8 +249,8 @@ def table_of(result: Mapping[str, Any]) -> dict[str, Any]:
             if not tiles or tile != {k: v for k, v in tiles[-1].items() if k != "rows"}:
                 tiles.append({"rows": start, **tile})
         linear.append({"dtype": dtype, "columns": first, "depth": second, "tiles": tiles})
-    facts = {name: result[name] for name in tables.ORIGIN}
-    content = {"arch": archs.pop(), **facts, "linear": linear, "attention": attention}
+    origin = {name: facts[name] for name in tables.ORIGIN}
+    content = {"arch": archs.pop(), **origin, "linear": linear, "attention": attention}
     tables.parsed(content, content["arch"])
     return content
 
@@ -266,13 +264,12 @@ def _one_for_all(rows: list[Mapping[str, Any]]) -> dict[str, Any] | None:
     times: dict[str, list[tuple[float, bool, bool]]] = {}
     fields = {}
     for row in rows:
-        ours = row[row["ours"]]
         for item in row["tiles"]:
             if "median" in item:
                 name = json.dumps(item["tile"], sort_keys=True)
                 fields[name] = item["tile"]
-                wins, loses = item["high"] < ours["low"], item["low"] > ours["high"]
-                ratio = math.log(item["median"] / ours["median"])
+                wins, loses = item["high"] < row["low"], item["low"] > row["high"]
+                ratio = math.log(item["median"] / row["median"])
                 times.setdefault(name, []).append((ratio, wins, loses))
     good = {
         name: sum(ratio for ratio, _, _ in found)
@@ -285,7 +282,7 @@ def _one_for_all(rows: list[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _dry_run(arch: int) -> None:
-    import predict
+    from audit import predict
 
     part, chip = launch.PARTS[arch], predict.CHIPS[arch]
     print(f"PREDICTED for a {chip.name} from machine code, not measured")
@@ -316,7 +313,7 @@ def _dry_run(arch: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, nargs="?", help="a result file of gpu.py")
+    parser.add_argument("result", type=Path, nargs="?", help="a result file of gpu/run.py")
     parser.add_argument("--out", type=Path, help="the table; by default where kernels read it")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--arch", type=int, default=90, choices=sorted(launch.PARTS))
@@ -325,17 +322,17 @@ def main(arguments: list[str] | None = None) -> int:
         _dry_run(options.arch)
         return 0
     if options.result is None:
-        parser.error("give a result file of gpu.py, or --dry-run")
+        parser.error("give a result file of gpu/run.py, or --dry-run")
     try:
-        content = table_of(json.loads(options.result.read_text()))
+        result = read(options.result)
+        content = table_of(result.facts, result.rows("tune"))
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{options.result}: {error}")
-    folder = Path(__file__).parent.parent / "kernels" / "tuned"
-    out = options.out or folder / f"sm_{content['arch']}.json"
+    out = options.out or ROOT / "kernels" / "tuned" / f"sm_{content['arch']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{len(content['linear'])} products and {len(content['attention'])} attentions -> {out}")
-    print(f"before it is committed: python -P benchmarks/audit.py --arch {content['arch']}")
+    print(f"before it is committed: python -P benchmarks/audit/run.py --arch {content['arch']}")
     return 0
 
 

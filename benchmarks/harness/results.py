@@ -21,18 +21,21 @@ no shorter with a data frame.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -40,7 +43,11 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "openvino", "onnxruntime", "transformers", "triton")
 SOURCES = ("stellar_fast", "kernels", "reference", "benchmarks")
-BASELINES = {"encode": "reference fp32 eager", "ops": "eager"}  # what speed-ups are over
+# Rivals by the names that their rows have.
+EAGER_FP32, EAGER_BF16 = "reference fp32 eager", "reference bf16 eager"
+VIT_BF16 = "transformers ViTModel bf16 (backbone only)"
+COMPILED_BF16 = "torch.compile max-autotune bf16"
+BASELINES = {"encode": EAGER_FP32, "ops": "eager"}  # what speed-ups are over
 PROBLEMS = ("refused", "failed", "not_run")
 Row = dict[str, Any]
 
@@ -246,22 +253,18 @@ def jobs_of(rows: Iterable[Row]) -> list[list[Row]]:
     return list(jobs.values())
 
 
-def lines_of(items: Sequence[Any]) -> str:
-    return "".join(json.dumps(item) + "\n" for item in items)
-
-
 def write(folder: str, header: Row, rows: Iterable[Row]) -> Path:
     """Writes `results/FOLDER/DATE-COMMIT-NAME.jsonl`, whole or not at all, and returns its path."""
     path = RESULTS / folder / f"{header['date']}-{header['commit']}-{header['name']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".unfinished")
-    beside.write_text(lines_of([header, *jobs_of(rows)]))
+    beside.write_bytes(lines_of([header, *jobs_of(rows)]))
     beside.replace(path)
     return path
 
 
 def going_on(folder: Path, header: Row, resume: Path | None = None, fresh: bool = False) -> Path:
-    """The file in `folder` that a run of this device appends to; its header is written.
+    """The file in `folder` that a run on this device adds to.
 
     The newest file of the same device and sources goes on, wherever it lies; `resume` names
     another. It is copied into `folder` where that is not its own.
@@ -282,23 +285,35 @@ def going_on(folder: Path, header: Row, resume: Path | None = None, fresh: bool 
                 )
     fitting = [r for r in earlier if not fresh and all(r.facts.get(n) == header[n] for n in same)]
     folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / f"{header['date']}-{header['commit']}.jsonl", 2
-    if fitting:
-        found = max(fitting, key=lambda result: (result.when, len(result.jobs)))
-        path = folder / found.path.name
-        text = found.path.read_text()
-        if path.resolve() != found.path.resolve() or not text.endswith("\n"):
-            beside = path.with_suffix(".unfinished")
-            beside.write_text(text[: text.rfind("\n") + 1])
-            beside.replace(path)
-    while not fitting and path.exists():
-        path = folder / f"{header['date']}-{header['commit']}-{number}.jsonl"
-        number += 1
-    append(path, [header])
+    stem, number = f"{header['date']}-{header['commit']}", 2
+    if not fitting:
+        path = folder / f"{stem}.jsonl"
+        while path.exists():
+            path, number = folder / f"{stem}-{number}.jsonl", number + 1
+        return path
+    found = max(fitting, key=lambda result: (result.when, len(result.jobs)))
+    path = folder / found.path.name
+    if path.resolve() != found.path.resolve():
+        shutil.copyfile(found.path, path)
     return path
 
 
-def append(path: Path, items: Sequence[Any]) -> None:
-    """Adds lines to a result file, at once."""
-    with path.open("ab", buffering=0) as file:
-        file.write(lines_of(items).encode())
+@contextlib.contextmanager
+def adding_to(path: Path, header: Row) -> Iterator[BinaryIO]:
+    """A result file open for a run's lines, behind its last whole one; nobody else may add.
+
+    Raises:
+        BlockingIOError: another run, or a process of one, is adding to it.
+    """
+    with path.open("a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(f"another run is adding to {path}; wait for its end") from error
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(lines_of([header]))
+        yield file
+
+
+def lines_of(items: Iterable[Any]) -> bytes:
+    return "".join(json.dumps(item) + "\n" for item in items).encode()

@@ -1,54 +1,71 @@
-"""Tables of what was measured on a GPU, and of what was predicted; see `report.py`.
+"""Tables of what was measured on a GPU, and of what was predicted.
 
-A table takes the newest result file of `gpu.py`. What a file lacks is "not measured"; where there
-is no file at all, the table is one sentence that says so.
+A table takes the newest result file of `gpu/run.py`. What a file lacks is "not measured"; where
+there is no file at all, the table is one sentence that says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import gpu_goals
-from gpu_results import Measured, Row, newest, newest_cpu, newest_predictions
+from harness.results import (
+    COMPILED_BF16,
+    EAGER_BF16,
+    EAGER_FP32,
+    VIT_BF16,
+    Result,
+    Row,
+    is_ours,
+    problem,
+)  # fmt: skip
+from report import goals
+from report.tables import markdown, named, newest, on_gpu, own, pivot
 
 NOTHING = "Nothing has been measured on a GPU yet"
-
-
-def goals() -> str:
-    """The design's goals, each with what was measured."""
-    measured = newest()
-    if measured is None:
-        return f"{NOTHING}, so no goal for one can be met or missed yet."
-    lines = ["| goal | | measured | of the goal | met |", "|---|---|---|---|---|"]
-    lines += gpu_goals.lines(measured, newest_cpu())
-    return "\n".join([*lines, "", measured.where])
-
-
-ENCODE_HEAD = (
-    "images/s", "of the matrix ceiling", "times eager fp32, eager bf16", "times torch.compile bf16",
-    "one image: median, 99th percentile", "peak memory", "load, first call", "energy an image",
+HEAD = (
+    "", "images/s", "of the matrix ceiling", "times eager fp32, eager bf16",
+    "times torch.compile bf16", "one image: median, 99th percentile", "peak memory",
+    "load, first call", "energy an image",
 )  # fmt: skip
 
 
-def _encode_cells(row: Row, compiled: Row | None) -> Iterator[str]:
-    """The cells of `ENCODE_HEAD`; empty where the row has no such figure."""
-    ours = row["engine"]
-    batch, median = row["batch"], ours["median"]
-    low, high = batch / ours["high"], batch / ours["low"]
-    yield f"{ours['images_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
+def _of_newest(table: Callable[[Result], str], without: str) -> Callable[[], str]:
+    """A table of the newest file with the run's own words below it, or why there is none."""
+
+    def make() -> str:
+        result = newest("gpu")
+        return f"{NOTHING}{without}." if result is None else f"{table(result)}{on_gpu(result)}"
+
+    return make
+
+
+def _goals(result: Result) -> str:
+    lines = goals.lines(result, newest("encode"))
+    return markdown(["goal", "", "measured", "of the goal", "met"], lines) + "\n\n"
+
+
+def _times(job: Row | None, ours: Row | None) -> str:
+    """How many times slower than ours a rival is."""
+    if job is None or ours is None or "median" not in ours:
+        return ""
+    return f"{job['median'] / ours['median']:.2f}x" if "median" in job else "not run"
+
+
+def _named(row: Row) -> str:
+    model, batch, precision, *rest = row["key"].split("/")
+    return " ".join([model, *rest, precision]) + f", batch {batch[1:]}"
+
+
+def _encode_cells(result: Result, row: Row) -> Iterator[str]:
+    """The cells of HEAD but the first; empty where the row has no such figure."""
+    job, batch = ("encode", row["key"]), row["batch"]
+    low, high = batch / row["high"], batch / row["low"]
+    yield f"{row['images_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
     yield f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else ""
-    eager = [
-        f"{row[name]['median'] / median:.2f}x" if name in row else "not run"
-        for name in ("eager_fp32", "eager_bf16")
-        if name in row or name in row.get("not_run", {})
-    ]
-    yield ", ".join(eager)
-    own = (compiled or {}).get(f"engine_{row['precision']}")
-    if own and "compile" in compiled:
-        yield f"{compiled['compile']['median'] / own['median']:.2f}x"
-    else:
-        yield "not run" if compiled and "compile" in compiled.get("not_run", {}) else ""
+    eager = (_times(named(result, *job, name), row) for name in (EAGER_FP32, EAGER_BF16))
+    yield ", ".join(filter(None, eager))
+    job = ("compile", f"{row['model']}/b{batch}/compile")
+    yield _times(named(result, *job, COMPILED_BF16), named(result, *job, row["name"]))
     tail = [f"{1e3 * row[k]:.2f} ms" for k in ("latency_median", "latency_p99") if k in row]
     yield ", ".join(tail)
     yield f"{row['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in row else ""
@@ -58,52 +75,34 @@ def _encode_cells(row: Row, compiled: Row | None) -> Iterator[str]:
     yield f"{1e3 * joules:.1f} mJ" if joules else ("not reported" if "energy" in row else "")
 
 
-def encode() -> str:
+def _encode(result: Result) -> str:
     """The engine end to end at the goals' points."""
-    measured = newest()
-    if measured is None:
-        return f"{NOTHING}: how many images a second the engine encodes is not known."
-    rows = measured.rows("encode")
-    if not rows:
-        return f"No engine was timed in this run. {measured.where}"
-    lines = [f"| | {' | '.join(ENCODE_HEAD)} |", "|---" * (1 + len(ENCODE_HEAD)) + "|"]
-    notes = []
-    for row in rows:
-        model, batch, precision = row["key"].split("/")
-        name = f"{model} {precision}, batch {batch[1:]}"
-        compiled = measured.row("compile", f"{model}/{batch}/compile")
-        if "engine" in row:
-            lines.append(f"| {name} | {' | '.join(_encode_cells(row, compiled))} |")
-        else:
-            why = "refused" if "refused" in row else "failed"
-            lines.append(f"| {name} | {why}{' |' * len(ENCODE_HEAD)}")
-            notes.append(f"{name} {why}: {row.get(why, '').splitlines()[0]}.")
+    jobs = pivot(result.rows("encode"), lambda row: row["key"], lambda row: row["name"])
+    if not jobs:
+        return "No engine was timed in this run. "
+    lines, notes = [], []
+    for key, job in jobs.items():
+        row = own(result, "encode", key)
+        name = _named(row)
+        if why := problem(row):
+            lines.append([name, why.split(":")[0], *[""] * (len(HEAD) - 2)])
+            notes.append(f"{name} {why}.")
+            continue
+        lines.append([name, *_encode_cells(result, row)])
         notes += [
-            f"{name}: {peer} did not run ({w})." for peer, w in row.get("not_run", {}).items()
+            f"{name}: {n} did not run ({r['not_run']})." for n, r in job.items() if problem(r)
         ]
-        if "vit_bf16" in row:
-            ratio = row["vit_bf16"]["median"] / row["engine"]["median"]
-            notes.append(f"{name}: {ratio:.2f}x transformers ViTModel bf16, the backbone alone.")
-    for row in measured.rows("compile"):
+        if ratio := _times(job.get(VIT_BF16), row).removesuffix("not run"):
+            notes.append(f"{name}: {ratio} transformers ViTModel bf16, the backbone alone.")
+    for row in result.rows("compile", name=COMPILED_BF16):
         model, batch, _ = row["key"].split("/")
-        if "compile_seconds" in row:
-            seconds = f"{row['compile_seconds']:.0f} s"
-            notes.append(f"torch.compile of {model} at batch {batch[1:]} took {seconds}.")
-        notes += [f"{row['key']}: {why}." for why in row.get("not_run", {}).values()]
-    return "\n".join([*lines, "", " ".join([*notes, measured.where])])
+        took = problem(row) or f"took {row['compile_seconds']:.0f} s"
+        notes.append(f"torch.compile of {model} at batch {batch[1:]}: {took}.")
+    return markdown(HEAD, lines) + "\n\n" + "".join(f"{note} " for note in notes)
 
 
 def _microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs"
-
-
-def _timed(row: Row, ours: str) -> dict[str, float]:
-    """Medians of everything but ours."""
-    return {
-        name: value["median"]
-        for name, value in row.items()
-        if isinstance(value, dict) and "median" in value and name != ours
-    }
 
 
 def _predicted_op(op: str, rows: Sequence[Row]) -> float | None:
@@ -115,157 +114,132 @@ def _predicted_op(op: str, rows: Sequence[Row]) -> float | None:
     return next((row["seconds"] for row in rows if row["op"] == op), None)
 
 
-def _predictions() -> dict[tuple[str, str, int], Row]:
-    found = newest_predictions()
-    results = found["results"] if found else []
-    return {(r["model"], r["precision"], r["batch"]): r for r in results if r["arch"] == 90}
+def _kernel_cells(result: Result, row: Row, guess: float | None) -> Iterator[str]:
+    key, median = row["key"], row["median"]
+    floor = "floor" in row
+    yield _microseconds(median)
+    yield f"{_microseconds(row['floor'])} ({row['bound']})" if floor else ""
+    yield f"{row['of_floor']:.0%}" if floor else ""
+    yield "" if guess is None else f"{_microseconds(guess)} ({guess / median:.2f}x)"
+    against = {}
+    for job in (key, f"{key}/compile"):
+        ours = own(result, "ops", job)
+        for rival in result.jobs.get(("ops", job), []):
+            if not is_ours(rival) and (text := _times(rival, ours)):
+                against[rival["name"]] = text.replace("not run", "did not run")
+    yield "; ".join(f"{name} {text}" for name, text in against.items())
 
 
-def _kernel_line(row: Row, compiled: Row | None, predicted: float | None) -> str:
-    model, batch, precision, op = row["key"].split("/")
-    name = f"| {model} {op}, batch {batch[1:]}, {precision} | "
-    for problem in ("refused", "failed"):
-        if problem in row:
-            reason = row[problem].splitlines()[0].replace("|", "/")
-            return f"{name}{problem}: {reason} | | | | |"
-    ours = row.get("ours", "kernel")
-    median = row[ours]["median"]
-    ratios = {rival: seconds / median for rival, seconds in _timed(row, ours).items()}
-    if compiled and ours in compiled:
-        own = compiled[ours]["median"]
-        ratios |= {rival: seconds / own for rival, seconds in _timed(compiled, ours).items()}
-    against = [f"{rival} {ratio:.2f}x" for rival, ratio in ratios.items()]
-    against += [f"{rival} did not run" for rival in row.get("not_run", {})]
-    floor = share = ""
-    if "floor" in row:
-        floor, share = f"{_microseconds(row['floor'])} ({row['bound']})", f"{row['of_floor']:.0%}"
-    guess = "" if predicted is None else f"{_microseconds(predicted)} ({predicted / median:.2f}x)"
-    return f"{name}{_microseconds(median)} | {floor} | {share} | {guess} | {'; '.join(against)} |"
-
-
-def kernels() -> str:
+def _kernels(result: Result) -> str:
     """Each kernel beside its floor, its prediction and its rivals."""
-    measured = newest()
-    if measured is None:
-        return f"{NOTHING}: no kernel has a time."
-    rows = measured.rows("ops")
+    rows = [own(result, *job) for job in result.jobs if job[0] == "ops"]
+    rows = [row for row in rows if row and not row["key"].endswith("/compile")]
     if not rows:
-        return f"No kernel was timed in this run. {measured.where}"
-    compiled = {row["key"]: row for row in rows if row["key"].endswith("/compile")}
-    predictions = _predictions() if "H200" in measured.result["device"] else {}
-    lines = [
-        "| kernel | time | floor (bound by) | floor / time | PREDICTED time (of the measured) | "
-        "speed-up over |",
-        "|---|---|---|---|---|---|",
-    ]
+        return "No kernel was timed in this run. "
+    predictions = newest("predicted") if "H200" in result.facts["device"] else None
+    lines = []
     for row in rows:
-        if row["key"] in compiled:
+        if why := problem(row):
+            lines.append([_named(row), why, *[""] * 4])
             continue
-        model, batch, precision, op = row["key"].split("/")
-        guess = predictions.get((model, precision, int(batch[1:])))
-        seconds = _predicted_op(op, guess["rows"]) if guess else None
-        lines.append(_kernel_line(row, compiled.get(f"{row['key']}/compile"), seconds))
-    modes = sorted({row["compile_mode"] for row in compiled.values() if "compile_mode" in row})
+        guess = None
+        if predictions is not None:
+            same = {name: row[name] for name in ("model", "batch", "precision")}
+            found = predictions.rows("predicted", arch=90, **same)
+            guess = _predicted_op(row["op"], found)
+        lines.append([_named(row), *_kernel_cells(result, row, guess)])
+    modes = sorted({r["compile_mode"] for r in result.rows("ops") if "compile_mode" in r})
     note = f"torch.compile in mode {', '.join(modes)}. " if modes else ""
-    return "\n".join([*lines, "", note + measured.where])
+    head = ["kernel", "time", "floor (bound by)", "floor / time",
+            "PREDICTED time (of the measured)", "speed-up over"]  # fmt: skip
+    return markdown(head, lines) + "\n\n" + note
 
 
-def waterfall_rows(measured: Measured) -> dict[str, dict[tuple[str, int], Row]]:
-    """Rows by switch, then by precision and batch; what brings most at any point first."""
-    found: dict[str, dict[tuple[str, int], Row]] = {}
-    for row in measured.rows("waterfall"):
+def switched_off(result: Result) -> dict[str, dict[tuple[str, int], dict[str, Row]]]:
+    """Rows by switch, then precision and batch, then name; what brings most at any point first.
+
+    The row without an optimisation has `ratio`: its time as a multiple of the engine's.
+    """
+    table: dict[str, dict[tuple[str, int], dict[str, Row]]] = {}
+    for row in result.rows("waterfall"):
         if "switch" in row:
-            found.setdefault(row["switch"], {})[row["precision"], row["batch"]] = row
+            points = table.setdefault(row["switch"], {})
+            points.setdefault((row["precision"], row["batch"]), {})[row["name"]] = row
+    for points in table.values():
+        for job in points.values():
+            if "median" in job.get("engine without", {}):
+                ratio = job["engine without"]["median"] / job["engine"]["median"]
+                job["engine without"] = job["engine without"] | {"ratio": ratio}
 
     def gain(switch: str) -> float:
-        return max((row.get("ratio", 0.0) for row in found[switch].values()), default=0.0)
+        rows = [row for job in table[switch].values() for row in job.values()]
+        return max(row.get("ratio", 0.0) for row in rows)
 
-    return {switch: found[switch] for switch in sorted(found, key=gain, reverse=True)}
+    return {switch: table[switch] for switch in sorted(table, key=gain, reverse=True)}
 
 
-def waterfall() -> str:
+def _switch_cell(job: dict[str, Row] | None) -> str:
+    if job is None:
+        return ""
+    if any(map(problem, job.values())):
+        return "refused"
+    full, without = job["engine"], job["engine without"]
+    times = f"{1e3 * full['median']:.2f} to {1e3 * without['median']:.2f} ms"
+    return f"{times}, {without['ratio']:.2f}x"
+
+
+def _waterfall(result: Result) -> str:
     """What each optimisation brings."""
-    measured = newest()
-    if measured is None:
-        return f"{NOTHING}: what each optimisation brings is not known."
-    by_switch = waterfall_rows(measured)
-    if not by_switch:
-        return f"No optimisation was switched off in this run. {measured.where}"
-    points = list(dict.fromkeys(point for rows in by_switch.values() for point in rows))
+    table = switched_off(result)
+    if not table:
+        return "No optimisation was switched off in this run. "
+    points = list(dict.fromkeys(point for jobs in table.values() for point in jobs))
     heads = [f"{precision}, batch {batch}" for precision, batch in points]
-    lines = [
-        f"| switched off | instead | {' | '.join(heads)} |",
-        "|---|---|" + "---|" * len(heads),
-    ]
-    for rows in by_switch.values():
-        some = next(iter(rows.values()))
-        cells = []
-        for row in (rows.get(point) for point in points):
-            if row is None:
-                cells.append("")
-            elif "refused" in row:
-                cells.append("refused")
-            else:
-                full, without = (1e3 * row[name]["median"] for name in ("full", "without"))
-                cells.append(f"{full:.2f} to {without:.2f} ms, {row['ratio']:.2f}x")
-        lines.append(f"| {some['what']} | {some['instead']} | {' | '.join(cells)} |")
-    model = next(iter(next(iter(by_switch.values())).values()))["model"]
-    return "\n".join([*lines, "", f"{model}, one at a time. {measured.where}"])
+    lines = []
+    for jobs in table.values():
+        some = next(row for job in jobs.values() for row in job.values())
+        cells = [_switch_cell(jobs.get(point)) for point in points]
+        lines.append([some["what"], some["instead"], *cells])
+    return (
+        markdown(["switched off", "instead", *heads], lines)
+        + f"\n\n{some['model']}, one at a time. "
+    )
 
 
 def predicted() -> str:
     """What the machine code makes of the models on an H200."""
-    found = newest_predictions()
+    found, measured = newest("predicted"), newest("gpu")
     if found is None:
         return "Nothing has been predicted."
-    measured = newest()
-    if measured is not None and "H200" not in measured.result["device"]:
+    if measured is not None and "H200" not in measured.facts["device"]:
         measured = None
-    lines = [
-        "| PREDICTED, not measured | time | images/s | floor | measured | error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for (model, precision, batch), guess in _predictions().items():
-        row = measured.encode(model, batch, precision) if measured else None
-        real = row["engine"]["median"] if row and "engine" in row else None
-        rate = float(f"{guess['images_per_second']:.3g}")
+    lines = []
+    for guess in found.rows("predicted", op="forward", arch=90):
+        model, precision, batch = guess["model"], guess["precision"], guess["batch"]
+        real = measured and goals.encoded(measured, model, batch, precision)
         cells = ["not measured", ""]
-        if real:
-            cells = [f"{1e3 * real:.3g} ms", f"{guess['seconds'] / real - 1:+.0%}"]
-        lines.append(
-            f"| {model} {precision}, batch {batch} | {1e3 * guess['seconds']:.3g} ms | "
-            f"{rate:,.0f} | {1e3 * guess['floor']:.3g} ms | "
-            f"{' | '.join(cells)} |"
-        )
-    chip = found["chips"]["90"]
-    note = (
-        f"Predicted for an {chip['name']} from the kernels' machine code by "
-        f"`benchmarks/predict.py`, which says what it assumes: {chip['matrix'] / 1e12:.0f} TFLOP/s "
-        f"bf16, {chip['copy'] / 1e12:.1f} TB/s ({chip['source']}); kernels of {found['date']}, "
-        f"commit {found['commit']}, triton {found['versions']['triton']}."
+        if real and "median" in real:
+            error = guess["seconds"] / real["median"] - 1
+            cells = [f"{1e3 * real['median']:.3g} ms", f"{error:+.0%}"]
+        rate = float(f"{guess['images_per_second']:.3g}")
+        lines.append([
+            f"{model} {precision}, batch {batch}", f"{1e3 * guess['seconds']:.3g} ms",
+            f"{rate:,.0f}", f"{1e3 * guess['floor']:.3g} ms", *cells,
+        ])  # fmt: skip
+    chip, facts = found.facts["chips"]["90"], found.facts
+    head = ["PREDICTED, not measured", "time", "images/s", "floor", "measured", "error"]
+    return markdown(head, lines) + (
+        f"\n\nPredicted for an {chip['name']} from the kernels' machine code by "
+        f"`benchmarks/audit/predict.py`, which says what it assumes: {chip['matrix'] / 1e12:.0f} "
+        f"TFLOP/s bf16, {chip['copy'] / 1e12:.1f} TB/s ({chip['source']}); kernels of "
+        f"{facts['date']}, commit {facts['commit']}, triton {facts['versions']['triton']}."
     )
-    return "\n".join([*lines, "", note])
 
 
-def _plot(name: str) -> Callable[[], Any]:
-    def draw() -> Any:
-        measured = newest()
-        if measured is None:
-            return None
-        import plots_gpu
-
-        return getattr(plots_gpu, name)(measured)
-
-    return draw
-
-
-TABLES: dict[str, Callable[[], str]] = {
-    "gpu-goals": goals,
-    "gpu-encode": encode,
-    "gpu-kernels": kernels,
-    "gpu-waterfall": waterfall,
+TABLES = {
+    "gpu-goals": _of_newest(_goals, ", so no goal for one can be met or missed yet"),
+    "gpu-encode": _of_newest(_encode, ": how many images a second the engine encodes is not known"),
+    "gpu-kernels": _of_newest(_kernels, ": no kernel has a time"),
+    "gpu-waterfall": _of_newest(_waterfall, ": what each optimisation brings is not known"),
     "predicted": predicted,
-}
-PLOTS: dict[str, Callable[[], Any]] = {
-    f"gpu-{name}": _plot(name) for name in ("roofline", "throughput", "waterfall", "curves")
 }
