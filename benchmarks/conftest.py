@@ -16,7 +16,7 @@ from typing import Any
 import compare
 import pytest
 import torch
-from harness import ceilings, results
+from harness import ceilings, floors, results
 from harness.results import Row
 from harness.workloads import op_of
 from peers import ops
@@ -111,8 +111,8 @@ def race(benchmark, op_record: Record, say: Say, request: pytest.FixtureRequest)
     def run() -> None:
         case, compiles = request.param
         match = ops.Race(case, DEVICE, compiles).run()
-        known = ceilings.rates(op_record.rows)
-        rows = [ceilings.with_floor(row, known) for row in match.rows()]
+        known = floors.rates(op_record.rows)
+        rows = [floors.with_floor(row, known) for row in match.rows()]
         op_record.rows += rows
         for line in ops.report(rows):
             say(line)

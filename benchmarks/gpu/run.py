@@ -28,15 +28,12 @@ from typing import BinaryIO
 
 sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 
+from gpu.worker import FAILED, HUNG, RESTART
 from harness import results
 from harness.results import ROOT, ended, lines_of, read
 
 MOST_MINUTES = 9.0
 MOST_RESTARTS = 4  # of one stage in one run
-# Exit statuses of a stage's process.
-FAILED = 3  # it has rows without a figure
-RESTART = 75  # the CUDA context is lost
-HUNG = 1  # its row took longer than its limit
 COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("stages.py")))
 
 

@@ -1,29 +1,21 @@
-"""The stages of `gpu/run.py`, in a process of their own each, which adds lines to the result file.
-
-    python -P benchmarks/gpu/stages.py STAGE FILE
-
-Standard output is the file. A row that takes longer than its limit ends the process, and the end of
-standard input, which is that of the command, ends it with all that it started.
-"""
+"""The stages of `gpu/run.py`: what is asked in each, most important first. See `worker.py`."""
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 
 import torch
-from gpu import encode, tune, waterfall
-from gpu.run import FAILED, RESTART
+from gpu import encode, tune, waterfall, worker
+from gpu.worker import Job
 from harness import ceilings
 from harness.results import (
     COMPILED_BF16,
@@ -31,10 +23,7 @@ from harness.results import (
     EAGER_FP32,
     ROOT,
     VIT_BF16,
-    Result,
     Row,
-    lines_of,
-    read,
 )  # fmt: skip
 from harness.workloads import BATCHES, Case, cases
 from peers import ops
@@ -52,20 +41,6 @@ WITH_COMPILER = (("stellar-h16", 64), ("stellar-b16", 64), ("stellar-l16", 64), 
 SIDES = (224, 384, 512)
 ORDER = ("stellar-h16", "stellar-b16", "stellar-l16", "stellar-b8", "stellar-b24")
 COMPILE_LIMIT = 280
-
-
-class Job(NamedTuple):
-    """A row to be measured.
-
-    Attributes:
-        limit: seconds after which the process is ended.
-        outlasted: the row in that case; a failure if None.
-    """
-
-    key: str
-    run: Callable[[], list[Row]]
-    limit: float = 90.0
-    outlasted: Row | None = None
 
 
 def environment() -> list[Row]:
@@ -146,77 +121,60 @@ def op(case: Case, compiles: bool) -> list[Row]:
     return ops.Race(case, torch.device("cuda"), compiles).run(seconds=1.0, least=10).rows()
 
 
+def ceiling(name: str) -> list[Row]:
+    return [ceilings.measure(name, torch.device("cuda"))]
+
+
+def throughput(model: str, batch: int, precision: str, limit: float = 90.0, **options: Any) -> Job:
+    """The engine end to end, and its rivals."""
+    run = partial(encode.throughput, model, batch, precision, **options)
+    return Job(f"{model}/b{batch}/{precision}", run, limit)
+
+
 def _ops(precisions: tuple[str, ...]) -> Iterator[Job]:
     for batch in (64, 1):
         for precision in precisions:
             for case in cases(MODELS["stellar-h16"], batch, precision):
-                yield Job(case.key, lambda c=case: op(c, False), 40)
+                yield Job(case.key, partial(op, case, False), 40)
     for case in cases(MODELS["stellar-h16"], 64, precisions[0]):
-        yield Job(f"{case.key}/compile", lambda c=case: op(c, True), 60)
+        yield Job(f"{case.key}/compile", partial(op, case, True), 60)
 
 
 def _encode(precisions: tuple[str, ...]) -> Iterator[Job]:
     for model, batches in GOALS:
-        for precision in precisions:
-            for batch in batches:
-                against = [EAGER_FP32, EAGER_BF16] if precision == "bf16" else [EAGER_FP32]
-                if model == "stellar-b16" and precision == "bf16":
-                    against.append(VIT_BF16)
-
-                def run(m=model, b=batch, p=precision, a=tuple(against)) -> list[Row]:
-                    return encode.throughput(m, b, p, against=a, closely=True)
-
-                yield Job(f"{model}/b{batch}/{precision}", run, 120)
+        for precision, batch in product(precisions, batches):
+            against = [EAGER_FP32, EAGER_BF16] if precision == "bf16" else [EAGER_FP32]
+            if model == "stellar-b16" and precision == "bf16":
+                against.append(VIT_BF16)
+            yield throughput(model, batch, precision, 120, against=against, closely=True)
     for model, batch in SMALLER:
-
-        def small(m=model, b=batch) -> list[Row]:
-            return encode.throughput(m, b, "bf16", against=(EAGER_FP32,))
-
-        yield Job(f"{model}/b{batch}/bf16", small)
+        yield throughput(model, batch, "bf16", against=[EAGER_FP32])
 
 
 def _compile(precisions: tuple[str, ...]) -> Iterator[Job]:
     for model, batch in WITH_COMPILER:
-        outlasted = {
-            "name": COMPILED_BF16,
-            "model": model,
-            "batch": batch,
-            "not_run": f"did not finish within {COMPILE_LIMIT} s, our own load included",
-        }
-
-        def run(m=model, b=batch) -> list[Row]:
-            return encode.compiled(m, b, precisions)
-
-        yield Job(f"{model}/b{batch}/compile", run, COMPILE_LIMIT, outlasted)
+        why = f"did not finish within {COMPILE_LIMIT} s, our own load included"
+        late = {"name": COMPILED_BF16, "model": model, "batch": batch, "not_run": why}
+        run = partial(encode.compiled, model, batch, precisions)
+        yield Job(f"{model}/b{batch}/compile", run, COMPILE_LIMIT, late)
 
 
 def _sweep(precisions: tuple[str, ...]) -> Iterator[Job]:
-    groups = [(p, ORDER[:3]) for p in precisions]
-    groups += [(p, ORDER[3:]) for p in precisions]
-    groups += [("fp16", ORDER), ("fp32", ORDER)]
-    for precision, models in groups:
-        for model in models:
-            for batch in BATCHES:
-                against = (EAGER_FP32, EAGER_BF16) if batch in (8, 64) else ()
-
-                def run(m=model, b=batch, p=precision, a=against) -> list[Row]:
-                    a = a if p == "bf16" else ()
-                    return encode.throughput(m, b, p, against=a, seconds=1.0, least=4)
-
-                yield Job(f"{model}/b{batch}/{precision}", run)
+    groups = [(p, ORDER[:3]) for p in precisions] + [(p, ORDER[3:]) for p in precisions]
+    for precision, models in [*groups, ("fp16", ORDER), ("fp32", ORDER)]:
+        for model, batch in product(models, BATCHES):
+            rivals = precision == "bf16" and batch in (8, 64)
+            against = [EAGER_FP32, EAGER_BF16] if rivals else []
+            yield throughput(model, batch, precision, against=against, seconds=1.0, least=4)
 
 
 def _curves(precisions: tuple[str, ...]) -> Iterator[Job]:
     points = [("stellar-b16", 64, side) for side in SIDES]
     points += [(model, 64, 224) for model in ("stellar-b8", "stellar-b24")]
     points += [("stellar-h16", 16, side) for side in SIDES]
-    for precision in precisions:
-        for model, batch, side in points:
-
-            def run(m=model, b=batch, p=precision, s=side) -> list[Row]:
-                return encode.throughput(m, b, p, side=s, seconds=1.0)
-
-            yield Job(f"{model}/b{batch}/{precision}/{side}", run)
+    for precision, (model, batch, side) in product(precisions, points):
+        job = throughput(model, batch, precision, side=side, seconds=1.0)
+        yield job._replace(key=f"{job.key}/{side}")
 
 
 def jobs(stage: str) -> Iterator[Job]:
@@ -226,33 +184,22 @@ def jobs(stage: str) -> Iterator[Job]:
         case "environment":
             yield Job("environment", environment, 30)
         case "tests":
-            yield Job("tests", lambda: tests("gpu", "gpu"), 145)
+            yield Job("tests", partial(tests, "gpu", "gpu"), 145)
         case "kernels":
             # Most of their time is compilation, on the CPU's cores.
-            yield Job("kernels", lambda: tests("kernels", "kernels and not gpu", "-n", "8"), 235)
+            run = partial(tests, "kernels", "kernels and not gpu", "-n", "8")
+            yield Job("kernels", run, 235)
         case "audit":
             yield Job("audit", audit, 95)
         case "ceilings":
             for name in ("bf16", "copy", *quick[1:], "fp16"):
-                yield Job(name, lambda n=name: [ceilings.measure(n, torch.device("cuda"))], 25)
-        case "encode":
-            yield from _encode(quick)
-        case "compile":
-            yield from _compile(quick)
-        case "ops":
-            yield from _ops(quick)
-        case "tune":
-            for key, run, limit in tune.jobs(quick):
-                yield Job(key, run, limit)
-        case "waterfall":
-            for key, run in waterfall.jobs(quick):
-                yield Job(key, run)
-        case "sweep":
-            yield from _sweep(quick)
-        case "curves":
-            yield from _curves(quick)
+                yield Job(name, partial(ceiling, name), 25)
+        case "tune" | "waterfall":
+            for item in {"tune": tune, "waterfall": waterfall}[stage].jobs(quick):
+                yield Job(*item)
         case _:
-            raise ValueError(f"unknown stage {stage!r}")
+            ways = {"encode": _encode, "ops": _ops, "compile": _compile}
+            yield from (ways | {"sweep": _sweep, "curves": _curves})[stage](quick)
 
 
 def lost() -> bool:
@@ -266,58 +213,5 @@ def lost() -> bool:
     return False
 
 
-def work(
-    stage: str,
-    earlier: Result,
-    write: Callable[[Any], object],
-    is_lost: Callable[[], bool] = lost,
-) -> int:
-    """Every job of `stage` that has no figure yet: the exit status.
-
-    What this run has tried already is left out; `write` gets the lines of the file.
-    """
-    status, known = 0, ceilings.rates(earlier.rows("ceilings"))
-    for item in jobs(stage):
-        job = Job(*item)
-        if earlier.has(stage, job.key):
-            continue
-        if (stage, job.key) in earlier.tried:
-            status = FAILED
-            continue
-        place = {"stage": stage, "key": job.key}
-        begin: Row = {"begin": job.key, "stage": stage, "limit": job.limit}
-        write(begin if job.outlasted is None else {**begin, "outlasted": place | job.outlasted})
-        faulthandler.dump_traceback_later(job.limit, exit=True)
-        try:
-            rows = job.run()
-        except Exception as error:
-            rows = [{"name": "engine", "failed": f"{type(error).__name__}: {error}"[:2000]}]
-        faulthandler.cancel_dump_traceback_later()
-        gone = is_lost()
-        if gone and not any("failed" in row for row in rows):
-            rows = [{"name": "engine", "failed": "the CUDA context was lost in this row"}]
-        write([ceilings.with_floor({**row, **place}, known) for row in rows])
-        if gone:
-            return RESTART
-        if any("failed" in row for row in rows):
-            status = FAILED
-    return status
-
-
-def end_with_the_command() -> None:
-    """Ends this process and all that it started when standard input ends."""
-    while os.read(0, 1):
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
-def main() -> int:
-    out = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no row
-    threading.Thread(target=end_with_the_command, daemon=True).start()
-    stage, path = sys.argv[1:]
-    return work(stage, read(Path(path)), lambda line: os.write(out, lines_of([line])))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(worker.main(jobs, lost))

@@ -37,8 +37,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "openvino", "onnxruntime", "transformers", "triton")
@@ -173,6 +171,8 @@ def problem(row: Row) -> str:
 
 def processor() -> Row:
     """What the CPU calls itself and the instruction sets that decide bf16 speed."""
+    import torch  # reading results needs none
+
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)

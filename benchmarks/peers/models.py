@@ -19,8 +19,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -274,94 +274,78 @@ class Remote:
     def __init__(self, name: str, config: ModelConfig, folder: Path, threads: int) -> None:
         self.name, self.precision = name, IMPLEMENTATIONS[name][1]
         self.facts: dict[str, object] = {}
+        start = (name, config, folder, threads)
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, name, config, folder, threads)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
+        self._pool = ProcessPoolExecutor(1, context, _Worker.start, start)
 
-    def _ask(self, command: str, argument: object = None) -> Any:
-        self._connection.send((command, argument))
-        kind, answer = self._connection.recv()
-        if kind == "absent":
-            raise Absent(answer)
-        if kind == "error":
-            raise RuntimeError(f"{self.name}: {answer}")
-        return answer
+    def _ask(self, method: Callable[..., Any], *images: Tensor) -> Any:
+        try:
+            return self._pool.submit(method, *(tensor.numpy() for tensor in images)).result()
+        except Absent:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{self.name}: {type(error).__name__}: {error}") from error
 
     def prepare(self, example: Tensor) -> None:
         """Makes it for the shape of `example`; `prepare_seconds` lasts to its first result."""
-        self.facts = {"prepare_seconds": self._ask("prepare", example.numpy())}
+        self.facts = {"prepare_seconds": self._ask(_Worker.prepare, example)}
 
     def load(self, images: Tensor) -> None:
-        self._ask("load", images.numpy())
+        self._ask(_Worker.load, images)
 
     def run(self) -> float:
-        return self._ask("run")
+        return self._ask(_Worker.run)
 
     def fetch(self) -> Outputs:
-        return {name: torch.from_numpy(a) for name, a in self._ask("fetch").items()}
+        return {name: torch.from_numpy(a) for name, a in self._ask(_Worker.fetch).items()}
 
     def exact(self, images: Tensor) -> Outputs | None:
         if self.name != VIT:
             return None
-        return {name: torch.from_numpy(a) for name, a in self._ask("exact", images.numpy()).items()}
+        return {name: torch.from_numpy(a) for name, a in self._ask(_Worker.exact, images).items()}
 
     def close(self) -> None:
-        self._connection.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.terminate()
-
-
-def _serve(
-    connection: Connection, name: str, config: ModelConfig, folder: Path, threads: int
-) -> None:
-    torch.set_num_threads(threads)
-    folder.mkdir(exist_ok=True)
-    # An empty cache: what a machine pays that compiles this for the first time.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-    worker = _Worker(name, Subject(config, folder))
-    while True:
-        try:
-            command, argument = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer = ("ok", getattr(worker, command)(argument))
-        except Absent as reason:
-            answer = ("absent", str(reason))
-        except Exception as error:  # the other process is told, and raises it
-            answer = ("error", f"{type(error).__name__}: {error}")
-        connection.send(answer)
+        self._pool.shutdown()
 
 
 class _Worker:
     """What `Remote` asks for, in the other process; arrays travel as NumPy's."""
 
-    def __init__(self, name: str, subject: Subject) -> None:
-        self.name, self.subject = name, subject
-        self.local: Local | None = None
+    name: str
+    subject: Subject
+    local: Local | None = None
 
-    def prepare(self, example: Any) -> float:
-        self.local = None  # frees the one of another shape first
+    @classmethod
+    def start(cls, name: str, config: ModelConfig, folder: Path, threads: int) -> None:
+        torch.set_num_threads(threads)
+        folder.mkdir(exist_ok=True)
+        # An empty cache: what a machine pays that compiles this for the first time.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+        cls.name, cls.subject = name, Subject(config, folder)
+
+    @classmethod
+    def prepare(cls, example: Any) -> float:
+        cls.local = None  # frees the one of another shape first
         start = time.perf_counter()
-        self.local = local(self.subject, self.name, torch.from_numpy(example))
-        self.load(example)
-        self.run()
+        cls.local = local(cls.subject, cls.name, torch.from_numpy(example))
+        cls.load(example)
+        cls.run()
         return time.perf_counter() - start
 
-    def load(self, images: Any) -> None:
-        self.local.load(torch.from_numpy(images))
+    @classmethod
+    def load(cls, images: Any) -> None:
+        cls.local.load(torch.from_numpy(images))
 
-    def run(self, _: None = None) -> float:
-        return self.local.run()
+    @classmethod
+    def run(cls) -> float:
+        return cls.local.run()
 
-    def fetch(self, _: None = None) -> dict[str, Any]:
-        found = self.local.fetch()
+    @classmethod
+    def fetch(cls) -> dict[str, Any]:
+        found = cls.local.fetch()
         return {name: value.detach().float().numpy() for name, value in found.items()}
 
-    def exact(self, images: Any) -> dict[str, Any]:
-        found = _vit(self.subject, None, "fp64")(torch.from_numpy(images))
+    @classmethod
+    def exact(cls, images: Any) -> dict[str, Any]:
+        found = _vit(cls.subject, None, "fp64")(torch.from_numpy(images))
         return {name: value.numpy() for name, value in found.items()}

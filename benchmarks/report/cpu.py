@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from harness.ceilings import rates
+from harness.floors import rates
 from harness.results import (
     BASELINES,
     Result,

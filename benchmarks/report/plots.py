@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from harness.ceilings import rates
+from harness.floors import rates
 from harness.results import (
     Result,
     Row,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from harness.ceilings import rates
+from harness.floors import rates
 from harness.results import ROOT, Result, Row, found, is_ours, problem
 
 

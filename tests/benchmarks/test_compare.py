@@ -1,28 +1,29 @@
 """Which ratio counts as slower, and what a result is compared with."""
 
-import copy
-import json
 import subprocess
 
 import compare
-import harness
 import pytest
-
-PROCESSOR = {"name": "x", "family": "6", "model": "1", "threads": 2, "cores": 2}
-
-
-def timing(name: str, median: float, spread: float, batch: int = 8, speedup: float = 1.0) -> dict:
-    low, high = median * (1 - spread / 2), median * (1 + spread / 2)
-    facts = {"name": name, "model": "m", "batch": batch, "speedup": speedup}
-    return {**facts, "median": median, "low": low, "high": high, "rounds": 9}
+from harness import results
+from harness.results import Result, read
 
 
-def result(speedup: float, spread: float = 0.0) -> dict:
-    rows = [timing("reference fp32 eager", 1, spread)]
-    rows.append(timing("engine fp32", 1 / speedup, spread, speedup=speedup))
-    rows.append(timing("OpenVINO fp32", 1, spread))
-    facts = {"name": "encode", "date": "2026-01-01", "commit": "abc", "processor": PROCESSOR}
-    return {**facts, "baseline": "reference fp32 eager", "rows": rows}
+def row(name: str, seconds: float, spread: float, batch: int = 8) -> dict:
+    low, high = seconds * (1 - spread / 2), seconds * (1 + spread / 2)
+    facts = {"stage": "encode", "key": f"m/b{batch}", "name": name, "batch": batch}
+    return {**facts, "median": seconds, "low": low, "high": high, "rounds": 9}
+
+
+def rows_at(speedup: float, spread: float = 0.0) -> list[dict]:
+    others = [row("reference fp32 eager", 1, spread), row("OpenVINO fp32", 1, spread)]
+    return [*others, row("engine fp32", 1 / speedup, spread)]
+
+
+def result(speedup: float, spread: float = 0.0, rows: list | None = None) -> Result:
+    found = Result(results.RESULTS)
+    for line in [{"name": "encode"}, *results.jobs_of(rows or rows_at(speedup, spread))]:
+        found.take(line)
+    return found
 
 
 def test_the_tolerance_is_the_drift_and_four_spreads():
@@ -38,72 +39,64 @@ def test_the_tolerance_is_the_drift_and_four_spreads():
 def test_slower_is_beyond_the_tolerance(new, spread, slower):
     (change,) = compare.changes(result(new, spread), result(1.2, spread))
     assert change.slower is slower
-    assert "engine fp32, m, batch 8" in str(change) and f"{new:.3f}x" in str(change)
+    assert "engine fp32, m/b8" in str(change) and f"{new:.3f}x" in str(change)
     assert "1.200x before" in str(change) and f"{-change.tolerance:.1%}" in str(change)
 
 
-def test_a_machine_that_is_slower_as_a_whole_is_not_a_slower_engine():
-    new = result(1.2)
-    for row in new["rows"]:
-        row |= {key: row[key] * 3 for key in ("median", "low", "high")}
-    (change,) = compare.changes(new, result(1.2))
+def test_a_slower_machine_or_peer_is_no_slower_engine():
+    rows = [r | {k: 3 * r[k] for k in ("median", "low", "high")} for r in rows_at(1.2)]
+    rows[1]["median"] = 99.0
+    (change,) = compare.changes(result(0, rows=rows), result(1.2))
     assert not change.slower
 
 
-def test_a_slower_peer_is_not_ours():
-    new = result(1.2)
-    new["rows"][2]["speedup"] = 0.1
-    assert [change.slower for change in compare.changes(new, result(1.2))] == [False]
-
-
-def test_batches_that_did_not_run_are_left_out_and_rows_that_vanished_are_not():
-    old = result(1.2)
-    old["rows"].append(timing("engine fp32", 1, 0, batch=32))
+def test_jobs_that_did_not_run_are_left_out_and_rows_that_vanished_are_not():
+    old = result(0, rows=[*rows_at(1.2), row("engine fp32", 1, 0, batch=32)])
     assert len(compare.changes(result(1.2), old)) == 1
-    new = result(1.2)
-    del new["rows"][1]
-    (change,) = compare.changes(new, result(1.2))
-    assert change.slower and "no such row" in str(change)
+    for rows, why in (
+        (rows_at(1.2)[:2], "no such row"),
+        ([*rows_at(1.2)[:2], rows_at(1.2)[2] | {"refused": "cls: error 1"}], "refused: cls: error"),
+        (rows_at(1.2)[1:], "the baseline has none"),
+    ):
+        (change,) = compare.changes(result(0, rows=rows), result(1.2))
+        assert change.slower and why in str(change)
 
 
-def test_another_processor_is_an_error_where_named(tmp_path, capsys):
-    other = copy.deepcopy(result(1.2))
-    other["processor"]["name"] = "y"
-    paths = []
-    for name, content in (("a", result(1.2)), ("b", other)):
-        paths.append(tmp_path / f"{name}-encode.json")
-        paths[-1].write_text(json.dumps(content))
+def test_ops_are_compared_over_plain_pytorch():
+    def op(seconds: float) -> list[dict]:
+        rows = [row("engine", seconds, 0), row("eager", 1.0, 0)]
+        return [{**r, "stage": "ops", "key": "m/b1/fp32/norm"} for r in rows]
+
+    (change,) = compare.changes(result(0, rows=op(2.0)), result(0, rows=op(1.0)))
+    assert change.slower and "engine, m/b1/fp32/norm: 0.500x" in str(change)
+
+
+def test_another_machine_is_an_error_where_named(plant, capsys):
+    paths = [plant(rows_at(1.2)), plant(rows_at(1.0), commit="b", processor={"name": "y"})]
     with pytest.raises(SystemExit) as stop:
         compare.main([str(path) for path in paths])
-    assert stop.value.code == 2
-    assert "another benchmark or processor" in capsys.readouterr().err
+    assert stop.value.code == 2 and "another benchmark or machine" in capsys.readouterr().err
+    slow = plant(rows_at(1.0), commit="c")
+    assert compare.main([str(slow), str(paths[0])]) == 1
+    assert "SLOWER engine fp32" in capsys.readouterr().out
+    assert compare.main([str(slow), str(slow)]) == 0
 
 
-def test_the_stored_result_is_the_newest_committed_one_of_this_processor(tmp_path, monkeypatch):
-    folder = tmp_path / "cpu"
-    folder.mkdir()
-
+def test_what_is_stored_is_the_newest_committed_file_of_this_kind_of_machine(plant, folder):
     def git(*arguments: str) -> None:
         who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+        subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True)
 
-    def put(name: str, speedup: float, **facts: object):
-        path = folder / f"{name}-encode.json"
-        path.write_text(json.dumps(result(speedup) | facts))
-        return path
-
+    new = plant(rows_at(1.0), date="2026-06-01")
+    assert compare.report(read(new)) == (
+        ["nothing stored of this kind of machine to compare with"], False,
+    )  # fmt: skip
     git("init", "-q")
-    (tmp_path / "readme").write_text("")
-    git("add", "readme")
-    git("commit", "-qm", "empty")
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    new = put("2026-06-01-new", 1.0, date="2026-06-01")
-    assert compare.report(new) == (["nothing stored of this processor to compare with"], False)
-    put("2026-01-01-old", 1.0)
-    put("2026-02-01-mid", 1.3, date="2026-02-01")
-    put("2026-03-01-other", 9.0, date="2026-03-01", processor=PROCESSOR | {"threads": 4})
-    git("add", "cpu")
+    plant(rows_at(1.0), commit="old")
+    plant(rows_at(1.3), commit="mid", date="2026-02-01")
+    plant(rows_at(9.0), commit="other", date="2026-03-01", processor={"name": "y"})
+    git("add", ".")
     git("commit", "-qm", "results")
-    put("2026-05-01-own", 1.0, date="2026-05-01")  # not committed
-    lines, slower = compare.report(new)
-    assert slower and "2026-02-01-mid-encode.json" in lines[0]
+    plant(rows_at(1.0), commit="own", date="2026-05-01")  # not committed
+    lines, slower = compare.report(read(new))
+    assert slower and "2026-02-01-mid-encode.jsonl" in lines[0]

@@ -1,198 +1,267 @@
-"""Parts of the GPU command that crash, hang or fail: the rest goes on, and the file says so."""
+"""Stages of the GPU command that crash, hang or fail: the rest goes on, and the file says so."""
 
-import argparse
-import datetime
-import json
+import contextlib
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-import gpu
-import gpu_run
-import harness
 import pytest
+from gpu import run, stages, worker
+from harness import results
+from harness.results import ROOT, adding_to, read
 
-FACTS = {"commit": "abc", "device": "fake", "date": "2026-01-01", "time": "00:00:00"}
-# What stands for `gpu_parts.work`: `fate` is what happens in row b.
+HEADER = {"name": "gpu", "device": "fake", "date": "2026-01-01", "commit": "abc", "sources": "s"}
+# A stage's program as it is, with jobs of its own: `fate` is what happens in job b.
 CODE = """
-import json, os, sys, time
-done = set(json.load(sys.stdin))
-open({log!r}, "a").write(" start")
-status = 0
-for key in ("a", "b", "c", "finished"):
-    if key in done:
-        continue
-    if key == "finished":
-        if status == 0:
-            print(json.dumps({{"key": key}}), flush=True)
-        continue
-    print(json.dumps({{"begin": key, "limit": {limit}{outlasted}}}), flush=True)
-    open({log!r}, "a").write(" " + key)
-    if key == "b":
-        {fate}
-    print(json.dumps({{"key": key}}), flush=True)
-sys.exit(status)
+import os, sys, time
+sys.path.append({benchmarks!r})
+from gpu import worker
+
+gone = []
+
+def job(key):
+    def measure():
+        with open({log!r}, "a") as file:
+            file.write(" " + key)
+        if key == "b":
+            {fate}
+        return [{{"name": "kernel", "median": 1.0}}]
+    return worker.Job(key, measure, {limit} if key == "b" else 300, {outlasted})
+
+sys.exit(worker.main(lambda stage: map(job, "abc"), lambda: bool(gone)))
 """
-FAILS = 'print(json.dumps({"key": "b", "failed": "x"}), flush=True); '
-
-
-def fake(tmp_path: Path, fate: str, limit: float = 30, outlasted: str = "") -> gpu.Part:
-    text = CODE.format(log=str(tmp_path / "log"), limit=limit, outlasted=outlasted, fate=fate)
-    return gpu.Part("fake", 60, (sys.executable, "-c", text))
-
-
-def rows(results: gpu.Results) -> dict[str, dict]:
-    found = json.loads(results.path.read_text())["rows"]
-    assert len({row["key"] for row in found}) == len(found)
-    return {row["key"]: row for row in found}
-
-
-def log(tmp_path: Path) -> str:
-    return (tmp_path / "log").read_text().strip()
-
-
-@pytest.mark.parametrize(
-    ("fate", "why"),
-    [
-        (FAILS + f"sys.exit({gpu_run.RESTART})", "x"),
-        ("os.kill(os.getpid(), 11)", "died in this row, exit status -11"),
-        ("time.sleep(60)", "no result within 1 s"),
-    ],
-    ids=["sticky error", "crash", "hang"],
-)
-def test_the_process_is_restarted_behind_the_row_that_killed_it(tmp_path, fate, why):
-    results = gpu.Results(tmp_path / "r.json", FACTS)
-    start = time.monotonic()
-    limit = 1 if "sleep" in fate else 30
-    assert not gpu.run_part(fake(tmp_path, fate, limit), results, 50)
-    assert time.monotonic() - start < 20
-    assert log(tmp_path) == "start a b start c"
-    found = rows(results)
-    assert list(found) == ["a", "b", "c", "part"], "no last row: b must be tried again"
-    assert why in found["b"]["failed"] and "b" in found["part"]["failed"]
-
-    (tmp_path / "log").unlink()
-    assert gpu.run_part(fake(tmp_path, "pass"), gpu.Results(results.path, FACTS), 50)
-    assert log(tmp_path) == "start b"
-    assert sorted(rows(results)) == ["a", "b", "c", "finished"]
-
-
-def test_a_row_that_may_outlast_its_limit_says_what_it_has_and_is_not_repeated(tmp_path):
-    results = gpu.Results(tmp_path / "r.json", FACTS)
-    outlasted = ', "outlasted": {"not_run": {"compile": "did not finish"}}'
-    part = fake(tmp_path, "time.sleep(60)", 1, outlasted)
-    assert gpu.run_part(part, results, 50)
-    assert rows(results)["b"] == {
-        "part": "fake", "key": "b", "not_run": {"compile": "did not finish"},
-    }  # fmt: skip
-    assert list(rows(results)) == ["a", "b", "c", "finished"]
-
-
-def test_restarts_are_bounded(tmp_path):
-    text = (
-        "import json, sys, os\ndone = set(json.load(sys.stdin))\n"
-        f"open({str(tmp_path / 'log')!r}, 'a').write('x')\n"
-        "key = next(k for k in map(str, range(99)) if k not in done)\n"
-        "print(json.dumps({'begin': key, 'limit': 9}), flush=True)\nos.abort()\n"
-    )
-    results = gpu.Results(tmp_path / "r.json", FACTS)
-    part = gpu.Part("fake", 60, (sys.executable, "-c", text))
-    assert not gpu.run_part(part, results, 50)
-    assert len(log(tmp_path)) == 1 + gpu_run.MOST_RESTARTS
-    assert "given up after" in rows(results)["part"]["failed"]
-
-
-def test_a_plain_failed_row_is_repeated_by_the_next_run_only(tmp_path):
-    results = gpu.Results(tmp_path / "r.json", FACTS)
-    assert not gpu.run_part(fake(tmp_path, FAILS + "status = 1; continue"), results, 50)
-    assert log(tmp_path) == "start a b c"
-    assert list(rows(results)) == ["a", "b", "c", "part"]
-
-
-def test_nothing_that_a_part_started_outlives_it(tmp_path):
-    mark = tmp_path / "alive"
-    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
-    popen = f"subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.DEVNULL)"
-    fate = f"import subprocess; {popen}; os.abort()"
-    gpu.run_part(fake(tmp_path, fate), gpu.Results(tmp_path / "r.json", FACTS), 50)
-    time.sleep(3.5)
-    assert not mark.exists()
-
-
-def test_rows_get_their_floor_from_the_ceilings_of_the_file(tmp_path):
-    results = gpu.Results(tmp_path / "r.json", FACTS)
-    row = {"key": "k", "flops": 2e12, "bytes": 1e9, "precision": "fp8"}
-    results.add("encode", {**row, "engine": {"median": 0.004}})
-    assert "floor" not in results.content["rows"][0]
-    for key, value in (("bf16", {"tflops": 800}), ("fp8", {"tflops": 1000})):
-        results.add("ceilings", {"key": key, **value})
-    results.add("ceilings", {"key": "copy", "gb_per_second": 4000})
-    results.add("encode", {**row, "engine": {"median": 0.004}})
-    found = results.content["rows"][-1]
-    assert (found["floor"], found["bound"]) == (pytest.approx(0.002), "flops")
-    assert found["of_floor"] == pytest.approx(0.5) == found["of_ceiling"]
-    results.add("ops", {**row, "ours": "kernel", "kernel": {"median": 0.008}, "bytes": 16e9})
-    found = results.content["rows"][-1]
-    assert (found["bound"], found["of_floor"]) == ("bytes", pytest.approx(0.5))
-    assert found["of_ceiling"] == pytest.approx(0.25)
-    results.add("ops", {**row, "refused": "wrong"})
-    assert "floor" not in results.content["rows"][-1]
+FAKE = run.Stage("fake", 60)
+GENEROUS = 300.0  # seconds, where nothing but an end is waited for
 
 
 @pytest.fixture
-def options(tmp_path, monkeypatch) -> argparse.Namespace:
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(gpu, "commit", lambda: "abc")
-    return argparse.Namespace(out=None, resume=None, fresh=False, commit=None)
+def stage(tmp_path, monkeypatch):
+    """Runs the stage with a fate of job b: why it did not finish, and the file."""
+    path = tmp_path / "r.jsonl"
+
+    def go(fate: str = "pass", limit: float = GENEROUS, outlasted=None, seconds=GENEROUS):
+        program = tmp_path / "program.py"
+        facts = {"log": str(tmp_path / "log"), "benchmarks": str(ROOT / "benchmarks")}
+        program.write_text(CODE.format(fate=fate, limit=limit, outlasted=outlasted, **facts))
+        monkeypatch.setattr(run, "COMMAND", (sys.executable, "-P", str(program)))
+        (tmp_path / "log").write_text("")
+        with adding_to(path, HEADER) as file:
+            why = run.run_stage(FAKE, path, file, seconds)
+        return why, read(path), (tmp_path / "log").read_text().split()
+
+    return go
 
 
-def at(monkeypatch, moment: str) -> None:
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, zone=None):
-            return cls.fromisoformat(moment).replace(tzinfo=zone)
-
-    monkeypatch.setattr(gpu.datetime, "datetime", Clock)
+LOST = "gone.append(1); raise RuntimeError('CUDA error: an illegal access')"
 
 
-def test_a_run_goes_on_past_midnight_by_itself(tmp_path, options, monkeypatch):
-    at(monkeypatch, "2026-11-23T23:59:00")
-    first = gpu.open_results(options, "NVIDIA H200")
-    first.add("encode", {"key": "k"})
-    assert first.path == tmp_path / "results" / "nvidia-h200" / "2026-11-23-abc.json"
-    at(monkeypatch, "2026-11-24T00:01:00")
-    second = gpu.open_results(options, "NVIDIA H200")
-    assert second.path == first.path and second.finished("encode") == {"k"}
-    assert [run["date"] for run in second.content["runs"]] == ["2026-11-23", "2026-11-24"]
-    second.add("encode", {"key": "l"})
+@pytest.mark.parametrize(
+    ("fate", "limit", "why"),
+    [
+        ("raise ValueError('of its own')", GENEROUS, "ValueError: of its own"),
+        (LOST, GENEROUS, "RuntimeError: CUDA error: an illegal access"),
+        ("gone.append(1)", GENEROUS, "the device was lost in this row"),
+        ("os.kill(os.getpid(), 11)", GENEROUS, "died in this row, exit status -11"),
+        ("time.sleep(3600)", 5, "no result within 5 s"),
+    ],
+    ids=["error", "sticky error", "silent loss", "crash", "hang"],
+)
+def test_a_row_costs_only_itself_and_the_next_run_repeats_it(stage, fate, limit, why):
+    reason, found, ran = stage(fate, limit)
+    assert ran == ["a", "b", "c"] and reason == "no figure for b"
+    assert why in found.jobs["fake", "b"][0]["failed"]
+    assert found.has("fake", "a") and found.has("fake", "c") and not found.finished
 
-    options.out = tmp_path / "out"  # as where only some folder comes back
-    third = gpu.open_results(options, "NVIDIA H200")
-    assert third.path == tmp_path / "out" / "nvidia-h200" / first.path.name
-    assert third.finished("encode") == {"k", "l"}
-
-
-def test_other_code_other_devices_and_fresh_runs_start_anew(tmp_path, options, monkeypatch):
-    first = gpu.open_results(options, "NVIDIA H200")
-    first.add("encode", {"key": "k"})
-    assert gpu.open_results(options, "NVIDIA A100").finished("encode") == set()
-    monkeypatch.setattr(gpu, "commit", lambda: "def")
-    assert gpu.open_results(options, "NVIDIA H200").finished("encode") == set()
-    for commit, fresh in (("abc", True), ("abc-dirty", False), ("abc-dirty", False)):
-        options.commit, options.fresh = commit, fresh
-        other = gpu.open_results(options, "NVIDIA H200")
-        assert not other.path.exists() and other.finished("encode") == set()
-        other.add("encode", {"key": "k"})
-    options.commit, options.fresh, options.resume = "def", False, first.path
-    with pytest.raises(ValueError, match="was measured at commit"):
-        gpu.open_results(options, "NVIDIA H200")
+    reason, found, ran = stage()
+    assert (reason, ran) == ("", ["b"]) and found.finished == {"fake"}
+    assert [rows[0]["median"] for rows in found.jobs.values()] == [1.0] * 3
+    assert stage("os.abort()")[::2] == ("", []), "nothing is left to do"
 
 
-def test_without_git_the_commit_must_be_given(tmp_path, options, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match="give --commit"):
-        gpu.open_results(options, "NVIDIA H200")
-    options.commit = "abc"
-    assert gpu.open_results(options, "NVIDIA H200").content["commit"] == "abc"
+def test_a_row_that_may_outlast_its_limit_says_what_it_has_and_is_not_repeated(stage):
+    late = {"name": "compiler", "not_run": "did not finish"}
+    reason, found, ran = stage("time.sleep(3600)", 5, late)
+    assert (reason, ran) == ("", ["a", "b", "c"]) and found.finished == {"fake"}
+    assert found.jobs["fake", "b"] == [{"stage": "fake", "key": "b", **late}]
+
+
+def test_a_stage_is_cut_off_in_time_and_goes_on_without_repeats(stage, tmp_path, monkeypatch):
+    class Popen(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is not None:  # time is up in the middle of b
+                until(lambda: "b" in (tmp_path / "log").read_text())
+                raise subprocess.TimeoutExpired("", timeout)
+            return super().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.subprocess, "Popen", Popen)
+        reason, found, ran = stage("time.sleep(3600)", seconds=9)
+    assert reason == "cut off after 9 s" and ran == ["a", "b"]
+    assert "cut off" in found.jobs["fake", "b"][0]["failed"]
+    assert stage()[::2] == ("", ["b", "c"])
+
+
+def test_restarts_are_bounded_and_a_stage_that_cannot_begin_is_not_restarted(stage, monkeypatch):
+    monkeypatch.setattr(run, "MOST_RESTARTS", 1)
+    code = CODE.replace('key == "b"', "True")
+    monkeypatch.setattr(sys.modules[__name__], "CODE", code)
+    reason, _, ran = stage("os.abort()")
+    assert reason == "given up after 1 restarts" and ran == ["a", "b"]
+    monkeypatch.setattr(sys.modules[__name__], "CODE", "raise SystemExit(9)")
+    assert stage()[::2] == ("exit status 9", [])
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there; one that ended and waits to be collected is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(condition) -> None:
+    end = time.monotonic() + GENEROUS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+STARTS = "p = subprocess.Popen(['sleep', '3600']); open({!r}, 'w').write(str(p.pid))"
+
+
+def test_nothing_that_a_stage_started_outlives_it(stage, tmp_path):
+    fate = f"import subprocess; {STARTS.format(str(tmp_path / 'pid'))}; os.abort()"
+    stage(fate)
+    until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+def test_a_killed_command_leaves_a_true_file_and_no_process(stage, tmp_path):
+    stage("os.abort()")  # writes the program
+    program, path, pid = tmp_path / "program.py", tmp_path / "k.jsonl", tmp_path / "pid"
+    fate = f"import subprocess; {STARTS.format(str(pid))}; time.sleep(3600)"
+    program.write_text(program.read_text().replace("os.abort()", fate))
+    driver = (
+        f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r})\n"
+        "from pathlib import Path\nfrom gpu import run\nfrom harness.results import adding_to\n"
+        f"run.COMMAND = {run.COMMAND!r}\npath = Path({str(path)!r})\n"
+        f"with adding_to(path, {HEADER!r}) as file:\n"
+        "    run.run_stage(run.Stage('fake', 600), path, file, 600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-P", "-c", driver])
+    until(lambda: pid.exists() and pid.read_text())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until(lambda: not alive(int(pid.read_text())))
+    found = read(path)
+    assert found.has("fake", "a") and not found.has("fake", "b")
+
+    def free() -> bool:
+        with contextlib.suppress(BlockingIOError), adding_to(path, HEADER):
+            return True
+        return False
+
+    until(free)
+
+
+def test_a_stage_that_fails_does_not_end_the_command(tmp_path, monkeypatch, capsys):
+    reasons = {"one": "exit status 9", "two": ""}
+    monkeypatch.setattr(run, "run_stage", lambda stage, *_: reasons[stage.name])
+    both = [run.Stage("one", 9), run.Stage("two", 9)]
+    assert not run.run(both, tmp_path, None, 1)
+    assert capsys.readouterr().out == "one: not finished: exit status 9\ntwo: finished\n"
+    assert run.run(both[1:], tmp_path, None, 1)
+    assert not run.run(both, tmp_path, None, 0.01), "no time left"
+
+
+def test_a_dry_run_lists_stages_and_the_first_run_holds_what_matters_most(capsys):
+    assert run.main(["--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for item in run.STAGES:
+        assert f"{item.name:12} at most {item.seconds:4.0f} s" in text
+    runs = {stage.name: found for stage, found in run.schedule(run.STAGES, run.MOST_MINUTES)}
+    most = max(max(found) for found in runs.values())
+    assert f"all of its time, {most} of them" in text and "--resume" in text
+    assert "a first run then holds environment, ceilings, tests, encode, ops\n" in text
+    assert [found for _, found in run.schedule(run.STAGES[:3], 2)] == [[1], [1], [1, 2]]
+    with pytest.raises(SystemExit):
+        run.main(["--minutes", "10", "--dry-run"])
+
+
+def test_without_a_device_there_is_one_error(monkeypatch, capsys):
+    monkeypatch.setattr(run, "device_name", lambda: None)
+    assert run.main([]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_writes_where_it_is_told_and_knows_its_file_again(folder, monkeypatch):
+    monkeypatch.setattr(run, "device_name", lambda: "NVIDIA H200")
+    seen = []
+    monkeypatch.setattr(run, "run", lambda stages, path, *_: seen.append((path, stages)) or True)
+    out = folder / "out"
+    for _ in range(2):
+        assert run.main(["--out", str(out), "--commit", "abc", "--stages", "ops", "tests"]) == 0
+    (path, chosen), second = seen
+    assert second[0] == path and [stage.name for stage in chosen] == ["tests", "ops"]
+    assert path.parent == out / "nvidia-h200" and len(read(path).runs) == 2
+    assert read(path).facts["commit"] == "abc" and read(path).facts["sources"]
+    assert run.main(["--resume", str(folder / "none.jsonl")]) == 1
+
+
+def test_processes_can_import_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir("/")
+    probe = (
+        "import stellar_fast, stellar_fast.config, importlib.util as u;"
+        "print(stellar_fast.__file__, u.find_spec('stellar_fast.reference').origin,"
+        "u.find_spec('stellar_fast.kernels').origin)"
+    )
+    with run.importable():
+        folder = os.environ["PYTHONPATH"]
+        # -S: no site-packages, where the package may be installed.
+        done = subprocess.run(
+            [sys.executable, "-P", "-S", "-c", probe], capture_output=True, text=True, check=True
+        )
+    assert all(name.startswith(folder) for name in done.stdout.split()) and done.stdout
+    assert not Path(folder).exists()
+
+
+def test_every_stage_has_rows_within_its_bounds(monkeypatch):
+    monkeypatch.setattr(stages, "has_fp8", lambda: True)
+    for item in run.STAGES:
+        jobs = list(stages.jobs(item.name))
+        keys = [job.key for job in jobs]
+        assert keys and len(set(keys)) == len(keys)
+        assert all(job.limit <= item.seconds for job in jobs), item.name
+
+
+def test_the_test_stages_name_files_with_their_mark(monkeypatch):
+    monkeypatch.setattr(stages, "has_fp8", lambda: True)
+    monkeypatch.setattr(stages, "command", lambda arguments: [{"arguments": arguments}])
+    for name, mark in (("tests", "gpu"), ("kernels", "kernels")):
+        (job,) = stages.jobs(name)
+        files = [path for path in job.run()[0]["arguments"] if path.endswith(".py")]
+        assert files and all(f"mark.{mark}" in (ROOT / path).read_text() for path in files)
+
+
+def test_a_command_says_how_it_ended():
+    (row,) = stages.command(["-c", "print('FAILED x'); print('1 failed'); raise SystemExit(1)"])
+    assert (row["summary"], row["exit"], row["failed"]) == ("1 failed", 1, "FAILED x")
+    assert "failed" not in stages.command(["-c", "print('1 passed')"])[0]
+
+
+def test_rows_of_a_stage_get_their_floor(tmp_path):
+    own = {"name": "kernel", "precision": "bf16", "flops": 8.0, "bytes": 1.0, "median": 4.0}
+    earlier = results.Result(tmp_path)
+    for line in (HEADER, [{"stage": "ceilings", "key": "bf16", "rate": 4.0}],
+                 [{"stage": "ceilings", "key": "copy", "rate": 1.0}]):  # fmt: skip
+        earlier.take(line)
+    lines = []
+    jobs = [worker.Job("k", lambda: [own])]
+    assert worker.work("ops", jobs, lambda: False, earlier, lines.append) == 0
+    assert lines[0] == {"begin": "k", "stage": "ops", "limit": 90.0}
+    (row,) = lines[1]
+    assert (row["floor"], row["of_floor"], row["key"]) == (2.0, 0.5, "k")

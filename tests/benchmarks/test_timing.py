@@ -1,55 +1,92 @@
-"""The benchmark harness: fair turns, true statistics, no figure for a wrong result."""
+"""The one timing loop: fair turns, true statistics, a failure that is its own's alone."""
 
-import json
-from importlib import metadata
+import itertools
 
-import harness
 import pytest
 import torch
+from harness import timing
+from harness.timing import Timing, in_turns, on_gpu, rows_of, sets_beyond_cache, turns_of
 
 
-def test_functions_take_turns():
-    calls: list[str] = []
-    functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    alternation = harness.Alternation(functions, warmup=1)
-    assert calls == ["a", "b", "c"]
-    for _ in range(3):
-        alternation.round()
-    assert calls == list("abc") * 4
-    timings = alternation.timings()
-    assert {timing.rounds for timing in timings.values()} == {3}
+def test_everyone_has_a_turn_a_round_in_changing_order_and_warming_up_does_not_count():
+    seen = []
+    turns = {name: (lambda i, name=name: seen.append((i, name)) or float(i)) for name in "abc"}
+    taken, not_run = in_turns(turns, least=6, warmup=2)
+    assert taken == {name: [0, 1, 2, 3, 4, 5] for name in "abc"} and not not_run
+    rounds = [seen[i : i + 3] for i in range(0, len(seen), 3)]
+    assert [{index for index, _ in found} for found in rounds] == [{i} for i in range(-2, 6)]
+    orders = ["".join(name for _, name in found) for found in rounds]
+    assert {"".join(sorted(order)) for order in orders} == {"abc"} and len(set(orders)) > 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "rounds"),
+    [
+        ({"least": 2, "seconds": 0.0}, 2),
+        ({"least": 2, "seconds": 5.5}, 6),
+        ({"least": 9, "seconds": 5.5}, 9),
+        ({"least": 2, "seconds": 99.0, "most": 7}, 7),
+    ],
+)
+def test_rounds_end_by_time_or_number(limits, rounds):
+    ran = []
+    taken, _ = in_turns({"a": lambda i: ran.append(i) or 0.0}, clock=lambda: len(ran), **limits)
+    assert len(taken["a"]) == rounds
+
+
+def failing(after: int):
+    def turn(index: int) -> float:
+        if index >= after:
+            raise RuntimeError("out of memory\nand a trace")
+        return 1.0
+
+    return turn
+
+
+@pytest.mark.parametrize("after", [-1, 0, 3])
+def test_one_that_fails_loses_its_figure_and_nobody_else_does(after):
+    turns = {"ours": lambda _: 1.0, "b": failing(after), "c": lambda _: 2.0}
+    taken, not_run = in_turns(turns, least=5, warmup=1, must=["ours"])
+    assert not_run == {"b": "RuntimeError: out of memory"}
+    assert taken == {"ours": [1.0] * 5, "c": [2.0] * 5}
+
+
+def test_a_failure_of_ours_or_of_the_device_is_an_error():
+    with pytest.raises(RuntimeError, match="out of memory"):
+        in_turns({"ours": failing(1), "b": lambda _: 1.0}, least=3, must=["ours"])
+
+    def lost() -> None:
+        raise InterruptedError("all is lost")
+
+    with pytest.raises(InterruptedError):
+        in_turns({"ours": lambda _: 1.0, "b": failing(1)}, least=3, must=["ours"], alive=lost)
 
 
 def test_the_median_and_quartiles_are_those_of_the_seconds():
-    timing = harness.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert timing == harness.Timing(median=3.0, low=2.0, high=4.0, rounds=5)
-    assert harness.row(timing, 6, name="x")["images_per_second"] == 2.0
+    assert Timing.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Timing(3.0, 2.0, 4.0, rounds=5)
+    (row,) = rows_of({"x": [1.0, 2.0, 3.0]}, batch=4)
+    assert row == {"name": "x", "batch": 4, "median": 2, "low": 1.5, "high": 2.5, "rounds": 3}
 
 
-def test_a_wrong_result_gets_no_figure():
-    exact = {"dense": torch.linspace(-1, 1, 99, dtype=torch.float64)}
-    plain = {"dense": exact["dense"].bfloat16()}
-    harness.within_budget(plain, plain, exact)
-    wrong = {"dense": plain["dense"].clone()}
-    wrong["dense"][7] += 0.1
-    with pytest.raises(AssertionError, match=r"dense: error .* exceeds its budget"):
-        harness.within_budget(wrong, plain, exact)
-    wrong["dense"][7] = float("nan")
-    with pytest.raises(AssertionError, match="exceeds its budget"):
-        harness.within_budget(wrong, plain, exact)
+def test_inputs_rotate_and_a_device_is_timed_by_its_events(device):
+    seen = []
+
+    def call(index: int):
+        seen.append(index)
+        device.event.now += 4.0
+
+    turn = on_gpu([lambda i=i: call(i) for i in range(3)], repeats=2)
+    assert [turn(index) for index in (-1, 0, 1, 2, 3)] == [pytest.approx(2e-3)] * 5
+    assert seen == [2, 0, 1, 2, 0]
 
 
-def test_a_missing_output_gets_no_figure():
-    exact = {"dense": torch.ones(3, dtype=torch.float64), "cls": torch.ones(1)}
-    with pytest.raises(AssertionError, match="cls"):
-        harness.within_budget({"dense": exact["dense"]}, exact, exact)
+def test_a_cpu_is_timed_by_its_clock(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks) * 1.0)
+    turns = turns_of({"x": [lambda: next(ticks)]}, torch.device("cpu"))
+    assert turns["x"](0) == 2.0
 
 
-def test_a_result_file_says_what_was_measured_and_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    path = harness.write_result("cpu", "encode", [{"name": "x"}], processor=harness.processor())
-    result = json.loads(path.read_text())
-    assert path.parent == tmp_path / "cpu"
-    assert {"date", "commit", "versions", "processor", "rows", "name"} <= set(result)
-    assert result["versions"]["torch"] == metadata.version("torch")
-    assert result["processor"]["threads"] == torch.get_num_threads()
+def test_sets_exceed_the_cache():
+    assert sets_beyond_cache(10, 100) == 20
+    assert sets_beyond_cache(1000, 100) == 2
