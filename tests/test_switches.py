@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import torch
 from engines import SMALL, image, small_engine
+from gpu.switches import FEW, SWITCHES, without
 from kernel_checks import DEVICE, assert_budget
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
-from switches import FEW, SWITCHES, without
 from test_engine_parity import reference_of
 
 from stellar_fast import encoder
