@@ -1,39 +1,34 @@
-"""Did the engine get slower? One result file against an earlier one of the same processor.
+"""Did the engine get slower? One result file against an earlier one of the same machine.
 
     python -P benchmarks/compare.py NEW [OLD]
 
-OLD is by default the newest committed file of the same benchmark, device and processor. What is
-compared is each engine row's speed-up over the baseline that was timed in turns with it: that
+OLD is by default the newest committed file of the same benchmark and kind of machine. What is
+compared is the speed-up of each row of ours over the baseline that was timed in turns with it: that
 cancels how busy or hot the machine was. Exits 1 where one fell by more than its tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
-import harness
-from contest import OURS
+from harness import results
+from harness.results import BASELINES, Result, Row, is_ours, problem, read
 
 # What may differ between runs beside what their quartiles show: chosen, not measured.
 DRIFT = 0.03
-SAME = ("name", "family", "model", "threads", "cores")
-Row = Mapping[str, Any]
-Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One engine row in two files: speed-ups, and by what share the new one may be lower."""
+    """One row of ours in two files: speed-ups, and by what share the new one may be lower."""
 
     row: str
     old: float
@@ -55,109 +50,71 @@ class Change:
         )
 
 
-def _spread(row: Row) -> float:
-    return (row["high"] - row["low"]) / row["median"]
-
-
-def _rows(result: Result) -> dict[tuple[str, str, int], Row]:
-    rows = result["rows"]
-    if result["name"] == "ops":
-        rows = [flat for row in rows for flat in _implementations(row, result["baseline"])]
-    return {(row["name"], row["model"], row["batch"]): row for row in rows}
-
-
-def _implementations(row: Row, baseline: str) -> Iterator[Row]:
-    """The row of an op as two of the shape that `encode` has: ours, and the baseline."""
-    facts = {"model": f"{row['model']} {row['op']} {row['precision']}", "batch": row["batch"]}
-    if "refused" in row:
-        yield {"name": OURS, **facts, "refused": row["refused"]}
-        return
-    mine, other = row[row["ours"]], row[baseline]
-    yield {"name": OURS, **facts, **mine, "speedup": other["median"] / mine["median"]}
-    yield {"name": baseline, **facts, **other}
+def _pairs(result: Result) -> Iterator[tuple[tuple[str, str], Row, Row | None]]:
+    """Each row of ours by key and name, with the baseline of its job if that has a figure."""
+    for (stage, key), rows in result.jobs.items():
+        base = [row for row in rows if row["name"] == BASELINES.get(stage) and "median" in row]
+        for row in rows if stage in BASELINES else ():
+            if is_ours(row):
+                yield (key, row["name"]), row, next(iter(base), None)
 
 
 def changes(new: Result, old: Result) -> list[Change]:
-    """Every engine row that has a figure in `old`, where `new` ran that batch of that model.
+    """Every row of ours that has a figure in `old`, where `new` has that job.
 
     A ratio's tolerance is DRIFT plus the root of the squared interquartile ranges, relative to
-    their medians, of the four timings it comes from: row and baseline, then and now.
+    their medians, of the four timings it comes from: ours and the baseline's, then and now.
     """
-    before, after = _rows(old), _rows(new)
-    ran = {key[1:] for key in after}
+    after = {place: (row, base) for place, row, base in _pairs(new)}
+    ran = {key for _, key in new.jobs}
     found = []
-    for (name, model, batch), row in before.items():
-        if not name.startswith(OURS) or "refused" in row or (model, batch) not in ran:
+    for (key, name), row, base in _pairs(old):
+        if problem(row) or base is None or key not in ran:
             continue
-        label = f"{name.strip()}, {model}, batch {batch}"
-        now = after.get((name, model, batch))
-        if now is None or "refused" in now:
-            reason = "no such row" if now is None else now["refused"]
-            found.append(Change(label, row["speedup"], None, DRIFT, reason))
+        label, before = f"{name}, {key}", base["median"] / row["median"]
+        now, base_now = after.get((key, name), (None, None))
+        if now is None or problem(now) or base_now is None:
+            reason = "no such row" if now is None else problem(now) or "the baseline has none"
+            found.append(Change(label, before, None, DRIFT, reason))
             continue
-        four = [
-            row,
-            before[old["baseline"], model, batch],
-            now,
-            after[new["baseline"], model, batch],
-        ]
-        tolerance = DRIFT + math.sqrt(sum(_spread(timing) ** 2 for timing in four))
-        found.append(Change(label, row["speedup"], now["speedup"], tolerance))
+        spreads = [(r["high"] - r["low"]) / r["median"] for r in (row, base, now, base_now)]
+        tolerance = DRIFT + math.sqrt(sum(spread**2 for spread in spreads))
+        found.append(Change(label, before, base_now["median"] / now["median"], tolerance))
     return found
 
 
-def same_machine(new: Result, old: Result) -> bool:
-    """Whether the two processors call themselves the same, with as many threads."""
-    return all(new["processor"].get(key) == old["processor"].get(key) for key in SAME)
+def stored(new: Result) -> Result | None:
+    """The newest committed result of the same benchmark and kind of machine."""
+    command = ["git", "-C", str(results.RESULTS), "ls-tree", "-r", "--name-only", "HEAD", "."]
+    done = subprocess.run(command, capture_output=True, text=True)  # without git there is none
+    committed = {results.RESULTS / line for line in done.stdout.splitlines()}
+    for old in results.found(new.facts["name"]):
+        if (
+            old.path in committed
+            and old.path != new.path
+            and results.kind(old) == results.kind(new)
+        ):
+            return old
+    return None
 
 
-def committed(folder: Path) -> list[Path]:
-    """The files that git holds under `folder`."""
-    done = subprocess.run(
-        ["git", "-C", str(folder), "ls-tree", "-r", "--name-only", "HEAD", "."],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [folder / line for line in done.stdout.splitlines()]
-
-
-def stored(new: Result, device: str, path: Path | None = None) -> tuple[Path, Result] | None:
-    """The newest committed result to compare `new` with, other than `path` itself."""
-    candidates = []
-    for file in committed(harness.RESULTS / device):
-        if file.name.endswith(f"-{new['name']}.json") and file.exists() and file != path:
-            old = json.loads(file.read_text())
-            if "processor" in old and same_machine(new, old):
-                candidates.append(((old["date"], old.get("time", "")), file, old))
-    if not candidates:
-        return None
-    _, file, old = max(candidates, key=lambda item: item[0])
-    return file, old
-
-
-def report(path: Path, earlier: Path | None = None) -> tuple[list[str], bool]:
+def report(new: Result, old: Result | None = None) -> tuple[list[str], bool]:
     """Lines to print, and whether anything got slower.
 
     Raises:
-        ValueError: `earlier` is of another processor or benchmark.
+        ValueError: `old` is of another kind of machine or another benchmark.
     """
-    path = path.resolve()
-    new = json.loads(path.read_text())
-    if earlier is not None:
-        old = json.loads(earlier.read_text())
-        if new["name"] != old["name"] or not same_machine(new, old):
-            raise ValueError(f"{earlier} is of another benchmark or processor than {path}")
-    elif found := stored(new, path.parent.name, path):
-        earlier, old = found
-    else:
-        return ["nothing stored of this processor to compare with"], False
-    found_changes = changes(new, old)
-    if not found_changes:
-        return [f"no engine row in common with {earlier.name}"], False
-    lines = [f"against {earlier.name}, commit {old['commit']}:"]
-    lines += [f"  {change}" for change in found_changes]
-    return lines, any(change.slower for change in found_changes)
+    if old is None:
+        old = stored(new)
+        if old is None:
+            return ["nothing stored of this kind of machine to compare with"], False
+    elif new.facts["name"] != old.facts["name"] or results.kind(new) != results.kind(old):
+        raise ValueError(f"{old.path} is of another benchmark or machine than {new.path}")
+    every = changes(new, old)
+    if not every:
+        return [f"no row of ours in common with {old.path.name}"], False
+    lines = [f"against {old.path.name}, commit {old.facts['commit']}:"]
+    return [*lines, *(f"  {change}" for change in every)], any(change.slower for change in every)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,7 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("old", type=Path, nargs="?")
     options = parser.parse_args(arguments)
     try:
-        lines, slower = report(options.new, options.old)
+        old = None if options.old is None else read(options.old.resolve())
+        lines, slower = report(read(options.new.resolve()), old)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print("\n".join(lines))

@@ -1,6 +1,6 @@
 """Extraction of many real-sized JPEGs: stage timings, memory, and how busy the engine is kept.
 
-    python benchmarks/extract_rate.py --images 20000
+    python -P benchmarks/extract_rate.py --images 20000
 
 draws photographs, cuts and encodes as many JPEGs from them as asked for, and extracts their
 features with a small model of random weights. Beside it, in turns, it times the engine on ready
@@ -13,16 +13,19 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import harness
+sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
+
 import numpy as np
 import psutil
 import torch
+from harness import results
 from PIL import Image
 
 import stellar_fast
@@ -164,16 +167,16 @@ def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
         dummy.append(dummy_rate(engine, root / "round.txt"))
         print(f"ready {ready[-1]:.1f} images/s, dummy reader and writer {dummy[-1]:.1f} images/s")
     ratios = [fed / alone for fed, alone in zip(dummy, ready, strict=True)]
+    job = {"stage": "extract", "key": "extract"}
     rows = [
-        {"name": "extraction", **summary.facts()},
-        {"name": "engine on ready tensors", "images_per_second": statistics.median(ready)},
-        {"name": "dummy reader and writer", "images_per_second": statistics.median(dummy)},
+        {**job, "name": "extraction", **summary.facts()},
+        {**job, "name": "engine on ready tensors", "images_per_second": statistics.median(ready)},
+        {**job, "name": "dummy reader and writer", "images_per_second": statistics.median(dummy)},
     ]
-    return harness.write_result(
-        "cpu",
+    header = results.facts(
         "extract",
-        rows,
-        processor=harness.processor(),
+        "python -P benchmarks/extract_rate.py",
+        processor=results.processor(),
         load_average=os.getloadavg(),
         images=images,
         input_mib=round(size / 2**20),
@@ -182,6 +185,7 @@ def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
         fed={"median": statistics.median(ratios), "rounds": [round(r, 4) for r in ratios]},
         memory_mib={f"quarter {number + 1}": memory.quarter(number) for number in range(4)},
     )
+    return results.write("cpu", header, rows)
 
 
 def main() -> None:

@@ -1,9 +1,7 @@
 """Attention, beside what else computes it."""
 
-import op_race
-import pytest
+OPS = ("attention",)
 
 
-@pytest.mark.parametrize(*op_race.parameters("attention"))
-def test_attention(case, device, compiles, race):
-    race(case, device, compiles)
+def test_attention(race):
+    race()

@@ -1,22 +1,21 @@
-"""`encode` end to end on the CPU: ours, plain PyTorch, and others' runtimes, in turns."""
+"""`encode` end to end on the CPU: ours, plain PyTorch, and others' runtimes, in turns.
+
+On a GPU it is measured by `benchmarks/gpu/run.py`.
+"""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import compare
-import contest
-import footprint
-import harness
 import numpy as np
-import peers
 import pytest
 import torch
+from harness.budgets import Pool
+from harness.results import is_ours, processor
+from harness.timing import Timing, in_turns
+from peers import contest, footprint, models
 
 from stellar_fast.config import MODELS
 
@@ -40,29 +39,18 @@ CHOICES = (
 )
 
 
-@dataclass
-class Record:
-    """What the tests of this file measured, for one result file."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    latency: list[dict[str, Any]] = field(default_factory=list)
-    footprint: list[dict[str, Any]] = field(default_factory=list)
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Pool:
+    subject = models.Subject(MODELS[MODEL], tmp_path_factory.mktemp("model"))
+    return contest.pool_of(subject, POOL)
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory) -> contest.Pool:
-    subject = peers.Subject(MODELS[MODEL], tmp_path_factory.mktemp("model"))
-    plain = {precision: subject.eager(precision) for precision in ("fp32", "bf16")}
-    return contest.Pool(MODEL, contest.pictures(POOL, 224, 0), subject.eager("fp64"), plain)
-
-
-@pytest.fixture(scope="module")
-def remotes(tmp_path_factory) -> Iterator[dict[str, peers.Remote]]:
+def remotes(tmp_path_factory) -> Iterator[dict[str, models.Remote]]:
     folder, threads = tmp_path_factory.mktemp("remotes"), torch.get_num_threads()
     found = {
-        name: peers.Remote(name, MODELS[MODEL], folder / str(index), threads)
-        for index, name in enumerate(peers.IMPLEMENTATIONS)
+        name: models.Remote(name, MODELS[MODEL], folder / str(index), threads)
+        for index, name in enumerate(models.IMPLEMENTATIONS)
     }
     yield found
     for remote in found.values():
@@ -70,108 +58,67 @@ def remotes(tmp_path_factory) -> Iterator[dict[str, peers.Remote]]:
 
 
 @pytest.fixture(scope="module")
-def record(request) -> Iterator[Record]:
-    found, start = Record(), time.perf_counter()
-    yield found
-    if not found.rows:
-        return
-    path = harness.write_result(
-        "cpu",
-        "encode",
-        found.rows,
-        processor=harness.processor(),
-        baseline=contest.BASELINE,
-        seconds=round(time.perf_counter() - start),
-        load_average_before=LOAD,
-        plan={
-            str(batch): {"sets": sets, "rounds": rounds} for batch, (sets, rounds) in PLAN.items()
-        },
-        choices=CHOICES,
-        skipped=found.skipped,
-        latency=found.latency,
-        footprint=found.footprint,
-    )
-    lines, slower = compare.report(path)
-    threads = torch.get_num_threads()
-    harness.SUMMARY.append(
-        f"\n{threads} threads, load average {LOAD[0]:.2f} at the start -> {path.name}"
-    )
-    harness.SUMMARY.extend([*_table(found), *lines])
-    if slower and request.config.getoption("--fail-slower"):
-        pytest.fail("\n".join(lines))
-
-
-def _table(found: Record) -> Iterator[str]:
-    yield from contest.table(found.rows)
-    for name, reason in found.skipped.items():
-        yield f"  {name} skipped: {reason}"
-    for row in found.latency:
-        median, p99 = row["median"] * 1e3, row["p99"] * 1e3
-        yield (
-            f"  {row['name']}, batch 1: median {median:.1f} ms, 99th percentile {p99:.1f} ms over "
-            f"{row['calls']} calls"
-        )
-    for row in found.footprint:
-        yield (
-            f"  {row['name']}: loads in {row['load_seconds']:.2f} s, peak {row['peak_mib']} MiB at "
-            f"batch {row['batch']}"
-        )
+def record(record_of):
+    planned = {("encode", f"{MODEL}/b{batch}") for batch in PLAN}
+    planned |= {("latency", f"{MODEL}/b1"), ("footprint", f"{MODEL}/b8")}
+    plan = {str(batch): {"sets": sets, "rounds": rounds} for batch, (sets, rounds) in PLAN.items()}
+    return record_of("encode", planned, load_average_before=LOAD, plan=plan, choices=CHOICES)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("batch", PLAN)
-def test_encode(batch, benchmark, pool, remotes, record):
+def test_encode(batch, benchmark, pool, remotes, record, say):
     """No figure outside its error budget; only a wrong engine fails, a wrong peer is refused."""
     sets, rounds = PLAN[batch]
-    units = harness.processor()["bf16_matrix_units"]
-    entrants = []
+    units = processor()["bf16_matrix_units"]
+    entrants, absent = [], []
+    base = {"stage": "encode", "key": f"{MODEL}/b{batch}", "model": MODEL, "batch": batch}
     for name, remote in remotes.items():
-        if name in record.skipped or (batch == 32 and remote.precision == "bf16" and not units):
+        if batch == 32 and remote.precision == "bf16" and not units:
             continue
         try:
             remote.prepare(pool.images[:batch])
-        except peers.Absent as reason:
-            record.skipped[name] = str(reason)
+        except models.Absent as reason:
+            precision = remote.precision
+            absent.append({**base, "name": name, "precision": precision, "not_run": str(reason)})
         else:
             entrants.append(remote)
+            say(f"  {name} is ready at batch {batch}: {remote.facts['prepare_seconds']:.1f} s")
 
-    match = contest.Contest(pool, entrants, batch, sets, rounds)
-    benchmark.pedantic(
-        match.next,
-        setup=lambda: match.until(OURS),
-        teardown=match.done,
-        rounds=rounds,
-        iterations=1,
-    )
-    match.finish()
-    rows = match.rows()
+    rows = contest.race(pool, entrants, batch, sets, rounds) + absent
+    record.rows += rows
+    for line in contest.report(rows):
+        say(line)
+    assert not [row for row in rows if is_ours(row) and "refused" in row]
+    benchmark.pedantic(remotes[OURS].run, rounds=3, iterations=1)
     benchmark.extra_info["rows"] = rows
-    record.rows.extend(rows)
-    wrong = {name: why for name, why in match.refused.items() if name.startswith(contest.OURS)}
-    assert not wrong
 
 
 @pytest.mark.timeout(300)
-def test_latency_of_one_image(pool, remotes, record):
+def test_latency_of_one_image(pool, remotes, record, say):
     """Median and 99th percentile of single calls, engine and plain PyTorch in turns."""
-    names = [OURS, contest.BASELINE]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def turn(remote: models.Remote, call: int) -> float:
+        remote.load(pool.images[call % POOL, None])
+        return remote.run()
+
+    names = [OURS, models.BASELINE]
     for name in names:
         remotes[name].prepare(pool.images[:1])
-    start = time.perf_counter()
-    for call in range(LATENCY_CALLS):
-        if call > 30 and time.perf_counter() - start > LATENCY_SECONDS:
-            break
-        for name in names:
-            remotes[name].load(pool.images[call % POOL, None])
-            seconds[name].append(remotes[name].run())
-    for name in names:
-        median, p99 = np.percentile(seconds[name], [50, 99]).tolist()
-        calls = len(seconds[name])
-        record.latency.append({"name": name, "median": median, "p99": p99, "calls": calls})
+    turns = {name: lambda call, name=name: turn(remotes[name], call) for name in names}
+    found, _ = in_turns(turns, least=30, seconds=LATENCY_SECONDS, most=LATENCY_CALLS)
+    for name, seconds in found.items():
+        row = {"stage": "latency", "key": f"{MODEL}/b1", "name": name, "model": MODEL, "batch": 1}
+        tail = float(np.percentile(seconds, 99))
+        record.rows.append({**row, **vars(Timing.of(seconds)), "p99": tail, "calls": len(seconds)})
+        median = float(np.median(seconds))
+        say(f"  {name}, batch 1: median {median * 1e3:.1f} ms, 99th percentile {tail * 1e3:.1f} ms")
 
 
 @pytest.mark.timeout(300)
-def test_footprint(record, tmp_path: Path):
+def test_footprint(record, say, tmp_path: Path):
     """Load time from a file, and peak memory at batch 8, each in a process of its own."""
-    record.footprint.extend(footprint.measure_all(MODELS[MODEL], tmp_path, 8))
+    rows = footprint.measure_all(MODELS[MODEL], tmp_path, 8)
+    record.rows += rows
+    for row in rows:
+        say(f"  {row['name']}: loads in {row['load_seconds']:.2f} s, peak {row['peak_mib']} MiB")

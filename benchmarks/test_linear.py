@@ -1,9 +1,7 @@
-"""The matrix products (qkv, proj, fc1, fc2), each with what its launch fuses, beside rivals."""
+"""Matrix products with their epilogues: qkv, proj, fc1, fc2, beside what else computes it."""
 
-import op_race
-import pytest
+OPS = ("linear", "linear_residual")
 
 
-@pytest.mark.parametrize(*op_race.parameters("linear", "linear_residual"))
-def test_linear(case, device, compiles, race):
-    race(case, device, compiles)
+def test_linear(race):
+    race()

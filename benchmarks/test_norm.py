@@ -1,9 +1,7 @@
 """The final norm, and rows quantized to FP8, beside what else computes it."""
 
-import op_race
-import pytest
+OPS = ("norm", "quantize_rows")
 
 
-@pytest.mark.parametrize(*op_race.parameters("norm", "quantize_rows"))
-def test_norm(case, device, compiles, race):
-    race(case, device, compiles)
+def test_norm(race):
+    race()

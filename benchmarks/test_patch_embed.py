@@ -1,9 +1,7 @@
 """Pixels to the sequence that enters the first block, beside what else computes it."""
 
-import op_race
-import pytest
+OPS = ("patch_embed",)
 
 
-@pytest.mark.parametrize(*op_race.parameters("patch_embed"))
-def test_patch_embed(case, device, compiles, race):
-    race(case, device, compiles)
+def test_patch_embed(race):
+    race()

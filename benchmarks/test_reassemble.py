@@ -1,9 +1,7 @@
 """The low-rank features alone, as `reconstruct` takes them, beside what else computes it."""
 
-import op_race
-import pytest
+OPS = ("reassemble",)
 
 
-@pytest.mark.parametrize(*op_race.parameters("reassemble"))
-def test_reassemble(case, device, compiles, race):
-    race(case, device, compiles)
+def test_reassemble(race):
+    race()

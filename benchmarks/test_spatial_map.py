@@ -1,9 +1,7 @@
 """The spatial maps with the low-rank features, beside what else computes it."""
 
-import op_race
-import pytest
+OPS = ("spatial_map",)
 
 
-@pytest.mark.parametrize(*op_race.parameters("spatial_map"))
-def test_spatial_map(case, device, compiles, race):
-    race(case, device, compiles)
+def test_spatial_map(race):
+    race()

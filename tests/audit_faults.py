@@ -10,8 +10,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 import triton.language as tl
-from audit import collect, families
-from audit_compile import Compilation, Finding, compile_one
+from audit.compilation import Compilation, Finding, compile_one
+from audit.run import collect, families
 from stellar_fast.kernels.launch import PARTS, tuned_by
 from stellar_fast.kernels.tables import Table, Tile
 

@@ -9,9 +9,9 @@ import sys
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import audit
 import triton
-from audit_compile import compiled
+from audit import run as audit
+from audit.compilation import compiled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import driver

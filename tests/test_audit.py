@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from audit_compile import _matrix_faults, _offset_faults
+from audit.compilation import _matrix_faults, _offset_faults
 from stellar_fast.kernels import launch
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ def test_what_is_audited_is_what_is_launched():
 def test_every_kernel_passes_on_every_part(tmp_path):
     """Two models in bf16 and fp8; the command without --quick takes the others too."""
     out = tmp_path / "audit.json"
-    done = run(ROOT / "benchmarks" / "audit.py", "--quick", "--json", str(out))
+    done = run(ROOT / "benchmarks" / "audit" / "run.py", "--quick", "--json", str(out))
     bad = "\n".join(line for line in done.stdout.splitlines() if not line.endswith(" ok"))
     assert done.returncode == 0, bad + done.stderr
     rows = json.loads(out.read_text())["rows"]

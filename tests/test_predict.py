@@ -1,17 +1,16 @@
 """Predicted times: what machine code is read as, the work of a launch, and the arithmetic."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
 
-import audit
-import machine_code
-import predict
 import pytest
-from audit_compile import Compilation, Finding
-from cases import flops_per_image
-from machine_code import Anatomy, Instruction
+from audit import machine_code, predict
+from audit import run as audit
+from audit.compilation import Compilation, Finding
+from audit.machine_code import Anatomy, Instruction
+from harness.results import read
+from harness.workloads import flops_per_image
 
 from stellar_fast.config import MODELS
 
@@ -162,10 +161,12 @@ def test_nothing_is_predicted_below_its_floor_and_all_is_labelled(tmp_path, caps
     out = tmp_path / "p.json"
     assert predict.main(["--model", "stellar-b16", "--batch", "64", "--json", str(out)]) == 0
     assert "PREDICTED" in capsys.readouterr().out.splitlines()[0]
-    content = json.loads(out.read_text())
-    assert content["prediction"] is True
-    for result in content["results"]:
-        rows = result["rows"]
+    content = read(out)
+    assert content.facts["prediction"] is True
+    totals = content.rows("predicted", op="forward")
+    assert [total["precision"] for total in totals] == ["bf16", "fp8"]
+    for result in totals:
+        rows = [row for row in content.jobs["predicted", result["key"]] if row is not result]
         assert {"qkv", "attention", "proj", "fc1", "fc2", "patch_embed"} <= {r["op"] for r in rows}
         assert all(row["seconds"] >= row["floor"] for row in rows)
         total = sum(row["times"] * row["seconds"] for row in rows)

@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 import torch
 from engines import SMALL, image, small_engine
+from gpu.switches import FEW, SWITCHES, without
 from kernel_checks import DEVICE, assert_budget
 from references import reference_of
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
-from switches import FEW, SWITCHES, without
 
 from stellar_fast import encoder
 from stellar_fast.encoder import OUTPUTS

@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-import tune
-from audit_compile import Finding
-from cases import cases
-from op_race import run
+from audit.compilation import Finding
+from gpu import tune
+from harness.results import lines_of
+from harness.workloads import arguments, cases
 from stellar_fast.kernels import launch, tables
 from stellar_fast.kernels.tables import AttentionTile, Table, Tile
 
@@ -20,6 +20,7 @@ from stellar_fast.config import MODELS
 
 HOPPER = launch.PARTS[90]
 FACTS = {
+    "name": "gpu",
     "device": "a GPU",
     "date": "2026-01-02",
     "commit": "abc",
@@ -50,20 +51,21 @@ def row(own, times: dict, rows: int = 64, shape=("bf16", 3840, 1280), arch: int 
         for tile, took in times.items()
     ]
     return {
-        "part": "tune",
+        "stage": "tune",
+        "key": f"{shape} {rows} {arch}",
+        "name": "kernel",
         "op": "attention" if attention else "qkv",
         "arch": arch,
         "rows": rows,
         "shape": list(shape),
-        "ours": "triton",
-        "triton": timing(100.0),
+        **timing(100.0),
         tune.OURS: asdict(own),
         "tiles": tiles,
     }
 
 
 def written(*rows: dict) -> Table:
-    content = tune.table_of({**FACTS, "rows": list(rows)})
+    content = tune.table_of(FACTS, rows)
     return tables.parsed(json.loads(json.dumps(content)), 90)
 
 
@@ -135,7 +137,7 @@ def test_between_measured_rows_the_nearer_by_ratio_decides():
 
 
 def test_a_tile_is_written_once_for_all_rows_that_it_wins():
-    content = tune.table_of({**FACTS, "rows": [row(OWN, {OTHER: 90.0}, rows=n) for n in (9, 99)]})
+    content = tune.table_of(FACTS, [row(OWN, {OTHER: 90.0}, rows=n) for n in (9, 99)])
     assert [(tile["rows"], tile["block_n"]) for tile in content["linear"][0]["tiles"]] == [(1, 128)]
 
 
@@ -168,27 +170,27 @@ def test_attention_has_one_tile_for_all_batches():
     assert best({LOOPED: 50.0}, {LOOPED: {"refused": "wrong"}}) is None, "refused at one batch"
 
 
-def test_rows_that_were_refused_or_are_of_other_parts_have_no_say():
-    refused = {k: v for k, v in row(OWN, {OTHER: 10.0}).items() if k not in ("triton",)}
-    other = {**row(OWN, {OTHER: 10.0}), "part": "ops"}
-    failed = {"part": "tune", "key": "x", "failed": "ValueError"}
-    table = written(refused | {"refused": "wrong"}, other, failed, row(OWN, {THIRD: 90.0}))
+def test_rows_that_were_refused_have_no_say():
+    refused = {k: v for k, v in row(OWN, {OTHER: 10.0}).items() if k != "median"}
+    failed = {"stage": "tune", "key": "x", "name": "kernel", "failed": "ValueError"}
+    table = written(refused | {"refused": "wrong"}, failed, row(OWN, {THIRD: 90.0}))
     assert table.linear == {("bf16", 3840, 1280): ((1, THIRD),)}
 
 
 @pytest.mark.parametrize("archs", [(), (90, 100)])
 def test_a_file_of_no_part_or_of_several_makes_no_table(archs):
     rows = [row(OWN, {OTHER: 90.0}, arch=arch) for arch in archs]
-    with pytest.raises(ValueError, match="rows of the part 'tune' are of"):
-        tune.table_of({**FACTS, "rows": rows})
+    with pytest.raises(ValueError, match="rows of the stage 'tune' are of"):
+        tune.table_of(FACTS, rows)
 
 
 def test_the_command_writes_what_the_kernels_read(tmp_path, capsys):
-    result, folder = tmp_path / "result.json", tmp_path / "tuned"
-    result.write_text(json.dumps({**FACTS, "rows": [row(OWN, {OTHER: 90.0})]}))
+    result, folder = tmp_path / "result.jsonl", tmp_path / "tuned"
+    other = {**row(OWN, {OTHER: 10.0}, shape=("bf16", 8, 8)), "stage": "ops"}
+    result.write_bytes(lines_of([FACTS, [row(OWN, {OTHER: 90.0})], [other]]))
     assert tune.main([str(result), "--out", str(folder / "sm_90.json")]) == 0
     said = capsys.readouterr().out
-    assert "1 products and 0 attentions" in said and "audit.py --arch 90" in said
+    assert "1 products and 0 attentions" in said and "audit/run.py --arch 90" in said
     table = tables.table(90, folder)
     assert table.linear == {("bf16", 3840, 1280): ((1, OTHER),)}
     assert tables.table(80, folder) == tables.EMPTY
@@ -209,7 +211,7 @@ def test_the_command_names_a_result_it_cannot_read(tmp_path, capsys, text):
 
 def sound() -> dict:
     rows = [row(OWN, {OTHER: 90.0}), row(KEPT, {LOOPED: 90.0}, shape=("bf16", 273, 80))]
-    return tune.table_of({**FACTS, "rows": rows})
+    return tune.table_of(FACTS, rows)
 
 
 DAMAGE = {
@@ -300,7 +302,7 @@ def test_launches_read_the_parts_own_table(tmp_path, monkeypatch):
     for arch, stages in ((90, 4), (100, 3)):
         seen = []
         with launch.on_part(arch, seen.append):
-            values, keywords = tune.arguments(case, tune.META, 0)
+            values, keywords = arguments(case, tune.META, 0)
             kernels.linear(*values, **keywords)
         assert seen[0].options["num_stages"] == stages, arch
 
@@ -334,7 +336,7 @@ def audited(*faults: str) -> Future:
 @pytest.fixture
 def quickly(monkeypatch):
     """Two rounds, which a spread needs."""
-    monkeypatch.setattr(tune, "run", partial(run, least=2))
+    monkeypatch.setattr(tune, "LEAST", 2)
     monkeypatch.setattr(tune, "SECONDS", 0.0)
 
 
@@ -361,7 +363,7 @@ def test_every_candidate_is_timed_or_says_why_not(monkeypatch, quickly):
     assert tried[spills] == {"refused": "spills: 8 B of stack"}
     assert "exceeds its budget" in tried[wrong]["refused"] and "median" not in tried[wrong]
     assert spills not in seen and {good, wrong} <= set(seen)
-    assert found[found["ours"]]["median"] > 0
+    assert found["median"] > 0
     assert found[tune.OURS] == asdict(tune.heuristic(HOPPER, case))
     assert (found["shape"], found["rows"], found["arch"]) == (["fp32", 205, 64], 205, 90)
     json.dumps(found)
@@ -392,4 +394,4 @@ def test_a_wrong_op_of_ours_is_refused_and_speaks_for_nothing(monkeypatch, quick
     found = tune.measure(case, HOPPER, {}, torch.device("cpu"))
     assert found["refused"] == "planted"
     with pytest.raises(ValueError, match="no GPU"):
-        tune.table_of({**FACTS, "rows": [{**found, "part": "tune"}]})
+        tune.table_of(FACTS, [found])
