@@ -24,6 +24,7 @@ SPATIAL = 1e-4  # relative L2 of `spatial - 1 / K`
 LOSS = 1e-4  # relative
 GRADIENT = 1e-3  # relative, of gradients and of their norms
 TEACHER = 1e-6  # relative L2 of an averaged tensor: two products and a sum in float32
+PRESET = 5e-5  # absolute, of a pixel of the evaluation transform
 TIE = 1e-3  # tokens may differ where the two best logits are no further apart
 
 # Two float64 evaluations of one formula: thousands of roundings of 1.1e-16.

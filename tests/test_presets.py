@@ -6,6 +6,7 @@ import kornia
 import numpy as np
 import pytest
 import torch
+from budgets import PRESET
 from kornia.augmentation.random_generator import ResizeGenerator
 from pictures import photograph
 from PIL import Image
@@ -27,6 +28,7 @@ def test_card_is_pillows_antialiased_bicubic():
     assert (images.apply_preset(board, "card").int() - 128).abs().float().mean() < 10
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     "size",
     [
@@ -44,7 +46,7 @@ def test_eval_is_the_published_transform(size):
     image = torch.from_numpy(noise.copy()).permute(2, 0, 1)[None] / 255
     resize = kornia.augmentation.Resize(256, resample="bicubic")
     expected = kornia.augmentation.CenterCrop(224)(resize(image))[0]
-    assert torch.equal(found, expected)
+    assert (found - expected).abs().max() < PRESET
     if min(size) > 256:
         assert found.min() < 0 < 1 < found.max(), "the overshoot must not be clamped"
 

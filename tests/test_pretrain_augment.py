@@ -9,6 +9,8 @@ from stellar_fast.reference import augment
 
 from stellar_fast.errors import MissingExtraError
 
+pytestmark = pytest.mark.numerical
+
 
 def test_colours_stay_in_range_and_follow_the_seed():
     batch = images(6, 32, 40, 20)

@@ -6,9 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from budgets import FLOAT64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stellar_fast.reference.masking import block_focus, gaussian_focus, random_keep
+
+pytestmark = pytest.mark.numerical
 
 
 def generator(seed: int) -> torch.Generator:
@@ -66,14 +69,14 @@ def test_plain_masks_keep_every_patch_alike_and_lowest_noise_first():
 
 def test_gaussian_lowers_the_noise_around_a_cell_in_half_of_the_views():
     side, views = 14, 4000
-    noise = torch.rand(views, side * side, generator=generator(10))
+    noise = torch.rand(views, side * side, generator=generator(10), dtype=torch.float64)
     lowered = noise - gaussian_focus(noise, generator=generator(11))
     focused = lowered.any(dim=1)
     assert 0.46 < focused.float().mean() < 0.54
     bump = lowered[focused].double()
     peak, centre = bump.max(dim=1)
-    torch.testing.assert_close(peak, torch.ones_like(peak), rtol=0, atol=1e-6)
-    assert bump.min() >= -1e-6
+    assert (peak - 1).abs().max() < FLOAT64
+    assert bump.min() > -FLOAT64
     assert set(centre.tolist()) == set(range(side * side))  # any cell may be the centre
     # exp(-d^2 / (2 sigma^2)) at the neighbours tells sigma, in cells, which is 0.1 to 0.5 of 14
     row, column = centre // side, centre % side
@@ -86,7 +89,9 @@ def test_gaussian_lowers_the_noise_around_a_cell_in_half_of_the_views():
     assert 0.099 < sigma.min() / side < 0.11 and 0.49 < sigma.max() / side < 0.501
     assert (sigma / side).mean().item() == pytest.approx(0.3, abs=0.01)
     expected = (-squared.flatten(1) / (2 * sigma.square())).exp()
-    assert (bump - expected).abs().max() < 1e-4
+    # The bump is float32; beside the centre it is 0.99 or less, so that its logarithm, and with it
+    # sigma squared, is known to a hundred times that.
+    assert (bump - expected).abs().max() < 100 * torch.finfo(torch.float32).eps
 
 
 def test_block_zeroes_a_square_anywhere():

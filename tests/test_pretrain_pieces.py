@@ -36,12 +36,13 @@ def test_sinkhorn_golden(pieces, name, scale, dtype):
 
 
 def test_sinkhorn_rows_are_distributions_and_more_rounds_even_the_clusters_out():
-    scores = 4 * torch.randn(96, 12, generator=generator(0))
+    scores = 4 * torch.randn(96, 12, generator=generator(0), dtype=torch.float64)
     uneven = []
     for rounds in (1, 3, 30):
         plan = sinkhorn_knopp(scores, rounds)
-        # not to the last digit: 1e-8 is added to sums that may be small themselves
-        torch.testing.assert_close(plan.sum(1), torch.ones(96), rtol=0, atol=1e-3)
+        sums = plan.sum(1)
+        # short of 1 by what 1e-8 is of a row's sum before its division, which 4 sigma leave small
+        assert (sums <= 1 + FLOAT64).all() and (sums > 1 - 1e-3).all()
         uneven.append((plan.sum(0) - 96 / 12).abs().max().item())
     assert uneven[0] > uneven[1] > uneven[2]
     assert uneven[2] < 0.05

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from budgets import FLOAT64, rounding
 from checkpoints import images, relative_error, synthetic
 from engines import SMALL, config_of
 from stellar_fast.reference import ops
@@ -10,7 +11,10 @@ from stellar_fast import encoder, names, weights
 from stellar_fast.quantize import FP8_MAX, HEADROOM, calibrated, quantize_block
 from stellar_fast.weights import Fp8Block, Linear
 
+pytestmark = pytest.mark.numerical
 CPU = torch.device("cpu")
+STEP = torch.finfo(torch.float32).eps
+PARTS = {"sparse", "dense", "cls"}
 META = {
     "backbone": SMALL | {"num_hidden_layers": 5},
     "num_sparse_tokens": 8,
@@ -55,8 +59,10 @@ def test_weights_are_rounded_once_channel_by_channel(state, config, packed):
             scale = layer.scale.double()[:, None] / static.get(name, 1.0)
             error = (layer.weight.double() * scale - wanted.weight).abs()
             # Half a step of 3 bits, or of the smallest number there is.
-            assert (error <= wanted.weight.abs() / 16 + 2**-10 * scale + 1e-6 * scale).all()
-            assert relative_error(layer.bias, wanted.bias) < 1e-7
+            # The scale is float32.
+            rounded = torch.finfo(torch.float32).eps / 2 * wanted.weight.abs()
+            assert (error <= wanted.weight.abs() / 16 + 2**-10 * scale + rounded).all()
+            assert relative_error(layer.bias, wanted.bias) < torch.finfo(torch.float32).eps / 2
 
 
 def test_a_channel_of_zeros_has_a_finite_scale():
@@ -111,7 +117,7 @@ def test_the_bounds_are_met_by_the_worst_row():
     heaviest = block.fc1.weight[norms.argmax()]
     row = heaviest / heaviest.square().mean().sqrt()
     largest = (block.fc1.weight @ row + block.fc1.bias).max()
-    assert largest / FP8_MAX == pytest.approx(quantized.hidden_scale)
+    assert largest / FP8_MAX == pytest.approx(quantized.hidden_scale, rel=FLOAT64)
 
 
 def test_calibration_takes_the_peaks_it_saw(packed, config):
@@ -123,11 +129,13 @@ def test_calibration_takes_the_peaks_it_saw(packed, config):
 
     tight = calibrated(ops, packed, run)
     blocks = [block for block in tight.blocks if isinstance(block, Fp8Block)]
-    peaks = watched_peaks(packed, config, x)
+    # Of the same batches: in others float32 rounds otherwise, and then FP8 by a whole step.
+    parts = [watched_peaks(packed, config, part) for part in x.split(3)]
+    peaks = [max(peak for _, peak, _ in each) for each in zip(*parts, strict=True)]
     for i, block in enumerate(blocks):
-        attended, hidden = peaks[2 * i][1], peaks[2 * i + 1][1]
-        assert block.attended_scale == pytest.approx(HEADROOM * attended / FP8_MAX, rel=1e-4)
-        assert block.hidden_scale == pytest.approx(HEADROOM * hidden / FP8_MAX, rel=1e-4)
+        attended, hidden = peaks[2 * i : 2 * i + 2]
+        assert block.attended_scale == pytest.approx(HEADROOM * attended / FP8_MAX, rel=STEP)
+        assert block.hidden_scale == pytest.approx(HEADROOM * hidden / FP8_MAX, rel=STEP)
         loose = packed.blocks[1 + i]
         assert block.attended_scale < loose.attended_scale
         # What the products stand for is unchanged.
@@ -136,7 +144,8 @@ def test_calibration_takes_the_peaks_it_saw(packed, config):
             ("fc2", loose.hidden_scale, block.hidden_scale),
         ):
             before, after = getattr(loose, name), getattr(block, name)
-            torch.testing.assert_close(after.scale / new, before.scale / old)
+            was, now = before.scale.double() / old, after.scale.double() / new
+            assert ((now - was).abs() <= 2 * STEP * was).all()
             assert after.weight is before.weight
     assert tight.blocks[0] is packed.blocks[0]
 
@@ -152,7 +161,8 @@ def test_fp8_features_stay_near_and_calibration_does_not_hurt(state, config, pac
         for w in (packed, tight)
     ]
     for found in errors:
-        assert all(found[name] < 0.08 for name in ("sparse", "dense", "cls"))
+        # Twice what rounding both of its factors to e4m3 makes of one product.
+        assert all(found[name] < 2 * 2**0.5 * rounding(ops.FP8) for name in wanted.keys() & PARTS)
     assert errors[1]["dense"] < 1.05 * errors[0]["dense"]
 
 

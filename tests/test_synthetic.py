@@ -1,15 +1,16 @@
 """Synthetic weights: repeatable, independent of what else is asked for, and of sane magnitude."""
 
+import pytest
 import torch
+from engines import SMALL_META, config_of
 
 import stellar_fast
 from stellar_fast import photos
-from stellar_fast.config import MODELS
 from stellar_fast.images import apply_preset
 from stellar_fast.names import encode_shapes, vqgan_decoder_shapes
 from stellar_fast.synthetic import synthetic_state
 
-SHAPES = encode_shapes(MODELS["stellar-b16"])
+SHAPES = encode_shapes(config_of(SMALL_META))
 
 
 def test_a_seed_gives_the_same_tensors_whatever_the_subset():
@@ -32,6 +33,7 @@ def test_shapes_dtypes_and_magnitudes():
     assert abs(state["encoder.layernorm.weight"].mean() - 1) < 0.05
 
 
+@pytest.mark.numerical
 def test_spatial_maps_of_a_photograph_are_peaked_and_have_regions():
     photograph = photos.draw(next(iter(photos.SCENES)), 300, 300, 1)
     engine = stellar_fast.load("stellar-b16", weights="synthetic", device="cpu", precision="fp32")
