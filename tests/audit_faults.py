@@ -1,10 +1,12 @@
 """Kernels with one fault each, for the audit to name. Run as a program: prints what it found.
 
-In a process of its own, since Triton must not interpret here.
+In a process of its own, since Triton must not interpret here; the keys of jit_keys.py are compared
+in it too. With an argument, `all`: sound kernels on every part, and the keys of every precision.
 """
 
 import json
 import os
+import sys
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -12,6 +14,7 @@ import triton
 import triton.language as tl
 from audit.compilation import Compilation, Finding, compile_one
 from audit.run import collect, families
+from jit_keys import compared
 from stellar_fast.kernels.launch import PARTS, tuned_by
 from stellar_fast.kernels.tables import Table, Tile
 
@@ -103,21 +106,30 @@ def badly_tuned() -> list[str]:
     return list(compile_one(asked, PARTS[90].shared).faults)
 
 
-def main() -> None:
-    found = {
-        **{f"sound_{arch}": planted(sound, arch) for arch in PARTS},
+def faults() -> dict[str, list[str]]:
+    return {
+        "sound": planted(sound),
         "narrow_offset": planted(narrow_offset),
         "wide_constant": planted(wide_constant),
         "empty": planted(empty),
         "spilling": planted(sound, block=128, warps=4, maxnreg=96),
         "hopeless": planted(sound, block=128, warps=4, maxnreg=32),
-        "too_much_shared": planted(sound, arch=120, block=256, warps=8),
+        "too_much_shared": planted(sound, arch=120, pointer="*fp32", block=128, warps=8),
         "rounded": planted(rounded, pointer="*fp32"),
         "small_products": planted(sound, block=32),
         "differing": differing_tiles(),
         "badly_tuned": badly_tuned(),
     }
-    print(json.dumps(found))
+
+
+def main() -> None:
+    points = [(80, "fp32"), (90, "fp8")]
+    if "all" in sys.argv:
+        found = {f"sound_{arch}": planted(sound, arch) for arch in PARTS}
+        points = [(80, "fp32"), (80, "bf16"), (90, "fp32"), (90, "bf16"), (90, "fp8")]
+    else:
+        found = faults()
+    print(json.dumps({"faults": found, "keys": compared("stellar-h16", points)}))
 
 
 if __name__ == "__main__":

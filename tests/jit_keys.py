@@ -1,13 +1,8 @@
-"""Prints, for every launch of a model, whether the audit compiles what a GPU would be given.
+"""Whether the audit compiles what a GPU would be given, for every launch of a model.
 
-A process of its own, for Triton must not interpret; nothing is compiled. Used by test_audit.py.
+For a process in which Triton does not interpret, as that of audit_faults.py, and in which nothing
+is compiled any more.
 """
-
-import json
-import os
-import sys
-
-os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from audit import run as audit
@@ -52,24 +47,21 @@ def key(call) -> str:
     raise AssertionError("it did not reach the compiler")
 
 
-def main() -> None:
+def compared(model: str, points: list[tuple[int, str]]) -> list[tuple[int, str, bool]]:
+    """Part, kernel and whether the keys agree, for what differs in the code of these launches.
+
+    Args:
+        points: parts and precisions.
+    """
     triton.compile = triton.compiler.compile = compile_nothing
     found = {}
-    for arch in (80, 90):
+    for arch, precision in points:
         driver.set_active(Driver(arch))
-        for precision in ("fp32", "bf16", "fp8")[: 3 if arch == 90 else 2]:
-            for item in audit.launches(MODELS["stellar-h16"], precision, arch):
-                compilation = audit.compilation(item, arch)
-                if compilation in found:
-                    continue
-                audited = key(lambda c=compilation: compiled(c))
-                launched = key(
-                    lambda i=item: i.kernel.warmup(grid=i.grid, **i.arguments, **i.options)
-                )
-                found[compilation] = audited == launched
-    names = [(item.arch, item.kernel[1], same) for item, same in found.items()]
-    json.dump(names, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+        for item in audit.launches(MODELS[model], precision, arch):
+            compilation = audit.compilation(item, arch)
+            if compilation in found:
+                continue
+            audited = key(lambda c=compilation: compiled(c))
+            launched = key(lambda i=item: i.kernel.warmup(grid=i.grid, **i.arguments, **i.options))
+            found[compilation] = audited == launched
+    return [(item.arch, item.kernel[1], same) for item, same in found.items()]

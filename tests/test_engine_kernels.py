@@ -192,7 +192,9 @@ def test_calibration_needs_an_fp8_engine_and_images(small):
         engine.calibrate(torch.zeros(0, 3, 64, 64))
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [PARTS[-1], *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS[:-1])]
+)
 def test_subsets_of_the_outputs_have_the_same_bits(part, small):
     x = image(1, 32, 48)
     with on_part(part):
@@ -207,28 +209,29 @@ def test_subsets_of_the_outputs_have_the_same_bits(part, small):
 @pytest.mark.parametrize(
     ("part", "precision"),
     [
-        (part, precision)
-        for part in PARTS
-        for precision in [*PRECISIONS, "fp8"]
-        if ON_GPU or (part, precision) not in ((80, "fp16"), (90, "fp32"))
+        (PARTS[0], "fp32"),
+        *((PARTS[-1], precision) for precision in [*PRECISIONS, "fp8"] if precision != "fp32"),
+        *(
+            pytest.param(PARTS[0], precision, marks=pytest.mark.slow)
+            for precision in ("fp16", "fp8")
+            if not ON_GPU
+        ),
     ],
 )
 def test_an_image_does_not_see_its_batch(part, precision):
-    """The kernels' own tests hold the same of each of them, on every part and in every dtype."""
+    """Each is in a chunk of two and alone in one. The kernels' own tests hold the same of each."""
     engine = small_engine(backend="triton", device=DEVICE, precision=precision, max_batch=2)
     x = image(3, 32, 48)
     order = torch.tensor([2, 0, 1])
     with on_part(part):
         whole = engine.encode(x)
         shuffled = engine.encode(x[order])
-        alone = engine.encode(x[1:2])
     for name, tensor in whole.items():
         assert torch.equal(shuffled[name], tensor[order.to(DEVICE)])
-        assert torch.equal(alone[name][0], tensor[1])
 
 
 def test_forms_of_a_batch(small):
-    pixels = (image(2, 32, 48) * 255).byte()
+    pixels = (image(1, 32, 48) * 255).byte()
     with on_part(PARTS[-1]):
         expected = small.encode(pixels)
         forms = [
