@@ -121,8 +121,7 @@ def assert_whole(output: Path, expected: dict[str, bytes]) -> None:
 
 
 # Before the list of images has its name; before the plan has. Then of the first partition: before
-# its index is on the disk; before its folder is; before it has its name; before that is on the
-# disk.
+# its index is on the disk; before its folder is; before it has its name; before that is on disk.
 STEPS = (2, 4, 3, 5, 6, 7)
 
 

@@ -69,9 +69,7 @@ def test_the_originals_are_whole(name):
 def test_the_fuzzer_notices_what_it_looks_for(monkeypatch):
     """A decoder that dies, hangs or raises something else is reported, and the rest goes on."""
     play = {1: b"EXIT", 3: b"HANG", 5: b"RAISE"}
-    monkeypatch.setattr(
-        fuzzing, "mutant", lambda name, seed: play.get(seed) or originals(name)[0]
-    )
+    monkeypatch.setattr(fuzzing, "mutant", lambda name, seed: play.get(seed) or originals(name)[0])
     monkeypatch.setattr(fuzzing, "LOAD", "test_fuzz_images:misbehave")
     found = fuzzing.run([("PNG", seed) for seed in range(7)], limit=10, max_pixels=10_000)
     expected = ("exit code 7", "no answer in 10 s", "KeyError")

@@ -263,7 +263,7 @@ def test_many_threads(tmp_path):
     assert failures == []
 
 
-MUTATIONS = 100  # of each format
+MUTATIONS = 40  # of each format; test_fuzz_images.py has more
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -280,7 +280,7 @@ def test_mutated_files_are_an_image_or_an_image_error(format):
             data[rng.randrange(min(len(data), rng.choice((64, len(data)))))] = rng.randrange(256)
         if rng.random() < 0.1:
             del data[rng.randrange(len(data)) :]
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             image = images.decode(bytes(data), max_pixels=4_000_000)
         except ImageError as error:
@@ -291,5 +291,5 @@ def test_mutated_files_are_an_image_or_an_image_error(format):
             assert image.width * image.height <= 4_000_000
             assert images.apply_preset(image, "card").shape == (3, 224, 224)
             outcomes["image"] += 1
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 10
     assert min(outcomes.values()) > 0, outcomes

@@ -228,6 +228,9 @@ def test_failures_are_counted_over_all_actors():
     assert summary.seconds["encode"] == 7.5
     with pytest.raises(StellarError, match="3 images failed, more than --max-errors 2"):
         ray_runner._count(answers, 2, Summary(), Progress(24, 60.0))
+    answers.append({"error": pickle.dumps(StellarError("the disk is full"))})
+    with pytest.raises(StellarError, match="the disk is full"):
+        ray_runner._count(answers, 3, Summary(), Progress(24, 60.0))
 
 
 def test_engines_that_differ_are_refused(folder, tmp_path):

@@ -48,9 +48,7 @@ def test_the_engine_finds_its_next_batch_when_it_has_done_one(tmp_path):
 
     engine = device_like(small_engine(), work)
     job, made = pipeline_of(tmp_path, engine)
-    with Pipeline(
-        None, made, engine, job.options, items=lambda part: list(job.items)
-    ) as pipeline:
+    with Pipeline(None, made, engine, job.options, items=lambda part: list(job.items)) as pipeline:
         (manifest,) = pipeline.run([0])
     assert manifest["rows"] == BATCH * BATCHES
     assert len(begun) == BATCHES
@@ -78,9 +76,7 @@ def test_decoding_and_writing_go_on_while_the_engine_works(tmp_path, monkeypatch
 
     engine = device_like(small_engine(), work)
     job, made = pipeline_of(tmp_path, engine)
-    with Pipeline(
-        None, made, engine, job.options, items=lambda part: list(job.items)
-    ) as pipeline:
+    with Pipeline(None, made, engine, job.options, items=lambda part: list(job.items)) as pipeline:
         list(pipeline.run([0]))
     assert batches == BATCHES
 
