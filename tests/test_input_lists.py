@@ -163,7 +163,24 @@ def test_a_table_whose_columns_are_known_late(tmp_path):
     """Nothing but numbers in another column at first, and words after the first block."""
     rows = [f"{n}.jpg,{n}" for n in range(100_000)] + ["last.jpg,none"]
     (tmp_path / "a.csv").write_text("path,n\n" + "\n".join(rows))
-    assert discover(tmp_path / "a.csv")[-1].id == "last.jpg"
+    items = discover(tmp_path / "a.csv")
+    assert [item.id for item in items] == [f"{n}.jpg" for n in range(100_000)] + ["last.jpg"]
+    (tmp_path / "a.csv").write_text("path\n" + "12\n" * 10)
+    with pytest.raises(ValueError, match="'path' holds int64"):
+        discover(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("start", ["\ufeff", "\n\r\n", "\ufeff\r\n"])
+def test_a_table_may_begin_with_a_mark_or_empty_lines(start, tmp_path):
+    (tmp_path / "a.csv").write_bytes(f'{start}"pa""th","x,y"\r\na.jpg,1\r\n'.encode())
+    assert discover(tmp_path / "a.csv", 'pa"th')[0].id == "a.jpg"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff,b\na,b\n", b"x" * 70_000, b'"a'])
+def test_tables_without_names(content, tmp_path):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.csv: "):
+        discover(tmp_path / "a.csv")
 
 
 # Text

@@ -6,6 +6,9 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from csv import Error as CsvError
+from csv import reader as csv_lines
 from typing import IO, Any
 
 from ...printable import printable
@@ -114,23 +117,46 @@ def _csv_lines(file: IO[bytes], name: str, column: str | None, delimiter: str = 
     import pyarrow
     from pyarrow import ArrowException, csv
 
-    parse_options = csv.ParseOptions(delimiter=delimiter)
+    # Only one reader of Arrow's, since it reads ahead in a thread of its own.
+    names = _names_of(file, name, delimiter)
+    chosen = _column_name(names, name, column)
+    file.seek(0)
+    convert = csv.ConvertOptions(include_columns=[chosen], column_types={chosen: pyarrow.string()})
     try:
-        with csv.open_csv(file, parse_options=parse_options) as reader:
-            schema = reader.schema
-        chosen = _column_name(schema.names, name, column)
-        kind = schema.field(chosen).type
-        if not pyarrow.types.is_null(kind):  # nothing in the first block of the file
-            _check_column(kind, name, chosen)
-        file.seek(0)
-        convert = csv.ConvertOptions(
-            include_columns=[chosen], column_types={chosen: pyarrow.string()}
-        )
-        with csv.open_csv(file, parse_options=parse_options, convert_options=convert) as reader:
+        with csv.open_csv(
+            file, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=convert
+        ) as reader:
+            arrays = (batch.column(0) for batch in reader)
             # The first line has the names of the columns.
-            yield from _column((batch.column(0) for batch in reader), name, chosen, 2)
+            yield from _column(_no_numbers(arrays, name, chosen), name, chosen, 2)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: cannot be read as a table: {_said(error)}") from None
+
+
+def _names_of(file: IO[bytes], name: str, delimiter: str) -> list[str]:
+    """The names of a table's columns: its first line that is not empty."""
+    line = file.readline(MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
+    while line and not line.strip(b"\r\n"):
+        line = file.readline(MAX_LINE + 1)
+    try:
+        text = line.decode()
+        if len(line) <= MAX_LINE and (found := next(csv_lines([text], delimiter=delimiter), None)):
+            return found
+        problem = "it has no names of columns"
+    except (UnicodeDecodeError, CsvError):
+        problem = "the names of its columns are no text"
+    raise ValueError(f"{name}: cannot be read as a table: {problem}")
+
+
+def _no_numbers(arrays: Iterator[Any], name: str, column: str) -> Iterator[Any]:
+    """The arrays, if the first of them does not hold numbers alone."""
+    import pyarrow
+
+    for number, array in enumerate(arrays):
+        if number == 0 and len(array):
+            with suppress(pyarrow.ArrowInvalid):
+                _check_column(array.cast(pyarrow.int64()).type, name, column)
+        yield array
 
 
 def _tsv_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
