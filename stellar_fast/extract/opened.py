@@ -7,6 +7,7 @@ says of itself is what the plan and the manifest say, and its length is as that 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import threading
@@ -21,6 +22,7 @@ import numpy as np
 
 from ..errors import StellarError
 from ..files import open_inside
+from .footer import SNAPPY, UNCOMPRESSED, read_footer
 from .foreign import DTYPES, MOST_TEXT
 from .layout import FEATURES_PARQUET, INDEX
 from .writer import INDEX_COLUMNS, METADATA
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 OPEN = 64
 # Of an index in the file. What snappy packs grows by a factor of 22 at most.
 MOST_INDEX = MOST_TEXT  # bytes
-_INDEX_CODECS = ("UNCOMPRESSED", "SNAPPY")
 
 
 class Opened:
@@ -127,39 +128,39 @@ class ParquetRows:
         self.shape, self.dtype = tuple(facts["shape"]), np.dtype(facts["dtype"])
         self._path, self._name = folder / FEATURES_PARQUET, name
         with _reading(folder, FEATURES_PARQUET) as file:
+            counts = self._groups(manifest["features"], file)
             self._file = _parquet(file)
-            counts = self._check(manifest["features"], os.fstat(file.fileno()).st_size)
+            self._check_columns(manifest["features"])
         self._starts = np.array([0, *accumulate(counts)])
         self._lock = threading.Lock()
         self._last: tuple[int, np.ndarray] | None = None
 
-    def _check(self, features: Mapping[str, Any], length: int) -> list[int]:
+    def _groups(self, features: Mapping[str, Any], file: IO[bytes]) -> list[int]:
         """The rows of every group, of a file that cannot unpack to more than its length."""
-        schema, facts = self._file.schema_arrow, self._file.metadata
-        rows = {name: {**wanted, "shape": wanted["shape"][1:]} for name, wanted in features.items()}
+        groups = read_footer(file)
+        counts = [group.rows for group in groups]
+        if sum(counts) != self.shape[0]:
+            raise ValueError(f"it has {sum(counts)} rows, and its manifest {self.shape[0]}")
+        # Groups without rows would cost memory for nothing.
+        if len(groups) > max(1, self.shape[0]):
+            raise ValueError(f"it has {len(groups)} row groups for {self.shape[0]} rows")
+        if any(codec != UNCOMPRESSED for group in groups for codec in group.codecs):
+            raise ValueError("it is compressed")
+        length = os.fstat(file.fileno()).st_size
+        if sum(map(_width, features.values())) * self.shape[0] > length:
+            raise ValueError(f"it has {length} bytes, fewer than its rows take")
+        return counts
+
+    def _check_columns(self, features: Mapping[str, Any]) -> None:
+        schema = self._file.schema_arrow
+        rows = {name: {**facts, "shape": facts["shape"][1:]} for name, facts in features.items()}
         written = json.loads((schema.metadata or {}).get(METADATA, b"null"))
-        widths = {
-            name: int(np.prod(wanted["shape"], dtype=np.int64)) * DTYPES[wanted["dtype"]]
-            for name, wanted in rows.items()
-        }
         types = {"id": "string"} | {
-            name: f"fixed_size_binary[{width}]" for name, width in widths.items()
+            name: f"fixed_size_binary[{_width(facts)}]" for name, facts in features.items()
         }
         found = {field.name: str(field.type) for field in schema}
         if (found, written) != (types, rows) or len(schema) != len(types):
             raise ValueError("its columns are not those of its manifest")
-        # Groups without rows would cost memory for nothing.
-        if facts.num_row_groups > max(1, facts.num_rows):
-            raise ValueError(f"it has {facts.num_row_groups} row groups for {facts.num_rows} rows")
-        groups = [facts.row_group(group) for group in range(facts.num_row_groups)]
-        counts = [group.num_rows for group in groups]
-        if min(counts, default=0) < 0 or not sum(counts) == facts.num_rows == self.shape[0]:
-            raise ValueError(f"it has {sum(counts)} rows, and its manifest {self.shape[0]}")
-        if sum(widths.values()) * self.shape[0] > length:
-            raise ValueError(f"it has {length} bytes, fewer than its rows take")
-        if any(codec != "UNCOMPRESSED" for group in groups for codec in _codecs(group)):
-            raise ValueError("it is compressed")
-        return counts
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
@@ -203,28 +204,28 @@ def read_index(folder: Path, manifest: Mapping[str, Any]) -> pyarrow.Table:
     with _reading(folder, INDEX) as file:
         if (length := os.fstat(file.fileno()).st_size) > MOST_INDEX:
             raise ValueError(f"it has {length} bytes, and {MOST_INDEX} are the most")
-        table = _unpacked(_parquet(file, read_dictionary=["id", "status", "reason"]), manifest)
+        groups = read_footer(file)
+        # One group, as `write_index` makes of at most `MOST_IMAGES` lines.
+        if [group.rows for group in groups] != [manifest["images"]]:
+            lines = sum(group.rows for group in groups)
+            raise ValueError(f"it has {lines} lines, and its manifest {manifest['images']}")
+        if any(codec not in (UNCOMPRESSED, SNAPPY) for codec in groups[0].codecs):
+            raise ValueError("it is packed otherwise than by snappy")
+        table = _unpacked(_parquet(file, read_dictionary=["id", "status", "reason"]))
         _check_index(table, manifest)
         return table
 
 
-def _unpacked(file: parquet.ParquetFile, manifest: Mapping[str, Any]) -> pyarrow.Table:
+def _unpacked(file: parquet.ParquetFile) -> pyarrow.Table:
     """The table of an index whose text, however often it is repeated, is within `MOST_TEXT`."""
     import pyarrow
     import pyarrow.compute as compute
 
-    facts = file.metadata
-    groups = [facts.row_group(group) for group in range(min(facts.num_row_groups, 2))]
-    # One group, as `write_index` makes of at most `MOST_IMAGES` lines.
-    if len(groups) != 1 or not facts.num_rows == groups[0].num_rows == manifest["images"]:
-        raise ValueError(f"it has {facts.num_rows} lines, and its manifest {manifest['images']}")
     packed = dict.fromkeys(("id", "status", "reason"), "dictionary<values=string, indices=int32")
     found = {field.name: str(field.type) for field in file.schema_arrow}
     expected = {**INDEX_COLUMNS, **{name: f"{type}, ordered=0>" for name, type in packed.items()}}
     if found != expected or len(file.schema_arrow) != len(expected):
         raise ValueError("its columns are not those of an index")
-    if any(codec not in _INDEX_CODECS for codec in _codecs(groups[0])):
-        raise ValueError(f"it is packed otherwise than by {' or '.join(_INDEX_CODECS)}")
     table = file.read()
     table.validate(full=True)  # UTF-8, and places in the dictionary
     text = 0
@@ -273,8 +274,9 @@ def _parquet(file: IO[bytes], **options: Any) -> parquet.ParquetFile:
     return parquet.ParquetFile(pyarrow.BufferReader(pyarrow.py_buffer(mapped)), **options)
 
 
-def _codecs(group: Any) -> Iterator[str]:
-    return (group.column(column).compression for column in range(group.num_columns))
+def _width(facts: Mapping[str, Any]) -> int:
+    """Bytes of one row of a feature."""
+    return math.prod(facts["shape"][1:]) * DTYPES[facts["dtype"]]
 
 
 @contextmanager
