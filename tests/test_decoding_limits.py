@@ -246,9 +246,9 @@ print(resource.getrlimit(resource.RLIMIT_FSIZE))
 def test_time_is_kept_whatever_was_made_of_its_signal():
     script = """
 import signal, time
-from stellar_fast.extract import sandbox
 signal.signal(signal.SIGALRM, lambda *arguments: None)
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # before numpy starts threads
+from stellar_fast.extract import sandbox
 sandbox.enter(sandbox.Limits())
 with sandbox.decoding_time(0.1):
     pass
