@@ -93,7 +93,7 @@ def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: damaged safetensors ({_first_line(error)}); {_again(path)}"
+            f"{path}: damaged safetensors ({reason(error)}); {_again(path)}"
         ) from error
 
 
@@ -122,7 +122,7 @@ def read_header(path: Path, head: bytes) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: the safetensors header is damaged ({type(error).__name__}: "
-            f"{_first_line(error)}); {_again(path)}"
+            f"{reason(error)}); {_again(path)}"
         ) from error
     if end > size:
         raise CheckpointError(_truncated(path, size, end, "its header"))
@@ -153,7 +153,7 @@ def _read_pickle(path: Path, inside: str | None) -> dict[str, Tensor]:
     except pickles.DAMAGE as error:
         raise CheckpointError(
             f"{path}: damaged or truncated torch pickle of {path.stat().st_size} bytes "
-            f"({_first_line(error)}); {_again(path)}"
+            f"({reason(error)}); {_again(path)}"
         ) from error
 
 
@@ -180,8 +180,9 @@ def _state_dict(path: Path, found: Any, inside: str | None) -> dict[str, pickles
     return found
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+def reason(error: BaseException) -> str:
+    """One line of an error, for a message: those of libraries repeat what the file says."""
+    return listing([next(iter(str(error).splitlines()), type(error).__name__)])
 
 
 def check_tensors(

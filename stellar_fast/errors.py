@@ -6,7 +6,7 @@ from collections.abc import Collection
 from itertools import islice
 
 NAMES_SHOWN = 5
-NAME_SHOWN = 120  # characters
+NAME_SHOWN = 160  # characters
 
 
 def listing(names: Collection[str]) -> str:

@@ -63,6 +63,9 @@ _PASSED_OVER = (
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _ARGUMENTS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 _TEXTS = ("BINUNICODE", "SHORT_BINUNICODE")
+_PUTS, _GETS = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
+_WITH_ARGUMENT = (*_ARGUMENTS, *_TEXTS, *_PUTS, *_GETS, "PROTO", "FRAME")
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _EMPTY: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
@@ -233,16 +236,14 @@ def interpret(data: IO[bytes], storages: dict[str, Storage]) -> Any:
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stacks under the marks
     memo: dict[int, Any] = {}
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
+    for name, argument in _opcodes(data):
         if name in _TEXTS or name in _ARGUMENTS:
             stack.append(argument)
-        elif name in ("BINPUT", "LONG_BINPUT"):
+        elif name in _PUTS:
             memo[argument] = stack[-1]
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
+        elif name in _GETS:
             stack.append(memo[argument])
         elif name == "MARK":
             below.append(stack)
@@ -291,6 +292,21 @@ def interpret(data: IO[bytes], storages: dict[str, Storage]) -> Any:
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
             raise MoreThanTensors(name)
+    raise AssertionError("a pickle ends with STOP, or in an error")
+
+
+def _opcodes(data: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """Names of opcodes, each with its argument if it is one of those that are understood."""
+    while code := data.read(1):
+        if code not in _OPCODES:
+            raise ValueError(f"no opcode {code!r}")
+        opcode = _OPCODES[code]
+        argument = None
+        if opcode.name == "GLOBAL":  # whose reader takes backslashes for escapes, and warns of them
+            argument = " ".join(data.readline().decode().rstrip("\n") for _ in range(2))
+        elif opcode.name in _WITH_ARGUMENT and opcode.arg is not None:
+            argument = opcode.arg.reader(data)
+        yield opcode.name, argument
     raise EOFError("a pickle without an end")
 
 

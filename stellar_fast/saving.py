@@ -145,9 +145,11 @@ def read(
                 _build(decoder, structure["decoder"], "decoder", tensors),
             )
     except (SafetensorError, OSError, ValueError) as error:
+        # Those of the library repeat what the file says, and that may be long.
+        what = str(error) if isinstance(error, ValueError) else checkpoint.reason(error)
         raise CheckpointError(
             f"{path} is damaged, or packed for another geometry than {config.name!r} has "
-            f"({error}); {AGAIN}"
+            f"({what}); {AGAIN}"
         ) from error
 
 

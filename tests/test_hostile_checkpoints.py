@@ -242,8 +242,11 @@ def test_long_pickles_and_long_directories(tmp_path):
         b"}X\x01\x00\x00\x00a2s.",
         b"\x82\x01.",
         b"I1\n.",
+        b"S'\\q'\n.",
+        b"c\\q\n\\z\n.",
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_what_no_state_dict_needs_is_not_done(tmp_path, body):
     refused(pickled(tmp_path / "m.pt", b"\x80\x02" + body), "was not run")
 
@@ -340,7 +343,7 @@ def test_names_in_messages_are_short_and_printable(tmp_path, suffix):
     (tmp_path / "config.json").write_bytes(index(weights=path.name))
     with pytest.raises(CheckpointError, match="7 unknown") as caught:
         stellar_fast.load("small", repo=tmp_path, device="cpu")
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 3000
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 4000
 
 
 BACKBONE = {
