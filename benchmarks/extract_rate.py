@@ -10,7 +10,6 @@ tensors and the pipeline with a dummy reader and writer. It writes a result file
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -18,6 +17,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
@@ -26,36 +26,19 @@ import numpy as np
 import psutil
 import torch
 from harness import results
+from peers.footprint import write_config
 from PIL import Image
 
 import stellar_fast
 from stellar_fast import photos
+from stellar_fast.config import BackboneConfig, ModelConfig
 from stellar_fast.extract import Pipeline, identify, plan, prepare, run
 
 # On a core it encodes an image in about the time that decoding a photograph takes.
-BACKBONE = {
-    "hidden_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
-    "intermediate_size": 512,
-    "patch_size": 16,
-    "image_size": 224,
-}
+SMALL = ModelConfig("small", BackboneConfig(128, 6, 2, 512, 16, 224), num_sparse_tokens=16)
 FULL = (2000, 1500)  # pixels of a drawn photograph
 SIDES = (320, 1024)  # of a cut
 BATCH = 16
-
-
-def write_model(folder: Path) -> None:
-    entry = {
-        "weights": "small.safetensors",
-        "num_sparse_tokens": 16,
-        "num_decoder_layers": 1,
-        "spatial_temp": 0.06,
-        "backbone": BACKBONE,
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"models": {"small": entry}}))
 
 
 def cut(scene: int, folder: Path, count: int) -> int:
@@ -145,7 +128,8 @@ def dummy_rate(engine: stellar_fast.Engine, source: Path) -> float:
 
 
 def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
-    write_model(root / "model")
+    (root / "model").mkdir()
+    write_config(SMALL, root / "model")
     start = time.perf_counter()
     size = write_photographs(root / "photographs", images)
     print(f"{images} JPEGs, {size / 2**20:.0f} MiB, in {time.perf_counter() - start:.0f} s")
@@ -181,7 +165,7 @@ def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
         images=images,
         input_mib=round(size / 2**20),
         batch_size=BATCH,
-        backbone=BACKBONE,
+        backbone=asdict(SMALL.backbone),
         fed={"median": statistics.median(ratios), "rounds": [round(r, 4) for r in ratios]},
         memory_mib={f"quarter {number + 1}": memory.quarter(number) for number in range(4)},
     )

@@ -245,8 +245,8 @@ def _cycles(part: Part, tile: Tile, rows: int, columns: int, row_bytes: int) -> 
     """What decides between tiles of a product: reading operands, and finishing tiles.
 
     A processor reads 64 bytes a cycle from the cache, which gives all of them 34 each, as
-    `benchmarks/predict.py` has it; what a tile takes beside its reading grows with its columns, and
-    32 cycles each come within 2 % of the best choices that it predicts.
+    `benchmarks/audit/predict.py` has it; what a tile takes beside its reading grows with its
+    columns, and 32 cycles each come within 2 % of the best choices that it predicts.
     """
     tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
     read = (tile.block_m + tile.block_n) * row_bytes

@@ -1,4 +1,4 @@
-"""Launch tables that were tuned on a GPU: `tuned/sm_XX.json`, written by `benchmarks/tune.py`.
+"""Launch tables that were tuned on a GPU: `tuned/sm_XX.json`, written by `benchmarks/gpu/tune.py`.
 
 A table says which tiles won for the shapes that were measured, and where and when. What it does not
 have is left to the heuristics of `launch.py`. Tiles that batches of different sizes choose between
@@ -164,5 +164,5 @@ def table(arch: int, folder: Path = FOLDER) -> Table:
         return parsed(json.loads(path.read_text()), arch)
     except ValueError as error:
         raise ValueError(
-            f"launch table {path}: {error}; delete it or write it anew with benchmarks/tune.py"
+            f"launch table {path}: {error}; delete it or write it anew with benchmarks/gpu/tune.py"
         ) from error

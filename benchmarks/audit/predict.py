@@ -357,9 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
                     )  # fmt: skip
                     _print(model, precision, batch, rows, total)
     if options.json:
-        options.json.write_bytes(
-            results.lines_of(kept(found, "python -P benchmarks/audit/predict.py"))
-        )
+        options.json.write_bytes(results.lines_of(kept(found)))
     return 0
 
 

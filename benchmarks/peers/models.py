@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from harness import workloads
 from harness.budgets import Encode, Outputs
 from harness.results import BASELINES, ROOT
 from peers.footprint import plain_model, synthetic, write_config
@@ -38,7 +39,7 @@ from stellar_fast.encoder import OUTPUTS
 from stellar_fast.loading import SYNTHETIC_SEED
 
 BASELINE = BASELINES["encode"]
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, **workloads.DTYPES}
 
 
 class Absent(Exception):

@@ -37,7 +37,11 @@ def throughput(table: Mapping[str, Mapping[int, Row]], result: Result) -> str:
             rate = rows[batch]["images_per_second"]
             length = round((WIDTH - LEFT - 60) * rate / most)
             kind = "ours" if name.startswith("engine") else "other"
-            label = name.replace("engine", "stellar-fast").replace("reference", "PyTorch")
+            label = (
+                name.replace("engine", "stellar-fast")
+                .replace("reference", "PyTorch")
+                .replace(" max-autotune", "")
+            )
             lines += [
                 f'<text x="{LEFT - 8}" y="{y + 19}" text-anchor="end">{escape(label)}</text>',
                 f'<rect class="{kind}" x="{LEFT}" y="{y}" width="{length}" height="{BAR}" rx="3"/>',

@@ -56,6 +56,15 @@ def folder(tmp_path, monkeypatch) -> Path:
     return results.RESULTS
 
 
+def consistent(row: dict) -> dict:
+    """A row that has no figure where it says why, and a rate that is that of its time."""
+    if results.problem(row):
+        return {k: v for k, v in row.items() if k not in ("median", "images_per_second")}
+    if {"images_per_second", "median"} <= set(row):
+        return {**row, "images_per_second": row["batch"] / row["median"]}
+    return row
+
+
 @pytest.fixture
 def plant(folder, monkeypatch) -> Callable[..., Path]:
     """Writes a result file of these rows."""
@@ -64,7 +73,7 @@ def plant(folder, monkeypatch) -> Callable[..., Path]:
     monkeypatch.setattr(tables, "ROOT", results.ROOT)
 
     def write(rows: list[dict], place: str = "cpu", **facts: object) -> Path:
-        return results.write(place, {**FACTS, **facts}, rows)
+        return results.write(place, {**FACTS, **facts}, map(consistent, rows))
 
     return write
 
@@ -73,6 +82,30 @@ def plant(folder, monkeypatch) -> Callable[..., Path]:
 def spread() -> Callable[[float], dict]:
     """The timing of a row, ten per cent below and above."""
     return lambda s: {"median": s, "low": 0.9 * s, "high": 1.1 * s, "rounds": 5}
+
+
+@pytest.fixture
+def stored(plant, spread):
+    def row(name: str, batch: int, seconds: float, **facts: object) -> dict:
+        place = {"stage": "encode", "key": f"stellar-b16/b{batch}", "model": "stellar-b16"}
+        rates = {"speedup": 0.2 * batch / seconds, "images_per_second": batch / seconds}
+        return {**place, "name": name, "batch": batch, **spread(seconds), **rates, **facts}
+
+    refused = {**row("OpenVINO fp32", 8, 1.0), "refused": "cls: error 2 exceeds 1"}
+    absent = {**row("ONNX Runtime fp32", 1, 1.0), "not_run": "onnxruntime is not installed"}
+    base = {"key": "k", "model": "stellar-b16", "name": "engine fp32", "median": 0.1}
+    rows = [
+        row("reference fp32 eager", 1, 0.2), row("engine fp32", 1, 0.1),
+        row("OpenVINO fp32", 1, 0.4, prepare_seconds=5.4), row("reference fp32 eager", 8, 1.6),
+        row("engine fp32", 8, 0.8), refused, absent,
+        {**base, "stage": "latency", "p99": 0.13, "calls": 321},
+        {**base, "stage": "footprint", "load_seconds": 1.25, "peak_mib": 900},
+    ]  # fmt: skip
+    plan = {"1": {"sets": 8, "rounds": 7}, "8": {"sets": 2, "rounds": 5}}
+    facts = {"plan": plan, "load_average_before": [0.25, 0, 0]}
+    plant(rows, **facts)
+    plant(rows, **facts, commit="old", date="2025-01-01")
+    return lambda **others: plant(rows, **facts, **others)
 
 
 class FakeEvent:
