@@ -3,6 +3,7 @@
 import itertools
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
+LOCKS = (".ci/lock.txt", ".ci/lock-test.txt")
 # No command of the README installs these from the lock: they need a GPU, or are to compare with.
 UNLOCKED = {"gpu-decode", "peers"}
+ALONE = "torch"  # in no lock, see .ci/lock.py
 # Earlier ones run code from a list (fsspec), take gigabytes for small pictures (Pillow), let anyone
 # in (Ray), read freed memory (Arrow's IPC files), evaluate an argument (tqdm), or write outside of
 # what they unpack (setuptools, wheel).
@@ -29,7 +32,7 @@ SAFE = {
 
 def entries() -> list[tuple[Requirement, list[str]]]:
     """Of the lock: (requirement, its hashes)."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = [line for name in LOCKS for line in (ROOT / name).read_text().splitlines()]
     text = "\n".join(line for line in lines if not line.startswith("#")).replace("\\\n", " ")
     found = []
     for line in text.splitlines():
@@ -57,6 +60,8 @@ def test_every_dependency_is_locked_within_its_range():
     locked = entries()
     for requirement in wanted():
         name = canonicalize_name(requirement.name)
+        if name == ALONE:
+            continue
         pins = [pin for pin, _ in locked if canonicalize_name(pin.name) == name]
         assert pins, f"{name} is not in the lock"
         for pin in pins:
@@ -102,14 +107,36 @@ def test_floors_leave_out_releases_with_known_holes():
     assert seen == set(SAFE)
 
 
-def test_the_readmes_commands_install_from_the_lock_alone():
+def test_constraints_have_the_versions_of_the_lock():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {str(Requirement(line)) for line in lines if not line.startswith("#")}
+    assert {str(pin) for pin, _ in entries()} <= pins
+
+
+def test_the_readmes_commands_install_from_the_lock():
+    """All but torch, of which every machine has its own build, and this package."""
     commands = re.findall(
         r"<!-- command: \w+ -->\n```bash\n(.*)\n```", (ROOT / "README.md").read_text()
     )
     assert len(commands) >= 2
+    pins = (ROOT / "constraints.txt").read_text()
+    (version,) = re.findall(r"^torch==(\S+)$", pins, re.MULTILINE)
     for command in commands:
-        installs = re.findall(r"pip install ([^&]*)", command)
-        assert installs[0].strip() == "-q --require-hashes -r constraints.txt"
-        assert [line.split()[:3] for line in installs[1:]] == [
-            ["-q", "--no-deps", "--no-build-isolation"]
-        ]
+        locked, torch, ours = re.findall(r"pip install ([^&]*)", command)
+        files = locked.removeprefix("-q --require-hashes --no-deps").split()
+        assert files in (["-r", LOCKS[0]], ["-r", LOCKS[0], "-r", LOCKS[1]])
+        assert torch == f"-q torch=={version} "
+        assert re.fullmatch(r"-q --no-build-isolation (-e )?'\.\[\w+\]' ", ours)
+
+
+def test_nothing_of_the_lock_needs_what_is_not_in_it():
+    """It is installed without looking at dependencies."""
+    locked = {canonicalize_name(pin.name) for pin, _ in entries()}
+    for name in locked:
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # of another platform
+            continue
+        for need in map(Requirement, needs):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(need.name) in locked | {ALONE}, f"{name} needs {need}"

@@ -134,7 +134,7 @@ def _local() -> Iterator[None]:
     """
     import ray
     from ray._private import ray_constants
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     environment, clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
     # Ray's own way to stay on the loopback, which is its default on macOS and Windows alone: the
