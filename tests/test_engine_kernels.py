@@ -16,6 +16,7 @@ from kernel_checks import DEVICE, ON_GPU, PARTS, on_part
 from references import reference_of
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
+from stellar_fast.reference.vqgan import VQGAN
 
 from stellar_fast import decoder, encoder, kernels
 from stellar_fast.encoder import OUTPUTS
@@ -74,6 +75,7 @@ def test_encode_meets_the_published_outputs(part, name, sizes):
 
 
 @pytest.mark.numerical
+@pytest.mark.slow
 def test_reconstruct_meets_the_published_outputs(monkeypatch):
     """Of one image, up to its tokens: what is behind them is PyTorch's on every backend."""
     monkeypatch.setattr(decoder, "decode_codes", lambda _, codes: torch.zeros(1, 3, 224, 224))
@@ -82,6 +84,29 @@ def test_reconstruct_meets_the_published_outputs(monkeypatch):
     features = {"sparse": expected["sparse"][:1], "spatial": expected["spatial"][:1]}
     out = engine.reconstruct(features)
     assert_tokens_as_published(out["logits"], out["tokens"], expected, meta)
+
+
+@pytest.mark.numerical
+def test_reconstruct_error_budget(monkeypatch):
+    """The same of four patches, up to the logits."""
+    monkeypatch.setattr(decoder, "decode_codes", lambda _, codes: torch.zeros(1, 3, 32, 32))
+    meta = golden("reconstruct-tiny16")[1]
+    engine = kernel_engine(meta, purpose="reconstruct")
+    with torch.device("meta"):
+        tokenizer = VQGAN()
+    model = reference_of(meta, "reconstruct", vqgan=tokenizer)
+    model.tokenizer = None
+    x = image(1, 32, 32)
+    lowrank = model.encode(x.double())["lowrank"].float()
+
+    def logits(model, lowrank):
+        return {"logits": model.apply_head(model.forward_decoder(lowrank))}
+
+    exact = logits(model, lowrank.double())
+    sound = entitlement(lambda: logits(model, lowrank.double()), exact, torch.float32, model)
+    plain = logits(model.float(), lowrank)["logits"]
+    ours = engine.reconstruct({"lowrank": lowrank})["logits"]
+    assert_within_budget(ours, plain, exact["logits"], torch.float32, sound["logits"])
 
 
 @pytest.fixture(scope="module", params=["encode-tiny16", "encode-tiny16-notemp", "odd"])
