@@ -135,6 +135,18 @@ def test_keeping_every_patch_is_encoding_and_order_only_permutes(tiny):
     assert relative_error(kept_dense, expected) < TENSOR
 
 
+def test_layer_norms_add_1e_12_to_the_variance(tiny):
+    """The backbones' value: of rows as small as its root it is half of the sum, and nowhere else
+    would another one show."""
+    wide = copy.deepcopy(tiny.encoder).double()
+    norms = [module for module in wide.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * 2 + 1
+    x = 1e-6 * torch.randn(3, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-12).sqrt()
+    for norm in norms:
+        assert relative_error(norm(x), unit * norm.weight + norm.bias) < FLOAT64
+
+
 def test_a_masked_patch_is_not_seen(tiny):
     batch = images(2, 96, 96, 8)
     keep = torch.stack([torch.arange(0, 36, 3), torch.arange(1, 36, 3)])
