@@ -256,11 +256,11 @@ def test_a_pipeline_can_be_stopped_from_another_thread(photographs, tmp_path, en
 
     def encode(images, **arguments):
         if first.is_set():
-            stopped.wait(60)
+            stopped.wait(600)
         return engine.encode(images, **arguments)
 
     def stop():
-        first.wait(60)
+        first.wait(600)
         pipeline.stop()
         stopped.set()
 
