@@ -15,7 +15,10 @@ from pictures import png
 
 from stellar_fast import StellarError
 from stellar_fast.extract import identify, plan, prepare, read_plan, run, run_devices
+from stellar_fast.extract.decoding import Outcome
+from stellar_fast.extract.folder import Locks
 from stellar_fast.extract.layout import PLAN, digest_of, read_items, write_plan
+from stellar_fast.extract.partition import Work
 from stellar_fast.extract.records import Item
 
 
@@ -99,3 +102,16 @@ def test_plans_of_before_are_refused_with_what_to_do(tmp_path, engine):
     with pytest.raises(StellarError, match=r"schema 1.*--overwrite"):
         plan(tmp_path / "in", output)
     run(plan(tmp_path / "in", output, overwrite=True), engine)
+
+
+def test_reasons_of_any_text_are_written(tmp_path, engine):
+    """Whoever gave them: a decoder, a store, a process that died."""
+    touch(tmp_path / "in", "a.png")
+    job = plan(tmp_path / "in", tmp_path / "out")
+    made = prepare(job, identify(engine), 16)
+    with Locks(tmp_path / "out") as locks:
+        shapes = {"sparse": (8, 64), "cls": (1, 64)}
+        work = Work(tmp_path / "out", made, 0, list(job.items), shapes, locks)
+        work.add(Outcome(0, 0, "cannot be \udce9\x1b[2J\n\u202e"))
+        work.finish({})
+    assert index(tmp_path / "out")["reason"] == ["cannot be \\xe9\\x1b[2J\\n\\u202e"]
