@@ -218,16 +218,10 @@ def extract(
         bool, typer.Option("--dummy-writer", help="Write nothing, to measure all but writing.")
     ] = False,
     allow_protocol: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Read such addresses too, beside files, http(s), s3, gs, az, hf."
-        ),
+        list[str] | None, typer.Option(metavar="NAME", help="Read NAME:// addresses too.")
     ] = None,
     allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="HOST[:PORT]", help="Read from this host though its network is private."
-        ),
+        list[str] | None, typer.Option(metavar="HOST[:PORT]", help="Read a private network's host.")
     ] = None,
     log_seconds: Annotated[
         float, typer.Option(help="Between lines of progress where there is no terminal.")
@@ -335,11 +329,11 @@ def maps(
     """The spatial maps of the sparse tokens, drawn over a photograph (extra viz)."""
     with _reported(debug):
         from .images import check_preset, decode
-        from .pictures import check_viz, save_spatial
+        from .pictures import check_picture, check_viz, save_spatial
 
         check_viz()
         check_preset(preset)
-        _check_picture(output)
+        check_picture(output)
         photograph = decode(image)
         engine = _load(
             model,
@@ -374,9 +368,9 @@ def reconstruct(
     """A photograph as its features tell it: encoded, then decoded again (preset card)."""
     with _reported(debug):
         from .images import load_image
-        from .pictures import save_picture
+        from .pictures import check_picture, save_picture
 
-        _check_picture(output)
+        check_picture(output)
         pixels = load_image(image, "card")
         engine = _load(
             model,
@@ -417,12 +411,3 @@ def _load(model: str, *, repo: str | None, **arguments: Any) -> Engine:
     if engine.weights == "synthetic":
         typer.echo("note: the weights are synthetic, random numbers: nothing was learned", err=True)
     return engine
-
-
-def _check_picture(output: Path) -> None:
-    """Before the model is loaded, which takes longer than to find out."""
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"{output}: the picture is a PNG, name it OUT.png")
-    if output.is_dir() or not output.parent.is_dir():
-        found = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
-        raise ValueError(f"{output}: cannot be written, {found}")

@@ -66,3 +66,12 @@ def save_spatial(
     grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
     with replacing(path) as temporary:
         save_maps(temporary, seen(photograph, preset), out["spatial"][0], grid, title)
+
+
+def check_picture(output: Path) -> None:
+    """Before the model is loaded, which takes longer than to find out."""
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"{output}: the picture is a PNG, name it OUT.png")
+    if output.is_dir() or not output.parent.is_dir():
+        found = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
+        raise ValueError(f"{output}: cannot be written, {found}")

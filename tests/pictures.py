@@ -21,6 +21,11 @@ def saved(image: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
+def png(seed: int = 0) -> bytes:
+    """A small photograph as a file."""
+    return saved(photograph(40, 30, seed), "PNG")
+
+
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 

@@ -2,37 +2,25 @@
 
 import ast
 import io
-import json
 import os
-import pickle
-import shutil
 import socket
-import tarfile
 import zipfile
 from pathlib import Path
 
 import fsspec
 import pytest
-from engines import small_engine
-from extracting import index, load_small, touch
-from loopback import redirect, serving
-from pictures import photograph
+from loopback import serving
+from pictures import png
 from pyarrow import parquet
 
-from stellar_fast import ImageError, StellarError
-from stellar_fast.extract import discover, identify, plan, prepare, read_plan, run, run_devices
+from stellar_fast import ImageError
+from stellar_fast.extract import discover, plan
 from stellar_fast.extract.input import door, web
 from stellar_fast.extract.input.addresses import READ, Allowed, check, parse
-from stellar_fast.extract.layout import PLAN, digest_of, read_items, write_plan
 from stellar_fast.extract.records import Item
 
 ROOT = Path(__file__).parent.parent
 EXTRACT = ROOT / "stellar_fast" / "extract"
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return small_engine()
 
 
 @pytest.fixture
@@ -50,12 +38,6 @@ def shut(monkeypatch):
         (web, "RangeFile"),
     ):
         monkeypatch.setattr(place, name, opened)
-
-
-def png(seed: int = 0) -> bytes:
-    file = io.BytesIO()
-    photograph(40, 30, seed=seed).save(file, "PNG")
-    return file.getvalue()
 
 
 def refuses(address: str, message: str, tmp_path: Path, allowed: Allowed | None = None) -> None:
@@ -276,201 +258,6 @@ def test_paths_in_a_list_from_the_web_count_from_there(tmp_path):
             *("/x/lists/h%C3%A9.jpg", "/x/lists/i.jpg?j=1&k=2"),
         ]
         assert [item.id for item in items] == lines.splitlines()
-
-
-# Hosts
-
-PRIVATE = (
-    *("127.0.0.1", "127.1.2.3", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254"),
-    *("100.64.0.1", "0.0.0.0", "224.0.0.1", "240.0.0.1", "255.255.255.255", "192.0.2.1"),
-    *("::1", "::", "fe80::1", "fe80::1%lo", "fd00::1", "fec0::1", "ff02::1", "::ffff:127.0.0.1"),
-    *("::ffff:169.254.169.254", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe"),
-    *("2002:7f00:1::", "2002:a9fe:a9fe::1", "2001:db8::1", "2001:0:7f00:1::", "64:ff9b:1::1"),
-)
-
-
-@pytest.mark.parametrize("address", PRIVATE)
-def test_private_networks_are_not_public(address):
-    assert not web.is_public(address)
-
-
-@pytest.mark.parametrize(
-    "address", ["1.1.1.1", "8.8.8.8", "2606:4700:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"]
-)
-def test_the_internet_is_public(address):
-    assert web.is_public(address)
-
-
-@pytest.mark.parametrize(
-    "host",
-    ["localhost", "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0", "[::1]"],
-)
-def test_a_line_leads_to_no_private_host_however_it_is_spelled(host, tmp_path):
-    with serving({"/a.png": png()}) as server:
-        (tmp_path / "list.txt").write_text(f"http://{host}:{server.port}/a.png\n")
-        (item,) = discover(tmp_path / "list.txt")
-        with pytest.raises(
-            ImageError, match=r"in a private network; --allow-host|has no address|refused"
-        ):
-            door.read_item(item)
-        assert server.requests == []
-        if "::" not in host:
-            for text in (host, f"{host}:{server.port}"):
-                assert door.read_item(item, Allowed.of("x", (), [text])) == png()
-        for other in ("10.0.0.1", f"127.0.0.1:{server.port + 1}", "example.com"):
-            with pytest.raises(ImageError, match="in a private network"):
-                door.read_item(item, Allowed.of("x", (), [other]))
-
-
-def test_the_hosts_name_is_looked_up_once_and_that_address_is_checked(monkeypatch):
-    """A name that is public when it is asked for first, and private when it is connected to."""
-    with serving({"/a.png": png()}) as server:
-        asked = []
-
-        def rebinding(host, port, **arguments):
-            asked.append(host)
-            address = "93.184.215.14" if len(asked) > 1 else "127.0.0.1"
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
-
-        monkeypatch.setattr(socket, "getaddrinfo", rebinding)
-        item = Item("a", f"http://public.example:{server.port}/a.png")
-        with pytest.raises(ImageError, match=r"public\.example is at 127\.0\.0\.1"):
-            door.read_item(item)
-        assert asked == ["public.example"]
-        assert server.requests == []
-
-
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_leads_to_no_private_host(status):
-    with serving({"/secret": png()}) as inner, serving({}) as outer:
-        outer.answers["/a.png"] = redirect(inner.url("secret"))
-        allowed = Allowed.of(outer.url())
-        for address in (outer.url("a.png"), f"zip://x::{outer.url('a.png')}"):
-            for span in ((), (0, 10)):
-                with pytest.raises(ImageError, match="in a private network"):
-                    door.read_item(Item("a", address, *span), allowed)
-        assert inner.requests == []
-        both = Allowed.of(outer.url(), (), [inner.host])
-        assert door.read_item(Item("a", outer.url("a.png")), both) == png()
-
-
-@pytest.mark.parametrize(
-    "where",
-    ["file:///etc/hostname", "ftp://h/x", "http://", "http://a:b:c/", "//", "gopher://x", "\x00"],
-)
-def test_a_redirect_leads_nowhere_else(where):
-    with (
-        serving({"/a.png": redirect(where)}) as server,
-        pytest.raises(ImageError, match=r"redirects (to what is no address|more than 5 times)"),
-    ):
-        door.read_item(Item("a", server.url("a.png")), Allowed.of(server.url()))
-
-
-def test_redirects_end(monkeypatch):
-    with serving({"/a": redirect("/a")}) as server:
-        with pytest.raises(ImageError, match="redirects more than 5 times"):
-            door.read_item(Item("a", server.url("a")), Allowed.of(server.url()))
-        assert len(server.requests) == 6
-        server.answers |= {"/b": redirect("c?x=1"), "/c": png()}
-        assert door.read_item(Item("a", server.url("b")), Allowed.of(server.url())) == png()
-        assert server.paths[-1] == "/c?x=1"
-
-
-@pytest.mark.parametrize("text", ["", "a b", "http://x", "x:y", "x:99999", "u@x", "x/y", ":80"])
-def test_texts_that_are_no_hosts_are_refused(text):
-    with pytest.raises(ValueError, match="a host is HOST or HOST:PORT"):
-        Allowed.of("x", (), [text])
-
-
-def test_hosts_are_taken_apart():
-    hosts = ["NAS", "nas:80", "[::1]:80", "fd00::2"]
-    assert Allowed.of("https://u:p@[::9]/x", (), hosts).hosts == {
-        *(("nas", None), ("nas", 80), ("::1", 80), ("fd00::2", None), ("::9", 443))
-    }
-
-
-# Through a whole extraction
-
-
-def test_what_is_allowed_travels_to_the_decoding_processes(tmp_path, engine):
-    images = {f"/{n}.png": png(n) for n in range(3)}
-    with serving(images) as inner, serving({}) as outer:
-        lines = [outer.url("0.png"), inner.url("1.png"), "2.png"]
-        outer.answers |= {"/list.txt": "\n".join(lines).encode(), **images}
-        run(plan(outer.url("list.txt"), tmp_path / "out"), engine)
-        first, second, third = index(tmp_path / "out")["reason"]
-        assert first is third is None
-        assert "--allow-host 127.0.0.1" in second
-        job = plan(outer.url("list.txt"), tmp_path / "both", allow_hosts=[inner.host])
-        assert pickle.loads(pickle.dumps(job)).options.allowed == job.options.allowed
-        run_devices(job, load_small, ["cpu", "cpu"])
-        assert index(tmp_path / "both")["reason"] == [None] * 3
-
-
-def test_foreign_plans_open_nothing_that_is_not_allowed(tmp_path, engine):
-    """The lines of an output folder from elsewhere, with all digests as they should be."""
-    photos = tmp_path / "photos"
-    for name in "ab":
-        touch(photos, f"{name}.png")
-        (photos / f"{name}.png").write_bytes(png(ord(name)))
-    output = tmp_path / "out"
-    prepare(plan(photos, output), identify(engine), 16)
-    made = read_plan(output)
-    items = read_items(output, made.partitions[0])
-    with serving({"/x.json": b"{}", "/x.png": png()}) as server:
-        hostile = [
-            Item(items[0].id, f"reference://x.png::{server.url('x.json')}"),
-            Item(items[1].id, server.url("x.png")),
-        ]
-        other = tmp_path / "other"
-        other.mkdir()
-        facts = json.loads((output / PLAN).read_text())
-        facts["partitions"][0]["digest"] = digest_of(hostile)
-        changed = type(made)(
-            made.configuration,
-            (type(made.partitions[0])(0, 2, digest_of(hostile)),),
-            made.facts,
-        )
-        write_plan(other, changed, hostile)
-        run(plan(photos, other, resume=True), engine)
-        reasons = index(other)["reason"]
-        assert "reference:// is not read" in reasons[0]
-        assert "in a private network" in reasons[1]
-        assert server.requests == []
-        # The same lines under the digests of the plan: refused before anything is read.
-        shutil.copy(other / "inputs.parquet", output / "inputs.parquet")
-        with pytest.raises(StellarError, match="names other images than"):
-            run(plan(photos, output, resume=True), engine)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"file": "/etc/hostname"}, {"offset": 1}, {"size": 4}, {"id": "z.png"}],
-    ids=lambda change: next(iter(change)),
-)
-def test_the_digest_covers_all_that_is_read(change, tmp_path, engine):
-    from dataclasses import replace
-
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        member = tarfile.TarInfo("a.png")
-        member.size = len(png())
-        tar.addfile(member, io.BytesIO(png()))
-    job = plan(tmp_path / "a.tar", tmp_path / "out")
-    made = prepare(job, identify(engine), 16)
-    write_plan(tmp_path / "out", made, [replace(job.items[0], **change)])
-    with pytest.raises(StellarError, match="names other images than"):
-        read_items(tmp_path / "out", made.partitions[0])
-
-
-def test_plans_of_before_are_refused_with_what_to_do(tmp_path, engine):
-    touch(tmp_path / "in", "a.png")
-    output = tmp_path / "out"
-    prepare(plan(tmp_path / "in", output), identify(engine), 16)
-    content = json.loads((output / PLAN).read_text())
-    (output / PLAN).write_text(json.dumps(content | {"schema": 1}))
-    with pytest.raises(StellarError, match=r"schema 1.*--overwrite"):
-        plan(tmp_path / "in", output)
-    run(plan(tmp_path / "in", output, overwrite=True), engine)
 
 
 # The house

@@ -10,7 +10,7 @@ from commands import invoke, small, write_models
 from engines import small_engine
 from extracting import index
 from loopback import head, redirect, serving
-from test_input_addresses import png
+from pictures import png
 
 from stellar_fast import ImageError, StellarError
 from stellar_fast.extract import discover, plan, run
