@@ -22,7 +22,7 @@ from pictures import photograph
 
 import stellar_fast
 from stellar_fast.errors import MissingExtraError, StellarError
-from stellar_fast.extract import plan, ray_runner, run
+from stellar_fast.extract import plan, ray_runner, ray_session, run
 from stellar_fast.extract.layout import complete, read_plan
 from stellar_fast.extract.stats import Progress, Summary
 
@@ -67,7 +67,7 @@ def cluster():
         ray.init(
             "local",
             num_cpus=2,
-            object_store_memory=ray_runner.OBJECT_STORE,
+            object_store_memory=ray_session.OBJECT_STORE,
             include_dashboard=False,
             log_to_driver=False,
         )

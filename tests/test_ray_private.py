@@ -19,9 +19,9 @@ SESSION = """
 import os, sys, ray
 os.environ["RAY_AUTH_MODE"] = "disabled"
 before = dict(os.environ)
-from stellar_fast.extract.ray_runner import _session
+from stellar_fast.extract.ray_session import session
 for _ in range(2):
-    with _session(None):
+    with session(None):
         worker = ray.get(ray.remote(lambda: os.getpid()).remote())
         print(worker, ray.get_runtime_context().gcs_address,
               ray._private.worker._global_node.get_session_dir_path(), flush=True)
