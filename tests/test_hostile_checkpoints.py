@@ -58,26 +58,29 @@ def refused(path: Path, *parts: str) -> None:
 
 def nested_tuple(levels: int) -> bytes:
     """Opcodes of ((((), ()), ((), ())), ...): twice as many tuples a level, few bytes."""
-    level = b"q\x00h\x00h\x00\x86"
+    level = b"q\x00h\x00\x86"
     return b")" + level * levels
 
 
+KEY, OTHER = "a key of type tuple", "other entries: a"
+
+
 @pytest.mark.parametrize(
-    "body",
+    ("body", "reason"),
     [
-        b"}" + nested_tuple(60) + b"K\x01s.",
-        b"}(" + nested_tuple(60) + b"K\x01u.",
-        b"}" + nested_tuple(60) + b"\x85K\x01s.",
-        b"ccollections\nOrderedDict\n)R" + nested_tuple(60) + b"K\x01s.",
-        b"ccollections\nCounter\n" + nested_tuple(60) + b"\x85R.",
-        nested_tuple(60) + b".",
-        b"}X\x01\x00\x00\x00a" + nested_tuple(60) + b"s.",
+        (b"}" + nested_tuple(60) + b"K\x01s.", KEY),
+        (b"}(" + nested_tuple(60) + b"K\x01u.", KEY),
+        (b"}" + nested_tuple(60) + b"\x85K\x01s.", KEY),
+        (b"ccollections\nOrderedDict\n)R" + nested_tuple(60) + b"K\x01s.", KEY),
+        (b"ccollections\nCounter\n" + nested_tuple(60) + b"\x85R.", "found a NoneType"),
+        (nested_tuple(60) + b".", "found a tuple"),
+        (b"}X\x01\x00\x00\x00a" + nested_tuple(60) + b"s.", OTHER),
     ],
 )
-def test_nested_tuples_are_neither_hashed_nor_printed(tmp_path, body):
-    refused(pickled(tmp_path / "m.pt", b"\x80\x02" + body))
+def test_nested_tuples_are_neither_hashed_nor_printed(tmp_path, body, reason):
+    refused(pickled(tmp_path / "m.pt", b"\x80\x02" + body), reason)
     (tmp_path / "old.pt").write_bytes(legacy(b"\x80\x02" + body))
-    refused(tmp_path / "old.pt")
+    refused(tmp_path / "old.pt", reason)
 
 
 def legacy(state: bytes, *, keys: object = (), values: bytes = b"") -> bytes:
