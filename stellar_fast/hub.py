@@ -342,7 +342,9 @@ def _passes(error: BaseException) -> bool:
     return _is_transport(error) or _status(error) in TRANSIENT
 
 
-def _explain(error: BaseException, repo: str, file: str, local_files_only: bool) -> tuple[str, str]:
+def _explain(  # noqa: C901, one case after another
+    error: BaseException, repo: str, file: str, local_files_only: bool
+) -> tuple[str, str]:
     """One line each: why the file could not be had, and what to do."""
     # The library hides the server's answer behind its own "not in the cache" error.
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):

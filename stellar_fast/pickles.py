@@ -224,7 +224,7 @@ def _legacy(file: _Bounded, size: int) -> tuple[Any, Fill]:
     return found, fill
 
 
-def interpret(data: IO[bytes], storages: dict[str, Storage]) -> Any:
+def interpret(data: IO[bytes], storages: dict[str, Storage]) -> Any:  # noqa: C901, by opcode
     """The pickle that `data` begins with, as dicts, lists, tuples, constants and views.
 
     Args:

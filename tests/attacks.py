@@ -16,9 +16,9 @@ def attacked_work(*arguments) -> None:
     read_item, decode = decoding.read_item, decoding.decode
     items = []
 
-    def read(item):
+    def read(item, allowed):
         items.append(item)
-        return read_item(item)
+        return read_item(item, allowed)
 
     def attack(content, **options):
         name, root = items[-1].id, Path(items[-1].file).parent.parent

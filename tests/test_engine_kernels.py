@@ -209,11 +209,10 @@ def test_subsets_of_the_outputs_have_the_same_bits(part, small):
 @pytest.mark.parametrize(
     ("part", "precision"),
     [
-        (PARTS[0], "fp32"),
         *((PARTS[-1], precision) for precision in [*PRECISIONS, "fp8"] if precision != "fp32"),
         *(
             pytest.param(PARTS[0], precision, marks=pytest.mark.slow)
-            for precision in ("fp16", "fp8")
+            for precision in PRECISIONS
             if not ON_GPU
         ),
     ],

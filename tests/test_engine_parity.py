@@ -34,7 +34,7 @@ def test_encode_meets_the_published_outputs(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["reconstruct-tiny16", "reconstruct-tiny14", *slow("reconstruct-b16")]
+    "name", ["reconstruct-tiny16", *slow("reconstruct-tiny14", "reconstruct-b16")]
 )
 def test_reconstruct_meets_the_published_outputs(name):
     expected, meta = golden(name)

@@ -187,10 +187,11 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
     arguments = "--dtype float16 --batch-size 5 --preset eval --precision bf16 --workers 3"
     flags = "--features cls,dense --overwrite --local-files-only --revision main --device cpu"
     more = "--format parquet --partition-size 9 --on-error record --max-errors 8 --dummy-reader"
+    limits = "--max-pixels 1000000 --decode-seconds 9 --worker-memory 3000"
     allow = "--allow-host nas:80 --allow-protocol ftp --allow-host other"
     result = invoke(
         *("extract", tmp_path, tmp_path / "out", "--repo", repo, "--model", "small"),
-        *f"{arguments} {flags} {more} {allow}".split(),
+        *f"{arguments} {flags} {more} {limits} {allow}".split(),
     )
     assert result.exit_code == 0, result.output
     assert planned == {
@@ -210,6 +211,9 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
         "overwrite": True,
         "dummy_reader": True,
         "dummy_writer": False,
+        "max_pixels": 1_000_000,
+        "decode_seconds": 9.0,
+        "worker_memory": 3000,
         "allow_protocols": ["ftp"],
         "allow_hosts": ["nas:80", "other"],
     }

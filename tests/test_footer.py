@@ -94,6 +94,7 @@ print(refused)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index.parquet", "features.parquet"])
 def test_no_byte_of_a_footer_ends_the_process(name, tmp_path):
     """Arrow's `metadata.row_group(0).column(0).compression` calls `std::terminate` on some."""

@@ -109,6 +109,7 @@ def test_a_table_that_says_that_it_unpacks_to_much_is_refused(tmp_path, monkeypa
     refused(tmp_path / "a.parquet", "holds int64, not paths")
 
 
+@pytest.mark.slow
 def test_paths_that_share_their_beginning_take_little_memory(tmp_path):
     """Stored as what differs from the row before: a hundred thousand of 60 kB in a few MB."""
     names = pyarrow.array([f"{'x' * 60_000}{n}" for n in range(2000)])
@@ -166,7 +167,7 @@ def test_a_table_whose_columns_are_known_late(tmp_path):
     items = discover(tmp_path / "a.csv")
     assert [item.id for item in items] == [f"{n}.jpg" for n in range(100_000)] + ["last.jpg"]
     (tmp_path / "a.csv").write_text("path\n" + "12\n" * 10)
-    with pytest.raises(ValueError, match="'path' holds int64"):
+    with pytest.raises(ValueError, match="'path' holds numbers"):
         discover(tmp_path / "a.csv")
 
 

@@ -29,11 +29,11 @@ def tokenizer() -> VQGAN:
 
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
-# The tokenizer in float64 takes seconds an image: in the first file it is held to its bounds.
+# The tokenizer in float64 takes seconds an image.
 CASES = [
     pytest.param(("reconstruct-tiny16", FLOAT32), id="tiny16"),
-    pytest.param(("reconstruct-tiny14", FLOAT32), id="tiny14"),
-    pytest.param(("reconstruct-tiny16", FLOAT64), id="tiny16-float64"),
+    pytest.param(("reconstruct-tiny14", FLOAT32), id="tiny14", marks=pytest.mark.slow),
+    pytest.param(("reconstruct-tiny16", FLOAT64), id="tiny16-float64", marks=pytest.mark.slow),
     pytest.param(("reconstruct-b16", FLOAT32), id="b16", marks=pytest.mark.slow),
     pytest.param(("reconstruct-tiny14", FLOAT64), id="tiny14-float64", marks=pytest.mark.slow),
     pytest.param(("reconstruct-b16", FLOAT64), id="b16-float64", marks=pytest.mark.slow),

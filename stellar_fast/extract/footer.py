@@ -17,16 +17,36 @@ UNCOMPRESSED, SNAPPY = 0, 1  # parquet.thrift, CompressionCodec
 
 # Of the compact protocol.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
-# Fields that are kept: struct by struct from `FileMetaData`, {field: (kept, fields of it)}.
-_COLUMN = {3: {4: None}}  # ColumnChunk.meta_data, its codec
+# Fields that are kept: struct by struct from `FileMetaData`, {field: fields of it}.
+_COLUMN_FACTS = {2: None, 3: None, 4: None, 6: None}  # encodings, path, codec, size when unpacked
+_COLUMN = {3: _COLUMN_FACTS}  # ColumnChunk.meta_data
 _FILE: dict[int, Any] = {3: None, 4: {1: _COLUMN, 3: None}}  # num_rows, row_groups
+
+
+class Column(NamedTuple):
+    """A column in a row group.
+
+    Attributes:
+        path: its name, with those of the structs and lists that it is in before it.
+        codec, encodings: numbers of parquet.thrift.
+        size: bytes of its pages when they are unpacked.
+    """
+
+    path: tuple[bytes, ...]
+    codec: int
+    encodings: tuple[int, ...]
+    size: int
 
 
 class Group(NamedTuple):
     """A row group."""
 
     rows: int
-    codecs: tuple[int, ...]  # of its columns
+    columns: tuple[Column, ...]
+
+    @property
+    def codecs(self) -> tuple[int, ...]:
+        return tuple(column.codec for column in self.columns)
 
 
 def read_footer(file: IO[bytes]) -> list[Group]:
@@ -35,7 +55,7 @@ def read_footer(file: IO[bytes]) -> list[Group]:
     Raises:
         ValueError: it is no Parquet file, or its footer is damaged or too long.
     """
-    length = os.fstat(file.fileno()).st_size
+    length = file.seek(0, os.SEEK_END)
     file.seek(max(0, length - 8))
     tail = file.read(8)
     if length < 12 or tail[4:] != b"PAR1":
@@ -44,15 +64,22 @@ def read_footer(file: IO[bytes]) -> list[Group]:
     if size > min(length - 8, MOST_FOOTER):
         raise ValueError(f"its footer has {size} bytes")
     file.seek(length - 8 - size)
+    content = file.read(size)
+    file.seek(0)
     try:
-        found = _Reader(file.read(size)).fields(_FILE, 0)
-        groups = [Group(group[3], tuple(column[3][4] for column in group[1])) for group in found[4]]
+        found = _Reader(content).fields(_FILE, 0)
+        groups = [Group(group[3], tuple(map(_column, group[1]))) for group in found[4]]
         rows = found[3]
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError("its footer is damaged") from error
     if any(group.rows < 0 for group in groups) or rows != sum(group.rows for group in groups):
         raise ValueError(f"its row groups have not the {rows} rows that it says")
     return groups
+
+
+def _column(found: dict[int, Any]) -> Column:
+    facts = found[3]
+    return Column(tuple(facts[3]), facts[4], tuple(facts[2]), facts[6])
 
 
 class _Reader:
@@ -86,12 +113,14 @@ class _Reader:
         if kind in (_TRUE, _FALSE):
             return None  # the type was the value
         if kind == _BINARY:
-            self._skip(self._varint())
-        elif kind == _STRUCT:
+            length = self._varint()
+            self._skip(length)
+            return self._content[self._at - length : self._at]
+        if kind == _STRUCT:
             return self.fields(kept or {}, depth + 1)
-        elif kind in (_LIST, _SET):
+        if kind in (_LIST, _SET):
             return self._list(kept, depth + 1)
-        elif kind == _BYTE:
+        if kind == _BYTE:
             self._skip(1)
         elif kind == _DOUBLE:
             self._skip(8)

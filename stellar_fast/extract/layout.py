@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StellarError
 from ..files import folder_to_disk, open_inside, remove, replacing, writing
+from .footer import read_footer
 from .foreign import (
     MOST_IMAGES,
     MOST_PARTITIONS,
@@ -208,16 +209,18 @@ def read_items(output: PathLike, partition: Partition) -> list[Item]:
 
     path = Path(output) / INPUTS
     try:
-        with open_inside(Path(output), INPUTS) as opened, parquet.ParquetFile(opened) as file:
-            if not file.schema_arrow.equals(_inputs_schema()):
-                raise ValueError("its columns are not those of a plan's images")
-            group = file.metadata.row_group(partition.index)
-            if group.num_rows != partition.images or group.total_byte_size > MOST_TEXT:
+        with open_inside(Path(output), INPUTS) as opened:
+            group = read_footer(opened)[partition.index]
+            size = sum(column.size for column in group.columns)
+            if group.rows != partition.images or size > MOST_TEXT:
                 raise ValueError(
-                    f"{partition.name} has {group.num_rows} lines of {group.total_byte_size} bytes,"
-                    f" not {partition.images} of {MOST_TEXT} at most"
+                    f"{partition.name} has {group.rows} lines of {size} bytes, not "
+                    f"{partition.images} of {MOST_TEXT} at most"
                 )
-            columns = file.read_row_group(partition.index).to_pydict()
+            with parquet.ParquetFile(opened) as file:
+                if not file.schema_arrow.equals(_inputs_schema()):
+                    raise ValueError("its columns are not those of a plan's images")
+                columns = file.read_row_group(partition.index).to_pydict()
         items = [
             Item(name, os.fsdecode(place), offset, size)
             for name, place, offset, size in zip(*columns.values(), strict=True)

@@ -113,6 +113,7 @@ def test_an_absent_peer_has_a_reason(subject, pool, monkeypatch):
             models.local(subject, name, pool.images[:2])
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_gives_the_same_features_and_its_errors(
     tiny, tmp_path, pool, entrants
 ):
@@ -144,6 +145,7 @@ def test_the_backbone_of_transformers_is_held_against_its_own_float64(
     assert "refused" not in row and 0 < row["error"]["last_hidden_state"] < 1e-5
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_process_itself(tiny, tmp_path, monkeypatch):
     ballast = torch.ones(300 * 2**20 // 4)  # 300 MiB that a child must not be told to have
     monkeypatch.setattr(footprint, "NAMES", ("engine-fp32", "reference-fp32"))

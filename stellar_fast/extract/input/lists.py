@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import os
 import re
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from csv import Error as CsvError
-from csv import reader as csv_lines
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from ...printable import printable
+from ..footer import Group, read_footer
 from ..records import Item
 from .addresses import Address, Allowed, check, is_address, localized, parse, scrubbed, shown
 from .door import open_file
@@ -25,6 +25,8 @@ MEMORY = 4 << 30  # bytes that rows of Parquet may take while they are unpacked
 # Rows of Parquet that are unpacked at once: some formats of it store only where a path differs from
 # the one before.
 ROWS = 1024
+FIRST = 1000  # rows of a CSV by which a column of numbers is told
+DELTA = (5, 6, 7)  # of parquet.thrift, Encoding: what Arrow cannot read as a dictionary
 
 Lines = Iterator[tuple[int, str]]
 
@@ -114,49 +116,41 @@ def _text_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
 
 
 def _csv_lines(file: IO[bytes], name: str, column: str | None, delimiter: str = ",") -> Lines:
-    import pyarrow
-    from pyarrow import ArrowException, csv
-
-    # Only one reader of Arrow's, since it reads ahead in a thread of its own.
-    names = _names_of(file, name, delimiter)
-    chosen = _column_name(names, name, column)
-    file.seek(0)
-    convert = csv.ConvertOptions(include_columns=[chosen], column_types={chosen: pyarrow.string()})
     try:
-        with csv.open_csv(
-            file, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=convert
-        ) as reader:
-            arrays = (batch.column(0) for batch in reader)
-            # The first line has the names of the columns.
-            yield from _column(_no_numbers(arrays, name, chosen), name, chosen, 2)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        rows = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
+        names = next((row for row in rows if row), None)
+        if names is None:
+            raise csv.Error("it has no names of columns")
+        chosen = _column_name(names, name, column)
+        lines = _values_of(rows, names, names.index(chosen))
+        first = list(itertools.islice(lines, FIRST))
+        if first and all(value.isdecimal() for _, value in first):
+            raise ValueError(f"{name}: the column {printable(chosen)!r} holds numbers, not paths")
+        for number, value in itertools.chain(first, lines):
+            if not value or "\0" in value:
+                raise ValueError(_no_path(name, number, chosen))
+            yield number, value
+    except (csv.Error, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: cannot be read as a table: {_said(error)}") from None
 
 
-def _names_of(file: IO[bytes], name: str, delimiter: str) -> list[str]:
-    """The names of a table's columns: its first line that is not empty."""
-    line = file.readline(MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
-    while line and not line.strip(b"\r\n"):
-        line = file.readline(MAX_LINE + 1)
-    try:
-        text = line.decode()
-        if len(line) <= MAX_LINE and (found := next(csv_lines([text], delimiter=delimiter), None)):
-            return found
-        problem = "it has no names of columns"
-    except (UnicodeDecodeError, CsvError):
-        problem = "the names of its columns are no text"
-    raise ValueError(f"{name}: cannot be read as a table: {problem}")
+def _decoded(file: IO[bytes]) -> Iterator[str]:
+    mark = b"\xef\xbb\xbf"
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise csv.Error(f"a line has more than {MAX_LINE} bytes")
+        yield line.removeprefix(mark).decode()
+        mark = b""
 
 
-def _no_numbers(arrays: Iterator[Any], name: str, column: str) -> Iterator[Any]:
-    """The arrays, if the first of them does not hold numbers alone."""
-    import pyarrow
-
-    for number, array in enumerate(arrays):
-        if number == 0 and len(array):
-            with suppress(pyarrow.ArrowInvalid):
-                _check_column(array.cast(pyarrow.int64()).type, name, column)
-        yield array
+def _values_of(rows: Any, names: list[str], place: int) -> Lines:
+    """One column of a `csv.reader`, whose rows all have as many as there are names."""
+    for row in rows:
+        if row and len(row) != len(names):
+            problem = f"{len(row)} columns, and the first line {len(names)}"
+            raise csv.Error(f"line {rows.line_num} has {problem}")
+        if row:
+            yield rows.line_num, row[place]
 
 
 def _tsv_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
@@ -167,14 +161,22 @@ def _parquet_lines(file: IO[bytes], name: str, column: str | None) -> Lines:
     from pyarrow import ArrowException, parquet
 
     try:
-        table = parquet.ParquetFile(file)
-        chosen = _column_name(table.schema_arrow.names, name, column)
-        _check_column(table.schema_arrow.field(chosen).type, name, chosen)
+        groups = read_footer(file)  # before Arrow, which a damaged one may end the process of
+    except ValueError as error:
+        raise ValueError(f"{name}: cannot be read as Parquet: {error}") from None
+    try:
+        names = parquet.ParquetFile(file).schema_arrow
+        chosen = _column_name(names.names, name, column)
+        _check_column(names.field(chosen).type, name, chosen)
         # Repeated paths are stored once, and stay so: all rows would be another matter.
-        repeated = [chosen] if _check_parquet(table, name, chosen) else None
+        repeated = [chosen] if _check_parquet(groups, name, chosen) else None
         table = parquet.ParquetFile(file, read_dictionary=repeated)
         batches = _sparing(table.iter_batches(ROWS, columns=[chosen], use_threads=False))
         yield from _column((batch.column(0) for batch in batches), name, chosen, 1)
+    except ValueError as error:
+        if isinstance(error, ArrowException | UnicodeDecodeError):
+            raise ValueError(f"{name}: cannot be read as Parquet: {_said(error)}") from None
+        raise
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet: {_said(error)}") from None
 
@@ -205,22 +207,17 @@ def _sparing(batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _check_parquet(table: Any, name: str, column: str) -> bool:
+def _check_parquet(groups: Sequence[Group], name: str, column: str) -> bool:
     """Whether the column may be read with repeated paths kept apart."""
-    groups = (table.metadata.row_group(at) for at in range(table.metadata.num_row_groups))
-    size = 0
-    encodings: set[str] = set()
-    for group in groups:
-        for at in range(group.num_columns):
-            if group.column(at).path_in_schema == column:
-                size += group.column(at).total_uncompressed_size
-                encodings.update(group.column(at).encodings)
-    if size > MAX_TABLE or table.metadata.num_rows > MAX_LINES:
+    path = (column.encode(),)
+    found = [one for group in groups for one in group.columns if one.path == path]
+    rows, size = sum(group.rows for group in groups), sum(one.size for one in found)
+    if size > MAX_TABLE or rows > MAX_LINES:
         raise ValueError(
-            f"{name}: {table.metadata.num_rows} rows with {size} bytes of paths are more than the "
-            f"limits of {MAX_LINES} and {MAX_TABLE}"
+            f"{name}: {rows} rows with {size} bytes of paths are more than the limits of "
+            f"{MAX_LINES} and {MAX_TABLE}"
         )
-    return not any(encoding.startswith("DELTA") for encoding in encodings)
+    return not any(encoding in DELTA for one in found for encoding in one.encodings)
 
 
 LISTS: dict[str, Callable[[IO[bytes], str, str | None], Lines]] = {
@@ -266,11 +263,13 @@ def _column(arrays: Iterator[Any], name: str, column: str, first: int) -> Lines:
     for array in arrays:
         for value in _values(array):
             if not value or "\0" in value:
-                raise ValueError(
-                    f"{name}: line {number} has no path in the column {printable(column)!r}"
-                )
+                raise ValueError(_no_path(name, number, column))
             yield number, value
             number += 1
+
+
+def _no_path(name: str, number: int, column: str) -> str:
+    return f"{name}: line {number} has no path in the column {printable(column)!r}"
 
 
 def _values(array: Any) -> list[Any]:
