@@ -173,7 +173,7 @@ def test_calibration_needs_an_fp8_engine_and_images(small):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_subsets_of_the_outputs_have_the_same_bits(part, small):
-    x = image(1, 64, 80)
+    x = image(1, 48, 64)
     with on_part(part):
         whole = small.encode(x)
         for outputs in (("cls",), ("sparse",), ("sparse", "cls"), ("dense",), ("lowrank",)):
@@ -183,25 +183,29 @@ def test_subsets_of_the_outputs_have_the_same_bits(part, small):
                 assert torch.equal(found[name], whole[name])
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("precision", [*PRECISIONS, "fp8"])
+@pytest.mark.parametrize(
+    ("part", "precision"),
+    [
+        (PARTS[0], "fp32"),
+        *((part, precision) for part in PARTS for precision in [*PRECISIONS, "fp8"][1:]),
+    ],
+)
 def test_an_image_does_not_see_its_batch(part, precision):
-    engine = small_engine(backend="triton", device=DEVICE, precision=precision, max_batch=3)
-    x = image(4, 32, 64)
-    order = torch.tensor([3, 2, 0, 1])
+    engine = small_engine(backend="triton", device=DEVICE, precision=precision, max_batch=2)
+    x = image(3, 32, 48)
+    order = torch.tensor([2, 0, 1])
     with on_part(part):
         whole = engine.encode(x)
         shuffled = engine.encode(x[order])
-        alone = {i: engine.encode(x[i : i + 1]) for i in (1, 3)}  # of either chunk
+        alone = engine.encode(x[1:2])
     for name, tensor in whole.items():
         assert torch.equal(shuffled[name], tensor[order.to(DEVICE)])
-        for i, found in alone.items():
-            assert torch.equal(found[name][0], tensor[i])
+        assert torch.equal(alone[name], tensor[1:2])
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_forms_of_a_batch(part, small):
-    pixels = (image(2, 32, 48) * 255).byte()
+    pixels = (image(2, 16, 32) * 255).byte()
     with on_part(part):
         expected = small.encode(pixels)
         forms = [
