@@ -8,7 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 
-import interpreter_casts
+import interpreter_arithmetic
 import pytest
 import torch
 from stellar_fast.kernels import launch
@@ -16,7 +16,7 @@ from stellar_fast.reference import ops as oracles
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
-    interpreter_casts.install()
+    interpreter_arithmetic.install()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 # Pointers and registers, or TMA descriptors: the two ways that kernels reach memory.
