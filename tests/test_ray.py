@@ -133,7 +133,7 @@ def load(marks: Path, what: str, device: str | None):
         batches += len(images) > 0
         if batches:
             (marks / f"worked-{os.getpid()}").touch()
-        if what == "both":  # neither goes on before the other has begun
+        if batches and what == "both":  # neither goes on before the other has begun
             patience = time.monotonic() + 300
             while len(list(marks.glob("worked-*"))) < 2 and time.monotonic() < patience:
                 time.sleep(0.02)
