@@ -95,6 +95,7 @@ def failing(monkeypatch, small, failures: int) -> list[int]:
 
     def encode(ops, weights, config, images, *rest):
         sizes.append(len(images))
+        assert len(sizes) < 50, "tried for ever"
         if len(sizes) <= failures:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return honest(ops, weights, config, images, *rest)
