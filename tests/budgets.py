@@ -36,17 +36,26 @@ def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 / math.sqrt(3)
 
 
-def error_beyond_storage(found: Tensor, stored: Tensor) -> float:
-    """Relative L2 of what of `found` lies outside the numbers that round to `stored`.
+def assert_stored_as(found: Tensor, stored: Tensor) -> None:
+    """Whether `found` is within `TENSOR` of the numbers that were rounded to `stored`.
 
-    It is at most the relative error against the numbers that were stored, whatever they were; a
-    difference that the rounding of the storage explains is none.
+    Two things follow if it is, whatever those numbers were. What of `found` lies outside the
+    numbers that round to `stored` is within `TENSOR` too: an outlier shows. And the differences are
+    as small as rounding makes them: their squares sum to a twelfth of the squares of the steps,
+    give or take what so many uniform errors do (four of their standard deviations), and the square
+    of `TENSOR`. A step of the storage is much larger than `TENSOR`, but there are many numbers.
     """
-    kept = stored.double()
-    above = torch.nextafter(stored.abs(), torch.full_like(stored, math.inf))
-    half_step = (above.double() - kept.abs()) / 2
-    beyond = ((found.double() - kept).abs() - half_step).clamp_min(0)
-    return relative_error(kept + beyond, kept)
+    kept, exact = stored.double(), found.detach().double().cpu()
+    assert exact.shape == kept.shape and exact.isfinite().all()
+    step = torch.nextafter(stored.abs(), torch.full_like(stored, math.inf)).double() - kept.abs()
+    allowed = TENSOR**2 * kept.square().sum()
+    beyond = ((exact - kept).abs() - step / 2).clamp_min(0).square().sum()
+    assert beyond <= allowed, f"{(beyond / allowed).sqrt() * TENSOR:.3g} beyond the stored numbers"
+    rounded = (stored != 0) & (stored != 1)  # these may have been cut off
+    squares, steps = (exact - kept)[rounded].square().sum(), step[rounded].square()
+    chance = 4 * (steps.square().sum() / 180).sqrt()  # variance of the square of a uniform number
+    excess = squares - steps.sum() / 12
+    assert excess <= allowed + chance, f"{(excess / allowed).sqrt() * TENSOR:.3g} and the rounding"
 
 
 def assert_same_features(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -1,10 +1,12 @@
 """The reference decoder and tokenizer against the published outputs."""
 
+import copy
+
 import budgets
 import pytest
 import torch
 import torch.nn.functional as F
-from budgets import LOSS, TENSOR, TIE, assert_same_features, error_beyond_storage
+from budgets import LOSS, TENSOR, TIE, assert_same_features, assert_stored_as
 from checkpoints import filled, golden, images, relative_error
 from goldens import (
     assert_features_as_published,
@@ -102,7 +104,7 @@ def test_pixel_head(dtype):
     model = reference_of(meta, "reconstruct", dtype)
     out = model.reconstruct(model.encode(image))
     assert set(out) == {"reconstruction"}
-    assert error_beyond_storage(out["reconstruction"], expected["x_hat"]) < TENSOR
+    assert_stored_as(out["reconstruction"], expected["x_hat"])
     loss = F.mse_loss(out["reconstruction"], image)
     assert loss.item() == pytest.approx(expected["mse"].item(), rel=LOSS)
 
@@ -184,6 +186,20 @@ def test_codes_come_from_the_nearest_row(tokenizer):
     assert torch.equal(tokenizer.quantize.nearest(cells).flatten(), distance.argmin(-1))
     codes = torch.randint(1024, (2, 3, 4), generator=generator)
     assert torch.equal(tokenizer.quantize.nearest(tokenizer.quantize(codes)), codes)
+
+
+def test_group_norms_add_1e_6_to_the_variance(tokenizer):
+    """Of numbers as small as its root it is half of the sum; nowhere else would it show."""
+    norms = [module for module in tokenizer.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert len(norms) > 40
+    generator = torch.Generator().manual_seed(1)
+    for norm in norms:
+        x = 1e-3 * torch.randn(2, norm.num_channels, 3, generator=generator, dtype=torch.float64)
+        groups = x.unflatten(1, (32, -1)).flatten(2)
+        variance = groups.var(-1, correction=0, keepdim=True)
+        unit = ((groups - groups.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()).view_as(x)
+        gain, bias = (value.double()[:, None] for value in (norm.weight, norm.bias))
+        assert relative_error(copy.deepcopy(norm).double()(x), unit * gain + bias) < budgets.FLOAT64
 
 
 def test_tokenizer_is_never_trained(tokenizer):
