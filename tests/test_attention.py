@@ -185,3 +185,30 @@ def test_quantized_output(part):
 def test_shapes_that_do_not_fit(query, key_value, heads, named):
     with pytest.raises(ValueError, match=named):
         attention(torch.zeros(query, device=DEVICE), torch.zeros(key_value, device=DEVICE), heads)
+
+
+@pytest.mark.skipif(ON_GPU, reason="which way is taken depends on the part")
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "beside", "described"),
+    [
+        (torch.float16, 2, 80, 0, True),
+        (torch.float16, 2, 80, 8, True),
+        (torch.float16, 2, 80, 1, False),  # rows that start anywhere
+        (torch.float16, 2, 40, 0, False),  # pieces that reach into the next head
+        (torch.float32, 2, 80, 0, False),
+    ],
+)
+def test_what_tma_cannot_address_takes_pointers(dtype, heads, head_dim, beside, described):
+    width = heads * head_dim
+    query, key_value = cast(draw(2, 5, width), dtype), cast(draw(2, 21, 2 * width), dtype)
+    wide = torch.nn.functional.pad(key_value, (0, beside), value=float("nan"))
+    view = wide[..., : 2 * width]
+    seen = []
+    with launch.on_part(90, seen.append):
+        attention(query, view, heads)
+    assert [item.arguments["DESCRIPTORS"] for item in seen] == [described]
+    if not described:
+        with on_part(80):
+            expected = attention(query, key_value, heads)
+        with on_part(90):
+            assert torch.equal(attention(query, view, heads), expected)
