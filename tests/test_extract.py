@@ -115,7 +115,7 @@ def test_partitions_hold_all_images_in_order_and_batches_do_not_cross_them(
 def test_the_index_the_manifest_and_the_plan_say_what_was_done(photographs, tmp_path, engine):
     output = tmp_path / "out"
     job = plan(photographs, output)
-    run(job, engine, facts={"repo": "somewhere"})
+    summary = run(job, engine, facts={"repo": "somewhere"})
     table = parquet.read_table(output / "part-00000" / "index.parquet")
     assert [(field.name, str(field.type)) for field in table.schema] == [
         *(("id", "string"), ("row", "int64"), ("status", "string"), ("reason", "string")),
@@ -151,6 +151,7 @@ def test_the_index_the_manifest_and_the_plan_say_what_was_done(photographs, tmp_
     assert (stats["outcome"], stats["images"], stats["failed"]) == ("complete", 24, 4)
     stages = {"read", "decode", "wait", "encode", "blocked", "write", "total"}
     assert set(stats["seconds"]) == stages
+    assert 0 < summary.seconds["read"] != summary.seconds["decode"] > 0
     assert stats["limit"] in ("read", "decode", "encode", "write")
 
 

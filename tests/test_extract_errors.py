@@ -140,12 +140,12 @@ def test_a_partition_takes_the_place_of_an_earlier_one(
 def test_everything_is_on_disk_before_a_partition_gets_its_name(
     photographs, tmp_path, engine, monkeypatch
 ):
-    """The order of what reaches the disk: features, index, manifest, folder; rename; its parent."""
+    """The order of what reaches the disk: the images' list, the plan, their folder; then features,
+    index, manifest, folder; rename; its parent."""
     output = tmp_path / "out"
     job = plan(photographs, output)
-    prepare(job, identify(engine), engine.max_batch)
     events = []
-    fsync, rename = os.fsync, os.rename
+    fsync, rename, replace = os.fsync, os.rename, os.replace
 
     def record(descriptor):
         events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
@@ -155,8 +155,18 @@ def test_everything_is_on_disk_before_a_partition_gets_its_name(
         events.append("rename")
         rename(*arguments)
 
+    def replaced(*arguments):
+        events.append("replace")
+        replace(*arguments)
+
     monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "replace", replaced)
+    prepare(job, identify(engine), engine.max_batch)
+    assert [event.split(".")[-1] for event in events] == [
+        *("parquet", "replace", "json", "replace", "out")
+    ]
+    events.clear()
     run(job, engine)
     assert sorted(events[:2]) == ["cls.npy", "sparse.npy"]
     assert events[2:4] == ["index.parquet", "manifest.json"]
