@@ -285,6 +285,8 @@ def _load_pretrain(
         )
         config, where = located.config, str(located.weights)
         state = checkpoint.read_state(located.weights)
+        # Before a model is built of a geometry that the file may not have.
+        checkpoint.check_tensors(state, names.encode_shapes(config), where=where, ignored=state)
         if vq_model is None and not _has_pixel_head(state):
             raise ValueError(
                 f"purpose='pretrain' with this checkpoint needs vq_model, the path of {VQ_FILE}"

@@ -380,6 +380,14 @@ def test_numbers_that_are_large_only_together():
         BackboneConfig(12_800, 1, 1, 1, 1, 2_240)
 
 
+def test_no_model_is_built_to_be_trained_of_a_geometry_without_weights(tmp_path):
+    geometry = BACKBONE | {"hidden_size": 12_000, "intermediate_size": 48_000, "image_size": 224}
+    save_file(STATE, tmp_path / "small.safetensors")
+    (tmp_path / "config.json").write_bytes(index(backbone=geometry | {"num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match="missing: encoder"):
+        stellar_fast.load_stellar("small", "pretrain", "absent", repo=tmp_path, device="cpu")
+
+
 def test_the_published_models_are_a_tenth_of_the_bounds():
     for config in MODELS.values():
         for name, most in LARGEST.items():
