@@ -16,16 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import (
-    FP8,
-    FP8_MAX,
-    attention_tile,
-    describable,
-    descriptor,
-    launch,
-    part_of,
-)
+from .gpus import Gpu
+from .launch import FP8, FP8_MAX, NAMES, TRITON, describable, descriptor, gpu_of, launch, table_of
 from .pieces import to_fp8
+from .tables import AttentionTile
 
 
 @triton.jit
@@ -218,6 +212,32 @@ def _attention_kernel(
             )  # fmt: skip
 
 
+def attention_tile(
+    gpu: Gpu, dtype: torch.dtype, length: int, head_dim: int, descriptors: bool
+) -> AttentionTile:
+    """The tile of attention over `length` keys: tuned, or by heuristics.
+
+    Keys and values stay in shared memory only where TMA brings them there: through registers, as
+    pointers would, they spill.
+    """
+    stays = descriptors
+    if gpu.arch == 100 and TRITON < (3, 8) and head_dim.bit_count() > 1:
+        # Every product of a head in two pieces would have tensor memory of its own, which these
+        # versions run out of without an error: the kernel they make is a trap.
+        stays = False
+    tuned = table_of(gpu).attention.get((NAMES.get(dtype, ""), length, head_dim))
+    if tuned is not None and (stays or not tuned.resident):
+        return tuned
+    if dtype == torch.float32:
+        # Left to itself, the assembler gives so few registers that it spills.
+        return AttentionTile(32, 32, num_warps=4, num_stages=1, resident=False, registers=128)
+    kept = -(-length // 16) * 16 * head_dim * 2 * 2
+    if stays and gpu.shared > 200_000 and kept <= gpu.shared // 2:
+        # One stage: with the next query rows on their way, fewer programs would fit side by side.
+        return AttentionTile(64, 64, num_warps=4, num_stages=1, resident=True)
+    return AttentionTile(64, 64, num_warps=4, num_stages=2, resident=False)
+
+
 def _pieces(head_dim: int) -> tuple[int, int]:
     """A head_dim as two powers of two, at least 16 each, that hold it; the second may be 0."""
     first = max(16, 1 << (head_dim.bit_length() - 1))
@@ -248,23 +268,23 @@ def attention(
     head_dim, length = width // num_heads, key_value.shape[1]
     dim_a, dim_b = _pieces(head_dim)
     query, key_value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key_value))
-    part = part_of(query)
+    gpu = gpu_of(query)
     # Exact float32 products take their operands from registers: TMA's way there spills.
     descriptors = (
-        part.descriptors
+        gpu.descriptors
         and query.dtype != torch.float32
         and batch > 0
         and dim_a + dim_b == head_dim
         and describable(key_value)
     )
-    tile = attention_tile(part, query.dtype, length, head_dim, descriptors)
+    tile = attention_tile(gpu, query.dtype, length, head_dim, descriptors)
     whole = (length - 1) // tile.block_k if tile.resident else 0
     tail = max(16, triton.next_power_of_2(length - whole * tile.block_k)) if tile.resident else 0
     tiles = triton.cdiv(queries, tile.block_q)
     programs = tiles
     if tile.resident:
         # As few programs a head as keep the device busy: each reads the keys and values again.
-        programs = min(tiles, triton.cdiv(2 * part.processors, max(1, batch * num_heads)))
+        programs = min(tiles, triton.cdiv(2 * gpu.processors, max(1, batch * num_heads)))
     out = torch.empty(
         (batch, queries, width),
         dtype=query.dtype if out_scale is None else FP8,

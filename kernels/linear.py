@@ -13,18 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gpus import Gpu
 from .launch import (
     FP8,
     FP8_MAX,
+    NAMES,
     SUM_BLOCK,
     describable,
     descriptor,
+    gpu_of,
     launch,
-    linear_options,
-    linear_tile,
-    part_of,
+    table_of,
 )
-from .pieces import gelu, halves, row_sums, square_sums, to_fp8
+from .pieces import gelu, row_sums, slices, square_sums, to_fp8
+from .tables import Tile
 
 GROUP_M = 8  # tiles of rows that share a column tile of weight in the cache
 
@@ -167,25 +169,89 @@ def _linear_kernel(
         else:
             row_factor = rows
         WIDTH: tl.constexpr = BLOCK_N // SLICES
-        if SLICES == 2:
-            left, right = halves(acc, BLOCK_M, BLOCK_N)
+        columns_of = slices(acc, BLOCK_M, BLOCK_N, SLICES)
+        for slice in tl.static_range(SLICES):
             _finish(
-                left, row_factor, first_row, first_column, out, bias_ptr, weight_scale_ptr,
-                residual, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
-                GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK, FP8_MAX,
-            )  # fmt: skip
-            _finish(
-                right, row_factor, first_row, first_column + WIDTH, out, bias_ptr,
-                weight_scale_ptr, residual, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS,
-                SCALE_COLUMNS, GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK,
-                FP8_MAX,
-            )  # fmt: skip
-        else:
-            _finish(
-                acc, row_factor, first_row, first_column, out, bias_ptr, weight_scale_ptr,
-                residual, out_sums_ptr, out_factor, M, N, RMS or SCALE_ROWS, SCALE_COLUMNS,
-                GELU, RESIDUAL, QUANTIZE, DESCRIPTORS, BLOCK_M, WIDTH, SUM_BLOCK, FP8_MAX,
-            )  # fmt: skip
+                columns_of[slice],
+                row_factor,
+                first_row,
+                first_column + slice * WIDTH,
+                out=out,
+                bias_ptr=bias_ptr,
+                weight_scale_ptr=weight_scale_ptr,
+                residual=residual,
+                out_sums_ptr=out_sums_ptr,
+                out_factor=out_factor,
+                M=M,
+                N=N,
+                SCALE_ROWS=RMS or SCALE_ROWS,
+                SCALE_COLUMNS=SCALE_COLUMNS,
+                GELU=GELU,
+                RESIDUAL=RESIDUAL,
+                QUANTIZE=QUANTIZE,
+                DESCRIPTORS=DESCRIPTORS,
+                BLOCK_M=BLOCK_M,
+                WIDTH=WIDTH,
+                SUM_BLOCK=SUM_BLOCK,
+                FP8_MAX=FP8_MAX,
+            )
+
+
+def linear_tile(gpu: Gpu, x: torch.dtype, rows: int, columns: int, depth: int) -> Tile:
+    """The tile of a matrix product (rows, depth) x (depth, columns): tuned, or by heuristics.
+
+    Wide tiles read less, narrow ones leave no processor without work. All have the same rows, warps
+    and instruction: see `launch.py`.
+    """
+    tuned = table_of(gpu).linear_tile(NAMES.get(x, ""), rows, columns, depth)
+    if tuned is not None:
+        return tuned
+    if x == torch.float32:
+        return Tile(128, 64, 16, num_warps=8, num_stages=2)
+    deep = 128 if x == FP8 else 64
+    promote = x == FP8 and depth > 2048
+    if gpu.shared < 200_000:
+        # Half the shared memory, and accumulators in registers: no 256-wide tile.
+        wide = Tile(128, 128, deep // 2, num_warps=8, num_stages=3, slices=2, promote=promote)
+        narrow = Tile(128, 64, deep // 2, num_warps=8, num_stages=4, promote=promote)
+        fills = -(-rows // 128) * -(-columns // 128) >= gpu.processors
+        return wide if fills else narrow
+    choices = [
+        Tile(128, 128, deep, num_warps=8, num_stages=4, slices=2, promote=promote),
+        Tile(128, 64, deep, num_warps=8, num_stages=4, promote=promote),
+    ]
+    if not promote:  # a second accumulator would not fit into the registers
+        choices.insert(0, Tile(128, 256, deep, num_warps=8, num_stages=3, slices=2))
+    return min(choices, key=lambda tile: _cycles(gpu, tile, rows, columns, depth * x.itemsize))
+
+
+def _cycles(gpu: Gpu, tile: Tile, rows: int, columns: int, row_bytes: int) -> float:
+    """What decides between tiles of a product: reading operands, and finishing tiles.
+
+    A processor reads 64 bytes a cycle from the cache, which gives all of them 34 each, as
+    `benchmarks/audit/predict.py` has it; what a tile takes beside its reading grows with its
+    columns, and 32 cycles each come within 2 % of the best choices that it predicts.
+    """
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+    read = (tile.block_m + tile.block_n) * row_bytes
+    busiest = -(-tiles // gpu.processors) * (read / 64 + 32 * tile.block_n)
+    return max(busiest, tiles * read / (34 * gpu.processors))
+
+
+def linear_options(
+    tile: Tile, x: torch.dtype, descriptors: bool, quantizes: bool
+) -> dict[str, int]:
+    """Options of the compiler for a product; `quantizes` its output to FP8.
+
+    Left to itself, the assembler caps the registers so low that it spills: in that epilogue, and
+    where float32 operands come by pointers.
+    """
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if quantizes and tile.block_n <= 128:
+        options["maxnreg"] = 128
+    if x == torch.float32 and not descriptors:
+        options["maxnreg"] = 160
+    return options
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, weight_scale: Tensor | None) -> None:
@@ -224,17 +290,17 @@ def _multiply(
         sums = sums.reshape(-1, rows).contiguous()
     if residual is not None:
         residual = residual.contiguous().view(rows, columns)
-    part = part_of(x)
-    tile = linear_tile(part, x.dtype, rows, columns, depth)
+    gpu = gpu_of(x)
+    tile = linear_tile(gpu, x.dtype, rows, columns, depth)
     read = (x, weight) if residual is None else (x, weight, residual)
-    descriptors = part.descriptors and rows > 0 and describable(*read, y)
+    descriptors = gpu.descriptors and rows > 0 and describable(*read, y)
     width = tile.block_n // tile.slices
     if descriptors and residual is not None:
         residual = descriptor(residual, [tile.block_m, width])
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
     launch(
         _linear_kernel,
-        (min(tiles, part.processors) if descriptors else tiles,),
+        (min(tiles, gpu.processors) if descriptors else tiles,),
         device=x.device,
         options=linear_options(tile, x.dtype, descriptors, out_scale is not None),
         x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SUM_BLOCK, launch, patch_embed_options, patch_embed_tile
-from .pieces import halves, square_sums
+from .launch import SUM_BLOCK, launch
+from .pieces import slices, square_sums
+from .tables import Tile
 
 
 @triton.jit
@@ -136,21 +137,37 @@ def _patch_embed_kernel(
         acc = tl.dot(pixels.to(weight.dtype), weight.T, acc, input_precision="ieee")
 
     WIDTH: tl.constexpr = BLOCK_N // SLICES
-    if SLICES == 2:
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
+    columns_of = slices(acc, BLOCK_M, BLOCK_N, SLICES)
+    for slice in tl.static_range(SLICES):
         _finish(
-            left, first_row, first_column, table_ptr, sparse_ptr, out_ptr, sums_ptr, rows_out, S,
-            P, D, BLOCK_M, WIDTH, SUM_BLOCK,
-        )  # fmt: skip
-        _finish(
-            right, first_row, first_column + WIDTH, table_ptr, sparse_ptr, out_ptr, sums_ptr,
-            rows_out, S, P, D, BLOCK_M, WIDTH, SUM_BLOCK,
-        )  # fmt: skip
-    else:
-        _finish(
-            acc, first_row, first_column, table_ptr, sparse_ptr, out_ptr, sums_ptr, rows_out, S,
-            P, D, BLOCK_M, WIDTH, SUM_BLOCK,
-        )  # fmt: skip
+            columns_of[slice],
+            first_row,
+            first_column + slice * WIDTH,
+            table_ptr=table_ptr,
+            sparse_ptr=sparse_ptr,
+            out_ptr=out_ptr,
+            sums_ptr=sums_ptr,
+            rows_out=rows_out,
+            S=S,
+            P=P,
+            D=D,
+            BLOCK_M=BLOCK_M,
+            WIDTH=WIDTH,
+            SUM_BLOCK=SUM_BLOCK,
+        )
+
+
+def patch_embed_tile(weight: torch.dtype) -> Tile:
+    """The tile of patch_embed, the same on every GPU and for every batch."""
+    if weight == torch.float32:
+        return Tile(64, 64, 16, num_warps=8, num_stages=2)
+    return Tile(128, 128, 32, num_warps=8, num_stages=3, slices=2)
+
+
+def patch_embed_options(tile: Tile, weight: torch.dtype) -> dict[str, int]:
+    """Options of the compiler for patch_embed; see `linear_options` for the registers."""
+    registers = 128 if weight == torch.float32 else 255
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": registers}
 
 
 def patch_embed(

@@ -42,9 +42,14 @@ def square_sums(y, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, SUM_BLOCK: tl.con
 
 
 @triton.jit
-def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of the columns."""
-    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+def slices(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) as a tuple of SLICES, 1 or 2, side by side."""
+    if SLICES == 1:
+        found = (acc,)
+    else:
+        tl.static_assert(SLICES == 2)
+        found = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    return found
 
 
 @triton.jit

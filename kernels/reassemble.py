@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, reassemble_tile
+from .launch import launch
+from .tables import Tile
 
 MAX_TOKENS = 64  # of which one program keeps all
 
@@ -89,6 +90,17 @@ def _reassemble_kernel(
         mixture, sparse_ptr, out_ptr, image, rows, tl.program_id(1) * BLOCK_D, P, stride_sb,
         stride_sk, K, D, BLOCK_P, BLOCK_K, BLOCK_D,
     )  # fmt: skip
+
+
+def reassemble_tile(tokens: int) -> Tile:
+    """block_m patches x block_n columns of a mixture of tokens, block_k of them with padding.
+
+    The more tokens, the fewer patches: all operands of an exact product are in the registers.
+    """
+    padded = max(16, 1 << (tokens - 1).bit_length())
+    if padded > 32:
+        return Tile(16, 32, padded, num_warps=4, num_stages=1)
+    return Tile(32 if padded == 16 else 16, 128, padded, num_warps=4, num_stages=1)
 
 
 def reassemble(spatial: Tensor, sparse: Tensor) -> Tensor:

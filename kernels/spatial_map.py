@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import NORMALIZE_EPS
-from .launch import launch, reassemble_tile, spatial_map_options, spatial_map_tile
+from .launch import launch
 from .linear import linear
-from .reassemble import MAX_TOKENS, store_mixture
+from .reassemble import MAX_TOKENS, reassemble_tile, store_mixture
+from .tables import Tile
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -148,6 +149,19 @@ def _spatial_kernel(
             spatial, sparse_ptr, lowrank_ptr, image, rows, tl.program_id(1) * BLOCK_D, P,
             stride_sb, stride_sk, K, D, BLOCK_P, BLOCK_K, BLOCK_D,
         )  # fmt: skip
+
+
+def spatial_map_options(tile: Tile, weight: torch.dtype) -> dict[str, int]:
+    """Options of the compiler for spatial_map's product; see `linear_options`."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return {**options, "maxnreg": 128} if weight == torch.float32 else options
+
+
+def spatial_map_tile(weight: torch.dtype) -> Tile:
+    """The tile of spatial_map's product, the same on every GPU and for every batch."""
+    if weight == torch.float32:
+        return Tile(64, 32, 16, num_warps=8, num_stages=2)
+    return Tile(64, 128, 32, num_warps=8, num_stages=3)
 
 
 def _check(dense: Tensor, sparse: Tensor, projections: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -1,8 +1,9 @@
 """Launch tables that were tuned on a GPU: `tuned/sm_XX.json`, written by `benchmarks/gpu/tune.py`.
 
 A table says which tiles won for the shapes that were measured, and where and when. What it does not
-have is left to the heuristics of `launch.py`. Tiles that batches of different sizes choose between
-are of one family: the same rows, warps and way of summing, so that no result depends on the batch.
+have is left to the heuristics beside each kernel. Tiles that batches of different sizes choose
+between are of one family: the same rows, warps and way of summing, so that no result depends on the
+batch.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class Table:
-    """What was tuned on one part.
+    """What was tuned on one GPU generation.
 
     Attributes:
         linear: by dtype, columns and depth of a product: tiles, each from a number of rows on, in
@@ -129,7 +130,7 @@ def parsed(content: Any, arch: int) -> Table:
     """The table of a JSON document.
 
     Raises:
-        ValueError: it is not a table, or not one of this part.
+        ValueError: it is not a table, or not one of this GPU.
     """
     try:
         unknown = set(content) - {"arch", "linear", "attention", *ORIGIN}
@@ -152,7 +153,7 @@ def parsed(content: Any, arch: int) -> Table:
 
 @lru_cache
 def table(arch: int, folder: Path = FOLDER) -> Table:
-    """The table of a part; an empty one where none was tuned.
+    """The table of a GPU generation; an empty one where none was tuned.
 
     Raises:
         ValueError: the file is damaged.

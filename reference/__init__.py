@@ -1,5 +1,5 @@
 """The published STELLAR model in plain PyTorch: the engine's oracle, and the module to train."""
 
-from .model import STELLARModel
+from .pretrain.stellar import STELLARModel
 
 __all__ = ["STELLARModel"]

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..checkpoint import check_tensors, read_state
 from ..config import CODEBOOK_SIZE, MODELS
-from ..names import linear_shapes, published_shapes
-
-if TYPE_CHECKING:
-    from .model import STELLARModel
+from ..weights.checkpoint import check_tensors, read_state
+from ..weights.names import linear_shapes, published_shapes
+from .model import Autoencoder
 
 PARTS = {name.partition(".")[0] for name in published_shapes(MODELS["stellar-b16"], teacher=True)}
 TOKENIZER, TEACHER = "tokenizer", "teacher_"
 
 
-def take_out_other_head(model: STELLARModel, state: dict[str, Tensor]) -> list[str]:
+def take_out_other_head(model: Autoencoder, state: dict[str, Tensor]) -> list[str]:
     """Takes the code head out of `state` if `model` draws pixels, and returns its names.
 
     The published files hold a head that predicts codes. A model built without a tokenizer has the
@@ -38,7 +35,7 @@ def take_out_other_head(model: STELLARModel, state: dict[str, Tensor]) -> list[s
     return other
 
 
-def load_checkpoint(model: STELLARModel, path: str | PathLike[str]) -> None:
+def load_checkpoint(model: Autoencoder, path: str | PathLike[str]) -> None:
     """Fills `model` from a file that holds all its tensors; the tokenizer's may be missing.
 
     Parts of the published model that `model` was built without are passed over. Without any of a

@@ -1,7 +1,7 @@
-"""The published STELLAR model: encode, reconstruct, and the forward pass for training.
+"""The published STELLAR model as far as features and images go: encode, and reconstruct.
 
 Shapes: B images, P patches, K sparse tokens, D encoder width. Formulas: arXiv 2602.01905 and the
-code published with it, whose constructor arguments, defaults and state-dict names these are.
+code published with it, whose state-dict names these are.
 """
 
 from __future__ import annotations
@@ -9,142 +9,53 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import CODEBOOK_SIZE, IMAGE_MEAN, IMAGE_STD, BackboneConfig, ModelConfig
-from ..names import canonical
+from ..config import CODEBOOK_SIZE, IMAGE_MEAN, IMAGE_STD, ModelConfig
 from . import ops
-from .clustering import ClusteringHead
-from .loading import load_checkpoint, take_out_other_head
 from .position import RandomFourierPosition
-from .pretrain import training_predictions
-from .teacher import attach_teacher
 from .vit import VisionTransformer
 from .vqgan import VQGAN
 
-DEFAULT_BACKBONE = "facebook/vit-mae-base"
-FEATURES = ("sparse", "spatial", "dense", "lowrank", "cls")
 
-
-class STELLARModel(nn.Module):
-    """STELLAR in plain PyTorch. Parts that were not asked for are not built.
+class Autoencoder(nn.Module):
+    """Images to features, and with a decoder back.
 
     Args:
-        num_sparse_tokens: K.
-        spatial_temp: divisor of the cosine similarities of the spatial map; None: dot products over
-            sqrt(D).
-        do_koleo: the KoLeo loss in training.
-        do_recon: build the decoder, and train it.
-        num_decoder_layers: blocks of the decoder.
+        config: the geometry.
+        do_recon: build the decoder.
         vq_model: the tokenizer: its weights file (.bin or .safetensors) or a `VQGAN`. With it the
             decoder predicts codes; without it (None) a transposed convolution draws pixels.
-        do_clustering: build the clustering heads, and train with their losses.
-        num_clusters, predictor_layers, prototype_dim: size of the clustering heads, as
-            `ClusteringHead` takes them.
-        do_cls: cluster the CLS token too.
-        logits_temp, sk_temp, n_sk_iter, sk_scale: temperature of the predictions; temperature,
-            rounds and column exponent of the Sinkhorn-Knopp targets.
-        do_masking, num_masks, masking_ratio, focal_mode: train on that many masked global views;
-            the mode is "gaussian", "block" or None.
-        color_augmentation: colour-augment the masked views.
-        do_cropping, num_local_crops: train on that many local views.
-        hungarian_match: match predicted sparse tokens to their targets.
-        momentum_teacher, teacher_momentum: let an exponential moving average of the model give the
-            targets.
-        model_checkpoint_path: weights to start from, a safetensors file or a torch pickle of
-            tensors (as such or under "state_dict"), read without pickle code. Every tensor that
-            this model is built of must be there.
-        vit_pretrained: the encoder's geometry and nothing else: a published backbone's name, a
-            mapping of `BackboneConfig`'s fields or a `BackboneConfig`; None is
-            facebook/vit-mae-base. Nothing is downloaded.
 
     Raises:
-        ValueError: an argument is out of range, or `momentum_teacher` comes without
-            `do_clustering`.
-        CheckpointError: a weights file does not fit.
+        ValueError: `vq_model` is none of these.
+        CheckpointError: the tokenizer's file does not fit.
     """
-
-    clustering_head: ClusteringHead
-    cls_cluster_head: ClusteringHead
-    teacher_encoder: VisionTransformer
-    teacher_sparse_tokens: nn.Parameter
-    teacher_head: ClusteringHead
-    teacher_cls_head: ClusteringHead
 
     def __init__(
         self,
-        num_sparse_tokens: int,
-        spatial_temp: float | None = 0.06,
-        do_koleo: bool = True,
-        do_recon: bool = True,
-        num_decoder_layers: int = 6,
-        vq_model: str | PathLike[str] | VQGAN | None = None,
-        do_clustering: bool = True,
-        num_clusters: int = 16384,
-        predictor_layers: int | None = 2,
-        prototype_dim: int | None = 256,
-        do_cls: bool = True,
-        logits_temp: float = 0.12,
-        sk_temp: float = 0.06,
-        n_sk_iter: int = 3,
-        sk_scale: float = 1.0,
-        do_masking: bool = True,
-        num_masks: int = 8,
-        masking_ratio: float = 0.75,
-        focal_mode: str | None = "gaussian",
-        color_augmentation: bool = True,
-        do_cropping: bool = True,
-        num_local_crops: int = 8,
-        hungarian_match: bool = True,
-        momentum_teacher: bool = False,
-        teacher_momentum: float = 0.996,
-        model_checkpoint_path: str | PathLike[str] | None = None,
-        vit_pretrained: str | Mapping[str, object] | BackboneConfig | None = None,
+        config: ModelConfig,
+        *,
+        do_recon: bool,
+        vq_model: str | PathLike[str] | VQGAN | None,
     ) -> None:
         super().__init__()
-        if momentum_teacher and not do_clustering:
-            raise ValueError(
-                "momentum_teacher=True gives clustering targets: it needs do_clustering=True"
-            )
-        backbone = BackboneConfig.resolve(vit_pretrained or DEFAULT_BACKBONE)
-        self.config = ModelConfig(
-            "STELLARModel", backbone, num_sparse_tokens, num_decoder_layers, spatial_temp
+        self.config = config
+        self.num_sparse_tokens, self.spatial_temp = config.num_sparse_tokens, config.spatial_temp
+        self.do_recon = do_recon
+        width = config.backbone.hidden_size
+        self.encoder = VisionTransformer(config.backbone)
+        self.sparse_tokens = nn.Parameter(
+            torch.randn(config.num_sparse_tokens, width) * width**-0.5
         )
-        self.num_sparse_tokens, self.spatial_temp = num_sparse_tokens, spatial_temp
-        self.do_koleo, self.do_recon = do_koleo, do_recon
-        self.do_clustering, self.num_clusters, self.do_cls = do_clustering, num_clusters, do_cls
-        self.logits_temp, self.sk_temp = logits_temp, sk_temp
-        self.n_sk_iter, self.sk_scale = n_sk_iter, sk_scale
-        self.do_masking, self.num_masks = do_masking, num_masks
-        self.masking_ratio, self.focal_mode = masking_ratio, focal_mode
-        self.color_augmentation = color_augmentation
-        self.do_cropping, self.num_local_crops = do_cropping, num_local_crops
-        self.hungarian_match = hungarian_match
-        self.momentum_teacher, self.teacher_momentum = momentum_teacher, teacher_momentum
-
-        width = backbone.hidden_size
-        self.encoder = VisionTransformer(backbone)
-        self.sparse_tokens = nn.Parameter(torch.randn(num_sparse_tokens, width) * width**-0.5)
         self.dense_proj = nn.Linear(width, width)
         self.sparse_proj = nn.Linear(width, width)
         self.tokenizer = _tokenizer(vq_model)
         if do_recon:
             self._build_decoder()
-        if do_clustering:
-            self.clustering_head = ClusteringHead(
-                width, num_clusters, predictor_layers, prototype_dim
-            )
-            if do_cls:
-                self.cls_cluster_head = ClusteringHead(
-                    width, num_clusters, predictor_layers, prototype_dim
-                )
-        if momentum_teacher:
-            attach_teacher(self)
-        if model_checkpoint_path is not None:
-            load_checkpoint(self, model_checkpoint_path)
 
     def _build_decoder(self) -> None:
         decoder, patch = self.config.decoder, self.config.backbone.patch_size
@@ -246,7 +157,7 @@ class STELLARModel(nn.Module):
             return {"reconstruction": predicted}
         tokens = predicted.argmax(dim=-1)
         side = _side(decoded)
-        codes = tokens.unflatten(1, (side, side))
+        codes = rearrange(tokens, "b (rows columns) -> b rows columns", rows=side)
         pixels = self.tokenizer.decode(codes)
         return {"reconstruction": pixels, "tokens": tokens, "logits": predicted}
 
@@ -270,31 +181,8 @@ class STELLARModel(nn.Module):
         if isinstance(self.reconstruction_head, nn.Linear):
             return self.reconstruction_head(decoded)
         side = _side(decoded)
-        return self.reconstruction_head(decoded.transpose(1, 2).unflatten(2, (side, side)))
-
-    def forward(
-        self, inputs: Mapping[str, Tensor], mode: str = "train"
-    ) -> dict[str, dict[str, Tensor]]:
-        """The published forward pass.
-
-        Args:
-            inputs: "image" (B, 3, H, W); in training also what the losses asked for need: "labels"
-                (B,), "global_views" (B, G, 3, 224, 224), "local_views" (B, L, 3, 96, 96), all RGB
-                in [0, 1].
-            mode: "eval" or "train".
-
-        Returns:
-            {"predictions": ...}: in eval mode `evaluation_predictions`, in training those,
-            "gold_labels" and the losses.
-
-        Raises:
-            ValueError: another mode, or an input that does not fit.
-        """
-        if mode == "eval":
-            return {"predictions": self.evaluation_predictions(inputs["image"])}
-        if mode != "train":
-            raise ValueError(f'mode must be "train" or "eval", got {mode!r}')
-        return {"predictions": training_predictions(self, inputs)}
+        grid = rearrange(decoded, "b (rows columns) c -> b c rows columns", rows=side)
+        return self.reconstruction_head(grid)
 
     def evaluation_predictions(self, images: Tensor) -> dict[str, Tensor]:
         """`encode`'s features and two made of them.
@@ -305,29 +193,9 @@ class STELLARModel(nn.Module):
         """
         features = self.encode(images)
         sparse, spatial = features["sparse"], features["spatial"]
-        features["concat"] = torch.cat([sparse, spatial.transpose(1, 2)], dim=2)
+        features["concat"] = torch.cat([sparse, rearrange(spatial, "b p k -> b k p")], dim=2)
         features["peak_dist"] = spatial.detach().amax(dim=1)
         return features
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # Not in load_state_dict: a module that holds this one must load the same files.
-        own = {name[len(prefix) :]: name for name in state_dict if name.startswith(prefix)}
-        state = canonical({name: state_dict.pop(full) for name, full in own.items()})
-        other_head = take_out_other_head(self, state)
-        state_dict.update({prefix + name: value for name, value in state.items()})
-        unexpected_keys.extend(prefix + name for name in other_head)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 def _tokenizer(vq_model: str | PathLike[str] | VQGAN | None) -> VQGAN | None:

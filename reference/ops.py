@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..config import NORMALIZE_EPS
@@ -56,10 +57,13 @@ def patch_embed(
         x (B, 1 + P + K, D) in `weight`'s dtype, and its sums.
     """
     batch, _, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    cropped = images[:, :, : rows * patch_size, : columns * patch_size]
-    tiles = cropped.reshape(batch, 3, rows, patch_size, columns, patch_size)
-    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, 3 * patch_size**2)
+    cropped = images[:, :, : height - height % patch_size, : width - width % patch_size]
+    tiles = rearrange(
+        cropped,
+        "b c (rows y) (columns x) -> b (rows columns) (c y x)",
+        y=patch_size,
+        x=patch_size,
+    )
     if centre:
         tiles = tiles.to(torch.promote_types(tiles.dtype, torch.float32)) - centre
     tiles = tiles.to(weight.dtype)
@@ -192,13 +196,10 @@ def attention(
     Returns:
         (B, Q, D) in `query`'s dtype, or e4m3 with `out_scale`.
     """
-    batch, rows, width = query.shape
-    head = (num_heads, width // num_heads)
-    q = query.unflatten(-1, head).transpose(1, 2)
-    k = key_value[..., :width].unflatten(-1, head).transpose(1, 2)
-    v = key_value[..., width:].unflatten(-1, head).transpose(1, 2)
+    q = rearrange(query, "b s (heads d) -> b heads s d", heads=num_heads)
+    k, v = rearrange(key_value, "b s (kv heads d) -> kv b heads s d", kv=2, heads=num_heads)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    y = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, rows, width)
+    y = rearrange(scores.softmax(dim=-1) @ v, "b heads s d -> b s (heads d)")
     return y if out_scale is None else _quantize(y, out_scale)
 
 

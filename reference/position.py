@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -32,7 +33,8 @@ class RandomFourierPosition(nn.Module):
         frequencies = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         y = (torch.arange(rows, device=matrix.device, dtype=frequencies.dtype) + 0.5) / rows
         x = (torch.arange(columns, device=matrix.device, dtype=frequencies.dtype) + 0.5) / columns
-        cells = torch.stack([x.expand(rows, -1), y.unsqueeze(1).expand(-1, columns)], dim=-1)
+        cells = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
         angles = 2 * math.pi * ((2 * cells - 1) @ frequencies)
         code = torch.stack([angles.sin(), angles.cos()], dim=-1)
-        return code.reshape(rows * columns, -1).to(matrix.dtype)
+        code = rearrange(code, "rows columns half pair -> (rows columns) (half pair)")
+        return code.to(matrix.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import LAYER_NORM_EPS, BackboneConfig
@@ -99,11 +100,11 @@ class Embeddings(nn.Module):
         grid = self.config.grid
         cls, patches = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
         if (rows, columns) != (grid, grid):
-            patches = patches.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+            patches = rearrange(patches, "b (rows columns) d -> b d rows columns", rows=grid)
             patches = F.interpolate(
                 patches, size=(rows, columns), mode="bicubic", align_corners=False
             )
-            patches = patches.flatten(2).transpose(1, 2)
+            patches = rearrange(patches, "b d rows columns -> b (rows columns) d")
         bias = self.patch_embeddings.projection.bias
         assert bias is not None, "the patch projection is built with a bias"
         patches = patches + bias

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import check_tensors, read_state
 from ..config import CODE_DIM, CODEBOOK_SIZE
-from ..names import VQGAN_BLOCKS, VQGAN_CHANNELS, vqgan_shapes
+from ..weights.checkpoint import check_tensors, read_state
+from ..weights.names import VQGAN_BLOCKS, VQGAN_CHANNELS, vqgan_shapes
 
 GROUPS = 32
 GROUP_NORM_EPS = 1e-6

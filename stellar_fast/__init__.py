@@ -17,7 +17,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine.engine import Engine
     from .extract.features import open_features
     from .loading import load, load_stellar
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Engine": "engine",
+    "Engine": "engine.engine",
     "load": "loading",
     "load_stellar": "loading",
     "open_features": "extract.features",

@@ -22,7 +22,7 @@ from .errors import StellarError
 from .printable import printable
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine.engine import Engine
 
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -328,8 +328,9 @@ def maps(
 ) -> None:
     """The spatial maps of the sparse tokens, drawn over a photograph (extra viz)."""
     with _reported(debug):
-        from .images import check_preset, decode
-        from .pictures import check_picture, check_viz, save_spatial
+        from .images.presets import check_preset
+        from .images.reader import decode
+        from .viz.pictures import check_picture, check_viz, save_spatial
 
         check_viz()
         check_preset(preset)
@@ -367,8 +368,8 @@ def reconstruct(
 ) -> None:
     """A photograph as its features tell it: encoded, then decoded again (preset card)."""
     with _reported(debug):
-        from .images import load_image
-        from .pictures import check_picture, save_picture
+        from .images.presets import load_image
+        from .viz.pictures import check_picture, save_picture
 
         check_picture(output)
         pixels = load_image(image, "card")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from . import photos
 from .extract import plan, run
-from .extract.folder import check_output
+from .extract.output.folder import check_output
 from .files import writing
-from .images import decode
+from .images.reader import decode
 from .loading import load
-from .pictures import has_viz, save_spatial
+from .viz.pictures import has_viz, save_spatial
 
 PHOTOGRAPHS = 12
 

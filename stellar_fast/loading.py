@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from . import backends, checkpoint, hub, names, saving, synthetic
 from .config import MODELS, ModelConfig
-from .devices import DTYPES, resolve_device, resolve_precision
-from .engine import MAX_PATCHES, Engine
+from .engine import backends
+from .engine.backends import resolve_device
+from .engine.engine import MAX_PATCHES, Engine
 from .errors import CheckpointError
-from .quantize import quantize_block
-from .weights import VQGANWeights, pack_decoder, pack_encoder, pack_vqgan
+from .precision import DTYPES, resolve_precision
+from .weights import checkpoint, hub, names, saving, synthetic
+from .weights.pack import pack_decoder, pack_encoder, pack_vqgan
+from .weights.packed import VQGANWeights
+from .weights.quantize import quantize_block
 
 if TYPE_CHECKING:
-    from .reference.model import STELLARModel
+    from .reference import STELLARModel
 
 PUBLISHED_REPO = hub.PUBLISHED_REPO
 SYNTHETIC_SEED = 0
@@ -274,7 +277,7 @@ def _load_pretrain(
     files: dict[str, Any],
     model_arguments: dict[str, Any],
 ) -> STELLARModel:
-    from .reference.model import STELLARModel
+    from .reference import STELLARModel
 
     if files["weights"] == "synthetic":
         config = _local_config(name, files["repo"])

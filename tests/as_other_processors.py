@@ -3,9 +3,9 @@
     python -P tests/as_other_processors.py            every way, half an hour on two cores
     python -P tests/as_other_processors.py --short    three ways that differ most, minutes
 
-A processor is told by its instruction set, which PyTorch's own kernels and oneDNN are capped at,
-by whether oneDNN serves it, and by how many threads share a sum. What follows the options goes to
-pytest, such as `-k attention`.
+A processor is told by its instruction set, which PyTorch's own kernels, oneDNN and NumPy's products
+are capped at, by whether oneDNN serves it, and by how many threads share a sum. What follows the
+options goes to pytest, such as `-k attention`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# ONEDNN_MAX_CPU_ISA -> ATEN_CPU_CAPABILITY; None leaves both to the processor.
+# ONEDNN_MAX_CPU_ISA -> ATEN_CPU_CAPABILITY and OPENBLAS_CORETYPE, which NumPy's products obey; None
+# leaves all of them to the processor.
 INSTRUCTION_SETS = {
-    "SSE41": "default",
-    "AVX2": "avx2",
-    "AVX512_CORE": "avx512",
+    "SSE41": ("default", "Nehalem"),
+    "AVX2": ("avx2", "Haswell"),
+    "AVX512_CORE": ("avx512", "SkylakeX"),
     None: None,
 }
 CAPABILITY = "import torch; print(torch.backends.cpu.get_cpu_capability())"
@@ -49,14 +50,15 @@ class Processor:
             "OMP_NUM_THREADS": str(self.threads),
             "STELLAR_TEST_ONEDNN": str(int(self.onednn)),
         }
-        if self.instruction_set is not None:
+        caps = INSTRUCTION_SETS[self.instruction_set]
+        if self.instruction_set is not None and caps is not None:
             changed["ONEDNN_MAX_CPU_ISA"] = self.instruction_set
-            changed["ATEN_CPU_CAPABILITY"] = INSTRUCTION_SETS[self.instruction_set] or ""
+            changed["ATEN_CPU_CAPABILITY"], changed["OPENBLAS_CORETYPE"] = caps
         return {**os.environ, **changed}
 
 
 EVERY = [Processor(*way) for way in itertools.product(INSTRUCTION_SETS, (True, False), (1, 2))]
-SHORT = [Processor("SSE41", True, 2), Processor("AVX2", True, 1), Processor(None, False, 2)]
+SHORT = [Processor("SSE41", True, 1), Processor("AVX2", True, 1), Processor(None, False, 2)]
 
 
 def main() -> int:
@@ -71,8 +73,9 @@ def main() -> int:
         ).stdout.strip()
         print(f"== {processor} (PyTorch says {capability})", flush=True)
         start = time.monotonic()
-        # Not in several workers: each of those has one thread.
         tests = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        if processor.threads == 1:  # as each of several workers has
+            tests += ["-n", "2"]
         done = subprocess.run(
             [*tests, "-m", "numerical and not slow", *arguments], cwd=ROOT, env=environment
         )

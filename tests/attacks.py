@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stellar_fast.extract import decoding
+from stellar_fast.extract.work import decoding
 
 MIB = 1 << 20
 

@@ -15,7 +15,8 @@ import triton.language as tl
 from audit.compilation import Compilation, Finding, compile_one
 from audit.run import collect, families
 from jit_keys import compared
-from stellar_fast.kernels.launch import PARTS, tuned_by
+from stellar_fast.kernels.gpus import GPUS
+from stellar_fast.kernels.launch import tuned_by
 from stellar_fast.kernels.tables import Table, Tile
 
 
@@ -74,7 +75,7 @@ def planted(function, arch=90, pointer="*fp16", block=64, warps=4, **options) ->
         divisible=pointers,
         options=tuple(sorted({"num_warps": warps, "num_stages": 2, **options}.items())),
     )
-    return list(compile_one(item, PARTS[arch].shared).faults)
+    return list(compile_one(item, GPUS[arch].shared).faults)
 
 
 def differing_tiles() -> list[str]:
@@ -103,7 +104,7 @@ def badly_tuned() -> list[str]:
     (asked,) = (
         item for item in items if item.value("BLOCK_N") == 256 and ("num_warps", 4) in item.options
     )
-    return list(compile_one(asked, PARTS[90].shared).faults)
+    return list(compile_one(asked, GPUS[90].shared).faults)
 
 
 def faults() -> dict[str, list[str]]:
@@ -125,7 +126,7 @@ def faults() -> dict[str, list[str]]:
 def main() -> None:
     points = [(80, "fp32"), (90, "fp8")]
     if "all" in sys.argv:
-        found = {f"sound_{arch}": planted(sound, arch) for arch in PARTS}
+        found = {f"sound_{arch}": planted(sound, arch) for arch in GPUS}
         points = [(80, "fp32"), (80, "bf16"), (90, "fp32"), (90, "bf16"), (90, "fp8")]
     else:
         found = faults()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stellar_fast.config import BackboneConfig, ModelConfig
-from stellar_fast.names import Shapes, published_shapes, vqgan_shapes
+from stellar_fast.weights.names import Shapes, published_shapes, vqgan_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 # part of a block's name in the published spelling -> in the renamed one

@@ -4,11 +4,12 @@ import torch
 from checkpoints import images as image_of
 from checkpoints import synthetic
 
-from stellar_fast import names, weights
 from stellar_fast.config import BackboneConfig, ModelConfig
-from stellar_fast.devices import DTYPES
-from stellar_fast.engine import Engine
-from stellar_fast.quantize import quantize_block
+from stellar_fast.engine.engine import Engine
+from stellar_fast.precision import DTYPES
+from stellar_fast.weights import names
+from stellar_fast.weights import pack as weights
+from stellar_fast.weights.quantize import quantize_block
 
 SMALL = {
     "hidden_size": 64,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
-from stellar_fast.extract import decoding
+from stellar_fast.extract.work import decoding
 
 
 def parts(output: Path) -> list[Path]:

@@ -91,7 +91,7 @@ def run(cases: Iterable[Case], *, limit: float, max_pixels: int, preset: str = "
 
 def _serve(pipe: Connection, name: str, max_pixels: int, preset: str) -> None:
     from stellar_fast.errors import ImageError
-    from stellar_fast.images import SIZE
+    from stellar_fast.images.presets import SIZE
 
     module, _, function = name.partition(":")
     load = getattr(import_module(module), function)
@@ -121,7 +121,7 @@ def _peak() -> int:
 
 if __name__ == "__main__":
     first, last, *formats = sys.argv[1:]
-    from stellar_fast.images import MAX_PIXELS
+    from stellar_fast.images.reader import MAX_PIXELS
 
     for name in formats or (*FORMATS, *RARE):
         began = time.perf_counter()

@@ -21,7 +21,7 @@ PRIVATE_SETTINGS = re.compile("HF_|HUGGING|TRANSFORMERS_OFFLINE|.*_PROXY$", re.I
 CLIENT = """
 import dataclasses, json, sys, time
 from types import SimpleNamespace
-from stellar_fast import hub
+from stellar_fast.weights import hub
 
 clock = 0.0
 

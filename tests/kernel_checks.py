@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import interpreter_arithmetic
 import pytest
 import torch
-from stellar_fast.kernels import launch
+from stellar_fast.kernels import gpus, launch
 from stellar_fast.reference import ops as oracles
 
 ON_GPU = torch.cuda.is_available()
@@ -20,8 +20,8 @@ if not ON_GPU:
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 # Pointers and registers, or TMA descriptors: the two ways that kernels reach memory.
-PARTS = [None] if ON_GPU else [80, 90]
-TWO_WAYS = [(part, dtype) for part in PARTS for dtype in DTYPES]
+GPUS = [None] if ON_GPU else [80, 90]
+TWO_WAYS = [(gpu, dtype) for gpu in GPUS for dtype in DTYPES]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,9 +38,9 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def on_part(arch: int | None) -> Iterator[None]:
+def on_gpu(arch: int | None) -> Iterator[None]:
     """The launch table of `arch`; None is the device's own."""
-    with contextlib.nullcontext() if arch is None else launch.on_part(arch):
+    with contextlib.nullcontext() if arch is None else launch.on_gpu(arch):
         yield
 
 
@@ -157,9 +157,9 @@ def _widened(value):
 def launches(call) -> list[list[tuple]]:
     """What `call()` launches on each part of the table: grid, options and all but tensors."""
     found = []
-    for arch in launch.PARTS:
+    for arch in gpus.GPUS:
         seen: list[launch.Launch] = []
-        with launch.on_part(arch, seen.append):
+        with launch.on_gpu(arch, seen.append):
             call()
         found.append(
             [

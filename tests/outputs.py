@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from stellar_fast.extract.decoding import Outcome
-from stellar_fast.extract.folder import Locks
-from stellar_fast.extract.layout import Item, Partition, Plan, digest_of, write_plan
-from stellar_fast.extract.partition import Work
+from stellar_fast.extract.output.folder import Locks
+from stellar_fast.extract.output.layout import Partition, Plan, digest_of, write_plan
+from stellar_fast.extract.output.partition import Work
+from stellar_fast.extract.records import Item
+from stellar_fast.extract.work.decoding import Outcome
 
 SHAPES = {"sparse": (4, 6), "cls": (1, 6)}
 

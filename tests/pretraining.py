@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from checkpoints import filled, images
-from stellar_fast.reference.model import STELLARModel
+from stellar_fast.reference import STELLARModel
 from torch import Tensor
 
 from stellar_fast.config import BackboneConfig

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from checkpoints import filled, synthetic
-from stellar_fast.reference.model import STELLARModel
+from stellar_fast.reference import STELLARModel
 from stellar_fast.reference.vqgan import VQGAN
 
-from stellar_fast.names import vqgan_shapes
+from stellar_fast.weights.names import vqgan_shapes
 
 
 def vqgan_of(seed: int = 7) -> VQGAN:

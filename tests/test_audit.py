@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from audit.compilation import _matrix_faults, _offset_faults
-from stellar_fast.kernels import launch
+from stellar_fast.kernels import gpus
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +50,7 @@ def planted(found):
         ("empty", r"empty: it stores nothing"),
         ("spilling", r"spills: \d+ B of stack"),
         ("hopeless", r"does not compile"),
-        ("too_much_shared", r"shared memory: 131072 B, the part has 101376 B"),
+        ("too_much_shared", r"shared memory: 131072 B, the GPU has 101376 B"),
         ("rounded", r"float32 products are not exact: HGMMA.*TF32"),
         ("badly_tuned", r"spills: \d+ B of stack"),
         ("differing", r"tiles of one family differ"),
@@ -72,7 +72,7 @@ def test_products_off_the_matrix_units_are_named():
         assert "products of bf16 without" in _matrix_faults(arch, dot, found)[0]
     fp8 = dot.replace("bf16", "f8E4M3FN")
     assert _matrix_faults(89, fp8, ["QMMA.16832.F32.E4M3.E4M3"]) == []
-    assert "any instruction of the part" in _matrix_faults(80, fp8, ["HMMA.16816.F32"])[0]
+    assert "any instruction of the GPU" in _matrix_faults(80, fp8, ["HMMA.16816.F32"])[0]
 
 
 def test_wide_offsets_and_small_steps_pass():
@@ -99,7 +99,7 @@ def test_what_is_audited_is_what_is_launched(found):
 @pytest.mark.slow
 def test_every_part_and_every_precision():
     found = findings("all")
-    assert found["faults"] == {f"sound_{arch}": [] for arch in launch.PARTS}
+    assert found["faults"] == {f"sound_{arch}": [] for arch in gpus.GPUS}
     assert_same_keys(found["keys"])
 
 
@@ -119,15 +119,15 @@ def test_every_kernel_passes_on_every_part(tmp_path):
     bad = "\n".join(line for line in done.stdout.splitlines() if not line.endswith(" ok"))
     assert done.returncode == 0, bad + done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert {row["arch"] for row in rows} == set(launch.PARTS)
-    for arch in launch.PARTS:
+    assert {row["arch"] for row in rows} == set(gpus.GPUS)
+    for arch in gpus.GPUS:
         found = [row for row in rows if row["arch"] == arch]
         kernels = {row["kernel"] for row in found}
         assert kernels >= {"linear", "attention", "norm", "patch_embed", "similarity", "spatial"}
         assert ("quantize_rows" in kernels) == (arch >= 89)
         # Every tile that the table has for a product was taken.
         widths = {row["tile"].split("x")[1] for row in found if row["kernel"] == "linear"}
-        large = launch.PARTS[arch].shared > 200_000
+        large = gpus.GPUS[arch].shared > 200_000
         assert widths == ({"64", "128", "256"} if large else {"64", "128"})
         resident = any("RESIDENT" in row["flags"] for row in found)
         assert resident == large

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from stellar_fast import backends
-from stellar_fast.backends import resolve_backend
+from stellar_fast.engine import backends
+from stellar_fast.engine.backends import resolve_backend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -91,7 +91,7 @@ def test_the_interpreter_is_refused_bf16_and_asked_for_by_name():
 def test_the_torch_backend_does_not_import_triton():
     code = (
         "import sys, stellar_fast\n"
-        "from stellar_fast import backends\n"
+        "from stellar_fast.engine import backends\n"
         "assert backends.ops_of('torch').linear\n"
         "print([m for m in sys.modules if m.startswith('stellar_fast.kernels')])"
     )

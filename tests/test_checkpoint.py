@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stellar_fast.checkpoint import check_tensors, read_state
 from stellar_fast.errors import CheckpointError, DownloadError
+from stellar_fast.weights.checkpoint import check_tensors, read_state
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in STATE.items()}

@@ -18,7 +18,8 @@ from pictures import photograph
 from PIL import Image
 
 import stellar_fast
-from stellar_fast import demo, photos, pictures
+from stellar_fast import demo, photos
+from stellar_fast.viz import pictures
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ from pictures import photograph, saved
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 
 from stellar_fast import images
-from stellar_fast.extract import plan, run, sandbox, workers
-from stellar_fast.extract.layout import Item
-from stellar_fast.extract.sandbox import Limits
+from stellar_fast.extract import plan, run
+from stellar_fast.extract.records import Item
+from stellar_fast.extract.work import sandbox, workers
+from stellar_fast.extract.work.sandbox import Limits
 
 MIB = 1 << 20
 HONEST = ("a", "b", "d", "e", "f", "h")
@@ -200,7 +201,7 @@ ImageFile.LOAD_TRUNCATED_IMAGES = True
 Image.MAX_IMAGE_PIXELS = None
 GifImagePlugin.LOADING_STRATEGY = GifImagePlugin.LoadingStrategy.RGB_ALWAYS
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 40
-from stellar_fast.extract import sandbox
+from stellar_fast.extract.work import sandbox
 sandbox.enter(sandbox.Limits(max_pixels=1234, memory=100))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps([
@@ -234,7 +235,7 @@ def test_the_sandbox_of_a_process(tmp_path):
 def test_a_limit_that_is_there_already_is_never_raised():
     script = """
 import resource
-from stellar_fast.extract import sandbox
+from stellar_fast.extract.work import sandbox
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 2000))
 sandbox.enter(sandbox.Limits())
 print(resource.getrlimit(resource.RLIMIT_FSIZE))
@@ -248,7 +249,7 @@ def test_time_is_kept_whatever_was_made_of_its_signal():
 import signal, time
 signal.signal(signal.SIGALRM, lambda *arguments: None)
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # before numpy starts threads
-from stellar_fast.extract import sandbox
+from stellar_fast.extract.work import sandbox
 sandbox.enter(sandbox.Limits())
 with sandbox.decoding_time(0.1):
     pass
@@ -265,8 +266,8 @@ def test_a_decoder_that_hangs_ends_though_the_process_that_started_it_is_gone(tm
     path = tmp_path / "in" / "mark-hang"
     script = f"""
 from attacks import attacked_work
-from stellar_fast.extract import sandbox, workers
-from stellar_fast.extract.layout import Item
+from stellar_fast.extract.work import sandbox, workers
+from stellar_fast.extract.records import Item
 workers.work = attacked_work
 if __name__ == "__main__":
     pool = workers.Workers(1, "card", 8, limits=sandbox.Limits(seconds=10))

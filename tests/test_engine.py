@@ -11,11 +11,11 @@ from budgets import assert_same_features as assert_same
 from checkpoints import relative_error
 from engines import image, small_engine
 
-from stellar_fast import encoder, torch_ops
-from stellar_fast.devices import resolve_precision
-from stellar_fast.encoder import OUTPUTS
-from stellar_fast.engine import Engine
+from stellar_fast.engine import encoder, torch_ops
+from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.engine.engine import Engine
 from stellar_fast.errors import ForkError, ImageError, MissingExtraError, StellarError
+from stellar_fast.precision import resolve_precision
 
 pytestmark = pytest.mark.numerical
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from engines import image, small_engine
 
-from stellar_fast import encoder, engine
-from stellar_fast.caching import ByteCache
+from stellar_fast.engine import encoder, engine
+from stellar_fast.engine.caching import ByteCache
 from stellar_fast.errors import StellarError
 
 

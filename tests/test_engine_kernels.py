@@ -8,15 +8,16 @@ import dataclasses
 import pytest
 import torch
 from checkpoints import golden, images, relative_error
-from engines import SMALL_META, config_of, engine_of, image, small_engine
-from kernel_checks import DEVICE, ON_GPU, PARTS, assert_budget, on_part, shaken
+from engines import SMALL, SMALL_META, config_of, engine_of, image, small_engine
+from kernel_checks import DEVICE, GPUS, ON_GPU, assert_budget, on_gpu, shaken
 from references import reference_of
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
 
-from stellar_fast import decoder, encoder, kernels
-from stellar_fast.encoder import OUTPUTS
-from stellar_fast.weights import Fp8Block, map_nodes, position_code
+from stellar_fast import kernels
+from stellar_fast.engine import decoder, encoder
+from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.weights.packed import Fp8Block, map_nodes, position_code
 
 pytestmark = [pytest.mark.kernels, pytest.mark.numerical]
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -47,26 +48,33 @@ def small():
     return small_engine(backend="triton", device=DEVICE, precision="fp16")
 
 
+@pytest.fixture(scope="module")
+def shallow():
+    """One block that runs on all rows, and the last one, which runs on those that are asked for."""
+    vit = SMALL | {"num_hidden_layers": 2, "intermediate_size": 128}
+    return kernel_engine(SMALL_META | {"backbone": vit}, precision="fp16")
+
+
 @pytest.mark.parametrize(
-    ("part", "name", "size"),
+    ("gpu", "name", "size"),
     [
-        *((part, "encode-tiny16", (96, 96)) for part in PARTS),
-        (PARTS[-1], "encode-tiny14-k8", (98, 126)),
-        pytest.param(PARTS[-1], "encode-tiny16-notemp", (224, 224), marks=pytest.mark.slow),
+        *((gpu, "encode-tiny16", (96, 96)) for gpu in GPUS),
+        (GPUS[-1], "encode-tiny14-k8", (98, 126)),
+        pytest.param(GPUS[-1], "encode-tiny16-notemp", (224, 224), marks=pytest.mark.slow),
         *(
-            pytest.param(part, name, size, marks=pytest.mark.slow)
-            for part in PARTS
+            pytest.param(gpu, name, size, marks=pytest.mark.slow)
+            for gpu in GPUS
             for name in ("encode-tiny16", "encode-tiny14-k8")
             for size in ((224, 224), (160, 288))[: 2 if name == "encode-tiny16" else 1]
         ),
     ],
 )
-def test_encode_meets_the_published_outputs(part, name, size):
+def test_encode_meets_the_published_outputs(gpu, name, size):
     """The first image: no image sees its batch, as is shown below."""
     expected, meta = golden(name)
     published = {key: expected[f"{size[0]}x{size[1]}.{key}"][:1] for key in OUTPUTS}
     x = images(meta["batch"], *size, meta["image_seed"])[:1]
-    with on_part(part):
+    with on_gpu(gpu):
         out = {key: value.cpu() for key, value in kernel_engine(meta).encode(x).items()}
     for key in ("sparse", "cls", "dense", "lowrank"):
         assert relative_error(out[key], published[key]) < 2e-5, key
@@ -75,14 +83,14 @@ def test_encode_meets_the_published_outputs(part, name, size):
 
 
 @pytest.mark.parametrize(
-    ("part", "precision"),
+    ("gpu", "precision"),
     [
-        (PARTS[-1], "fp16"),
-        pytest.param(PARTS[0], "fp16", marks=pytest.mark.slow),
-        pytest.param(PARTS[-1], "fp32", marks=pytest.mark.slow),
+        (GPUS[-1], "fp16"),
+        pytest.param(GPUS[0], "fp16", marks=pytest.mark.slow),
+        pytest.param(GPUS[-1], "fp32", marks=pytest.mark.slow),
     ],
 )
-def test_reconstruct_error_budget(part, precision):
+def test_reconstruct_error_budget(gpu, precision):
     engine = small_engine(
         purpose="reconstruct",
         pixel_head=True,
@@ -93,7 +101,7 @@ def test_reconstruct_error_budget(part, precision):
     )
     dtype = PRECISIONS[precision]
     lowrank = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with on_part(part):
+    with on_gpu(gpu):
         ours = engine.reconstruct({"lowrank": lowrank})["reconstruction"]
 
     def computed(change):
@@ -125,18 +133,18 @@ def test_reconstruct_meets_the_published_outputs():
 
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 @pytest.mark.parametrize(
-    ("part", "name", "size"),
+    ("gpu", "name", "size"),
     [
-        *((part, "odd", (61, 72)) for part in PARTS),
-        (PARTS[-1], "encode-tiny14-k8", (42, 70)),
+        *((gpu, "odd", (61, 72)) for gpu in GPUS),
+        (GPUS[-1], "encode-tiny14-k8", (42, 70)),
         *(
-            pytest.param(part, name, (224, 224), marks=pytest.mark.slow)
-            for part in PARTS
+            pytest.param(gpu, name, (224, 224), marks=pytest.mark.slow)
+            for gpu in GPUS
             for name in ("encode-tiny16", "encode-tiny14-k8")
         ),
     ],
 )
-def test_encode_error_budget(part, name, size, precision):
+def test_encode_error_budget(gpu, name, size, precision):
     meta = ODD if name == "odd" else golden(name)[1]
     engine = kernel_engine(meta, precision=precision, output_dtype=torch.float64)
     x = images(1, *size, 3)
@@ -146,7 +154,7 @@ def test_encode_error_budget(part, name, size, precision):
             parameter.copy_(shaken(parameter, max(parameter.shape[-1], 2)))
         exact, floor = model.encode(x.double()), other.encode(x.double())
         plain = model.to(PRECISIONS[precision]).encode(x)
-    with on_part(part):
+    with on_gpu(gpu):
         ours = {key: value.cpu() for key, value in engine.encode(x).items()}
     for key in exact:
         assert_budget(ours[key], plain[key], exact[key], torch.float64, floor[key])
@@ -158,9 +166,9 @@ def test_encode_error_budget(part, name, size, precision):
 
 
 @pytest.mark.parametrize(
-    ("part", "calibrated"), [(PARTS[0], False), (PARTS[-1], True)], ids=["bounds", "calibrated"]
+    ("gpu", "calibrated"), [(GPUS[0], False), (GPUS[-1], True)], ids=["bounds", "calibrated"]
 )
-def test_fp8_error_budget(part, calibrated):
+def test_fp8_error_budget(gpu, calibrated):
     """As far from float64 as the oracles are with the same weights, twice at most."""
     meta = golden("encode-tiny16")[1]
     meta = meta | {"backbone": meta["backbone"] | {"num_hidden_layers": 4}}
@@ -168,7 +176,7 @@ def test_fp8_error_budget(part, calibrated):
     assert sum(isinstance(block, Fp8Block) for block in engine._encoder.blocks) == 2
     x = images(1, 48, 64, 3)
     before = engine._encoder.blocks[1].hidden_scale
-    with on_part(part):
+    with on_gpu(gpu):
         if calibrated:
             assert engine.calibrate(x) is engine
             assert engine._encoder.blocks[1].hidden_scale < before
@@ -193,46 +201,46 @@ def test_calibration_needs_an_fp8_engine_and_images(small):
 
 
 @pytest.mark.parametrize(
-    "part", [PARTS[-1], *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS[:-1])]
+    "gpu", [GPUS[-1], *(pytest.param(gpu, marks=pytest.mark.slow) for gpu in GPUS[:-1])]
 )
-def test_subsets_of_the_outputs_have_the_same_bits(part, small):
+def test_subsets_of_the_outputs_have_the_same_bits(gpu, shallow):
     x = image(1, 32, 48)
-    with on_part(part):
-        whole = small.encode(x)
+    with on_gpu(gpu):
+        whole = shallow.encode(x)
         for outputs in (("cls",), ("sparse",), ("sparse", "cls"), ("dense",), ("lowrank",)):
-            found = small.encode(x, outputs=outputs)
+            found = shallow.encode(x, outputs=outputs)
             assert set(found) == set(outputs)
             for name in outputs:
                 assert torch.equal(found[name], whole[name])
 
 
 @pytest.mark.parametrize(
-    ("part", "precision"),
+    ("gpu", "precision"),
     [
-        *((PARTS[-1], precision) for precision in [*PRECISIONS, "fp8"] if precision != "fp32"),
+        *((GPUS[-1], precision) for precision in [*PRECISIONS, "fp8"] if precision != "fp32"),
         *(
-            pytest.param(PARTS[0], precision, marks=pytest.mark.slow)
+            pytest.param(GPUS[0], precision, marks=pytest.mark.slow)
             for precision in PRECISIONS
             if not ON_GPU
         ),
     ],
 )
-def test_an_image_does_not_see_its_batch(part, precision):
+def test_an_image_does_not_see_its_batch(gpu, precision):
     """Each is in a chunk of two and alone in one. The kernels' own tests hold the same of each."""
     engine = small_engine(backend="triton", device=DEVICE, precision=precision, max_batch=2)
     x = image(3, 32, 48)
     order = torch.tensor([2, 0, 1])
-    with on_part(part):
+    with on_gpu(gpu):
         whole = engine.encode(x)
         shuffled = engine.encode(x[order])
     for name, tensor in whole.items():
         assert torch.equal(shuffled[name], tensor[order.to(DEVICE)])
 
 
-def test_forms_of_a_batch(small):
+def test_forms_of_a_batch(shallow):
     pixels = (image(1, 32, 48) * 255).byte()
-    with on_part(PARTS[-1]):
-        expected = small.encode(pixels)
+    with on_gpu(GPUS[-1]):
+        expected = shallow.encode(pixels)
         forms = [
             pixels.permute(0, 2, 3, 1).contiguous(),
             pixels.permute(0, 2, 3, 1).numpy(),
@@ -240,26 +248,26 @@ def test_forms_of_a_batch(small):
             torch.nn.functional.pad(pixels, (3, 5))[..., 3:-5],
         ]
         for form in forms:
-            found = small.encode(form)
+            found = shallow.encode(form)
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor)
-        near = small.encode(pixels.float() / 255)
+        near = shallow.encode(pixels.float() / 255)
     # The same pixels but for float16's rounding of weights that are 255 times as small.
     for name, tensor in expected.items():
         assert relative_error(near[name], tensor) < 1e-2
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_constant_images_are_finite(part, small):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_constant_images_are_finite(gpu, shallow):
     constant = torch.tensor([0, 255, 128], dtype=torch.uint8).reshape(3, 1, 1, 1)
-    with on_part(part):
-        out = small.encode(constant.expand(3, 3, 32, 48))
+    with on_gpu(gpu):
+        out = shallow.encode(constant.expand(3, 3, 32, 48))
     assert all(tensor.isfinite().all() for tensor in out.values())
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_no_images(part, small):
-    with on_part(part):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_no_images(gpu, small):
+    with on_gpu(gpu):
         out = small.encode(torch.zeros(0, 3, 64, 64))
     assert {name: tuple(tensor.shape) for name, tensor in out.items()} == {
         "sparse": (0, 8, 64),
@@ -275,7 +283,7 @@ def launches(engine, outputs=OUTPUTS, arch=90) -> list[str]:
     weights = map_nodes(engine._encoder, torch.Tensor, lambda tensor: tensor.to("meta"))
     x = torch.empty(2, 3, 96, 96, dtype=torch.uint8, device="meta")
     seen: list[launch.Launch] = []
-    with launch.on_part(arch, seen.append):
+    with launch.on_gpu(arch, seen.append):
         encoder.encode(
             kernels, weights, engine.config, x, weights.table.table(6, 6), outputs, torch.float32
         )

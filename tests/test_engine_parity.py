@@ -18,9 +18,9 @@ from goldens import (
 from references import reference_of, vqgan_of
 from stellar_fast.reference.vqgan import VQGAN
 
-from stellar_fast import decoder
-from stellar_fast.vqgan import decode_codes
-from stellar_fast.weights import pack_vqgan
+from stellar_fast.engine import decoder
+from stellar_fast.engine.vqgan import decode_codes
+from stellar_fast.weights.pack import pack_vqgan
 
 pytestmark = pytest.mark.numerical
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

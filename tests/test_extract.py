@@ -17,8 +17,8 @@ from scenes import write_photographs
 from stellar_fast import StellarError
 from stellar_fast.extract import check_sums, plan, read_plan, run, stats
 from stellar_fast.extract.stats import Progress
-from stellar_fast.extract.workers import Workers
-from stellar_fast.images import load_image
+from stellar_fast.extract.work.workers import Workers
+from stellar_fast.images.presets import load_image
 
 
 @pytest.fixture(scope="module")

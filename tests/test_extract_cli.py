@@ -19,7 +19,7 @@ from scenes import write_photographs
 
 import stellar_fast
 from stellar_fast import cli, extract
-from stellar_fast.images import load_image
+from stellar_fast.images.presets import load_image
 
 BATCH = 16
 

@@ -10,13 +10,8 @@ from extracting import Wrapped, contents, parts, scaled, touch
 from scenes import write_photographs
 
 from stellar_fast import StellarError
-from stellar_fast.extract import (
-    folder,
-    identify,
-    plan,
-    prepare,
-    run,
-)
+from stellar_fast.extract import identify, plan, prepare, run
+from stellar_fast.extract.output import folder
 
 SMALL = {"partition_size": 3, "batch_size": 2}
 

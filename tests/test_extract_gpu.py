@@ -8,7 +8,7 @@ from extracting import feature, index
 from scenes import write_photographs
 
 from stellar_fast.extract import plan, run
-from stellar_fast.images import load_image
+from stellar_fast.images.presets import load_image
 
 pytestmark = pytest.mark.gpu
 

@@ -41,9 +41,9 @@ from stellar_fast.extract import (
     prepare,
     run,
     run_devices,
-    workers,
 )
 from stellar_fast.extract.stats import Progress
+from stellar_fast.extract.work import workers
 
 TESTS = Path(__file__).parent
 

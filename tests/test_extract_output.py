@@ -12,16 +12,8 @@ from extracting import Wrapped, contents, parts, touch
 from scenes import write_photographs
 
 from stellar_fast import StellarError
-from stellar_fast.extract import (
-    check_sums,
-    complete,
-    identify,
-    plan,
-    prepare,
-    read_plan,
-    run,
-)
-from stellar_fast.extract.folder import Locks
+from stellar_fast.extract import check_sums, complete, identify, plan, prepare, read_plan, run
+from stellar_fast.extract.output.folder import Locks
 
 SMALL = {"partition_size": 3, "batch_size": 2}
 
@@ -271,12 +263,13 @@ def test_other_processes_see_the_locks(tmp_path):
     import sys
 
     held = (
-        "import sys; from pathlib import Path; from stellar_fast.extract.folder import Locks\n"
-        "from stellar_fast.extract.layout import Partition\n"
+        "import sys; from pathlib import Path\n"
+        "from stellar_fast.extract.output.folder import Locks\n"
+        "from stellar_fast.extract.output.layout import Partition\n"
         f"locks = Locks(Path({str(tmp_path)!r})); locks.take(Partition(1, 0, ''))\n"
         "print('held', flush=True); sys.stdin.read()"
     )
-    from stellar_fast.extract.layout import Partition
+    from stellar_fast.extract.output.layout import Partition
 
     with (
         subprocess.Popen(

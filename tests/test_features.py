@@ -13,8 +13,8 @@ from outputs import made_up, write_output
 
 import stellar_fast
 from stellar_fast.errors import StellarError
-from stellar_fast.extract import opened
 from stellar_fast.extract.features import Failed
+from stellar_fast.extract.output import readers as opened
 
 ROWS = 23
 FAILED = (0, 3, 10, 11, 12, 13, 14, 24)  # partition 2 of 5 images has no row at all

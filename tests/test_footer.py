@@ -74,7 +74,7 @@ import json, sys
 from pathlib import Path
 from forged import PART
 from stellar_fast.errors import StellarError
-from stellar_fast.extract.opened import open_rows, read_index
+from stellar_fast.extract.output.readers import open_rows, read_index
 folder = Path(sys.argv[1]) / PART
 path = folder / sys.argv[2]
 manifest = json.loads((folder / "manifest.json").read_text())

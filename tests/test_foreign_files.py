@@ -12,9 +12,10 @@ from pyarrow import parquet
 
 import stellar_fast
 from stellar_fast.errors import StellarError
-from stellar_fast.extract import Item, opened, read_plan
-from stellar_fast.extract.folder import Locks
-from stellar_fast.extract.partition import Work
+from stellar_fast.extract import Item, read_plan
+from stellar_fast.extract.output import readers as opened
+from stellar_fast.extract.output.folder import Locks
+from stellar_fast.extract.output.partition import Work
 
 
 @pytest.fixture
@@ -246,7 +247,7 @@ def test_text_that_repeats_is_measured_before_it_is_unpacked(npy, monkeypatch):
 
 
 def test_an_index_that_is_too_long_is_not_written_nor_read(npy, tmp_path, monkeypatch):
-    from stellar_fast.extract import writer
+    from stellar_fast.extract.output import writers as writer
 
     monkeypatch.setattr(writer, "MOST_TEXT", 1000)
     with pytest.raises(StellarError, match=r"bytes of ids and reasons.*smaller --partition-size"):

@@ -102,7 +102,7 @@ def test_plans_and_manifests_are_bounded_before_they_are_parsed(npy):
 
 
 def test_what_could_not_be_read_is_not_written():
-    from stellar_fast.extract.layout import Partition, Plan
+    from stellar_fast.extract.output.layout import Partition, Plan
 
     with pytest.raises(ValueError, match=r"100001 partitions.*larger --partition-size"):
         Plan({}, (Partition(0, 1, ""),) * 100_001, {})

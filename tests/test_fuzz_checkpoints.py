@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from tiny import BACKBONE, CONFIG, CPU, join, save_packed, split
 
-from stellar_fast import checkpoint, hub, saving
 from stellar_fast.config import BACKBONES, LARGEST
 from stellar_fast.errors import CheckpointError, DownloadError
+from stellar_fast.weights import checkpoint, hub, saving
 
 # Of sizes of their own, so that no exchange of offsets goes unseen.
 STATE = {f"part.{n}.weight": torch.arange(1.0, 1 + 3 * n).reshape(3, n) for n in (1, 2, 3, 5, 7)}

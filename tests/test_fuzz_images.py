@@ -13,7 +13,7 @@ from PIL import Image
 
 from stellar_fast import images
 from stellar_fast.errors import ImageError
-from stellar_fast.jpeg import count_scans
+from stellar_fast.images.jpeg import count_scans
 
 # At most three pictures in Pillow's 4 bytes a pixel: as the decoder holds it, as RGB, and turned
 # upright. "eval" takes RGB and one channel as bytes, an array and float32; allocators keep some.

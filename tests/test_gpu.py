@@ -9,7 +9,7 @@ from goldens import ENCODE, assert_encodes_as_published
 from references import reference_of
 
 import stellar_fast
-from stellar_fast.devices import DTYPES, resolve_precision
+from stellar_fast.precision import DTYPES, resolve_precision
 
 pytestmark = pytest.mark.gpu
 

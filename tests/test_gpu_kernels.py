@@ -18,9 +18,9 @@ from stellar_fast.reference import ops as oracles
 from test_gpu import full_float32  # noqa: F401
 
 import stellar_fast
-from stellar_fast import encoder
-from stellar_fast.devices import DTYPES
-from stellar_fast.encoder import OUTPUTS
+from stellar_fast.engine import encoder
+from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.precision import DTYPES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32")]
 HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from engines import image, small_engine
 
-from stellar_fast import encoder
-from stellar_fast.graphs import GRAPHS_KEPT, GraphRunner, bucket
+from stellar_fast.engine import encoder
+from stellar_fast.engine.graphs import GRAPHS_KEPT, GraphRunner, bucket
 
 pytestmark = pytest.mark.numerical
 

@@ -16,10 +16,10 @@ from hub_server import ENTRY, HubServer, files, index, locate_in_process
 from safetensors.torch import save_file
 
 import stellar_fast
-from stellar_fast import hub, names
-from stellar_fast.checkpoint import read_state
 from stellar_fast.config import LARGEST, MODELS, MOST_PARAMETERS, BackboneConfig
 from stellar_fast.errors import CheckpointError, DownloadError
+from stellar_fast.weights import hub, names
+from stellar_fast.weights.checkpoint import read_state
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4)}
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from hub_server import HubServer, files, index, locate_in_process
 
-from stellar_fast import hub
 from stellar_fast.errors import DownloadError
+from stellar_fast.weights import hub
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 METADATA = SimpleNamespace(size=11)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hub_server import ENTRY, files, index
 
-from stellar_fast import hub
 from stellar_fast.config import BACKBONES, ModelConfig
 from stellar_fast.errors import CheckpointError, DownloadError
+from stellar_fast.weights import hub
 
 CONFIG = ModelConfig("small", BACKBONES["facebook/vit-mae-base"], 8, 2, 0.1, "small.safetensors")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from stellar_fast import images
 from stellar_fast.errors import ImageError
-from stellar_fast.extract.sandbox import BYTES_A_PIXEL
+from stellar_fast.extract.work.sandbox import BYTES_A_PIXEL
 
 SIDE = 1000
 FULL = SIDE * SIDE

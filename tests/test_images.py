@@ -1,4 +1,4 @@
-"""Decoding by the rules that `stellar_fast.images` writes down, over a zoo of files."""
+"""Decoding by the rules that `stellar_fast.images.decode` writes down, over a zoo of files."""
 
 import struct
 import warnings
@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from stellar_fast import images
 from stellar_fast.errors import ImageError
+from stellar_fast.images import reader
 
 FAR = 8  # what JPEG's rounding may change, of 255
 
@@ -172,7 +173,7 @@ def test_transparency_is_the_same_in_strips(kind, monkeypatch):
     data = saved(picture, "PNG", **options)
     expected = images.decode(data)
     for strip in (1, 30 * 7, 30 * 50):
-        monkeypatch.setattr(images, "STRIP", strip)
+        monkeypatch.setattr(reader, "STRIP", strip)
         assert distance(images.decode(data), expected) == 0
 
 

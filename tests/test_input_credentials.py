@@ -16,7 +16,7 @@ from stellar_fast import ImageError, StellarError
 from stellar_fast.extract import discover, plan, run
 from stellar_fast.extract.input import door
 from stellar_fast.extract.input.addresses import Allowed, scrubbed, shown
-from stellar_fast.extract.layout import digest_of, read_items, read_plan
+from stellar_fast.extract.output.layout import digest_of, read_items, read_plan
 from stellar_fast.extract.records import Item
 
 SECRETS = ("hunter2", "alice", "s3cr3t", "deadbeefsig", "fr4gment")

@@ -15,11 +15,11 @@ from pictures import png
 
 from stellar_fast import StellarError
 from stellar_fast.extract import identify, plan, prepare, read_plan, run, run_devices
-from stellar_fast.extract.decoding import Outcome
-from stellar_fast.extract.folder import Locks
-from stellar_fast.extract.layout import PLAN, digest_of, read_items, write_plan
-from stellar_fast.extract.partition import Work
+from stellar_fast.extract.output.folder import Locks
+from stellar_fast.extract.output.layout import PLAN, digest_of, read_items, write_plan
+from stellar_fast.extract.output.partition import Work
 from stellar_fast.extract.records import Item
+from stellar_fast.extract.work.decoding import Outcome
 
 
 @pytest.fixture(scope="module")

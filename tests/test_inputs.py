@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stellar_fast.encoder import OUTPUTS
-from stellar_fast.engine import Engine
+from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.engine.engine import Engine
 
 pytestmark = pytest.mark.numerical
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -95,7 +95,7 @@ def test_paths_and_pil_images_are_resized_by_the_preset(engine, tmp_path):
     pixels = (image(1, 300, 260)[0] * 255).byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels)
     picture.save(tmp_path / "a.png")
-    from stellar_fast.images import apply_preset
+    from stellar_fast.images.presets import apply_preset
 
     for preset in ("card", "eval"):
         expected = engine.encode(apply_preset(picture, preset)[None], check_range=False)

@@ -8,14 +8,14 @@ import torch
 from kernel_checks import (
     DEVICE,
     DTYPES,
-    PARTS,
+    GPUS,
     TWO_WAYS,
     accumulation,
     assert_budget,
     assert_within_budget,
     cast,
     draw,
-    on_part,
+    on_gpu,
     oracles,
     poisoned,  # noqa: F401
     rounding,
@@ -23,7 +23,8 @@ from kernel_checks import (
     strided,
 )
 from memory_bounds import bounded  # noqa: F401
-from stellar_fast.kernels import launch, linear, linear_residual
+from stellar_fast.kernels import gpus, launch, linear, linear_residual
+from stellar_fast.kernels.linear import linear_tile
 from stellar_fast.kernels.tables import Table, Tile
 
 pytestmark = [
@@ -34,7 +35,7 @@ pytestmark = [
 MODULE = importlib.import_module("stellar_fast.kernels.linear")
 BOTH = {"norm_eps": 1e-12, "gelu": True}
 # Rows of two images, depth, columns: one that TMA cannot address; whole steps of the depth; two
-# tiles of rows and three of columns, the last of each in part, and a step of the depth in part; a
+# tiles of rows and three of columns, the last of each in gpu, and a step of the depth in part; a
 # deep one.
 ODD, EVEN, TILES, DEEP = (7, 13, 5), (5, 64, 72), (73, 80, 160), (3, 208, 66)
 
@@ -45,7 +46,7 @@ def operands(batch, rows, depth, columns):
     return x, draw(columns, depth) / depth**0.5, draw(columns)
 
 
-@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+@pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
 @pytest.mark.parametrize(
     ("shape", "flags"),
     [
@@ -58,8 +59,8 @@ def operands(batch, rows, depth, columns):
         (DEEP, {}),
     ],
 )
-def test_linear(part, dtype, shape, flags):
-    with on_part(part):
+def test_linear(gpu, dtype, shape, flags):
+    with on_gpu(gpu):
         given = operands(2, *shape)
         assert_within_budget(linear, *given, dtype=dtype, terms=shape[1], **flags)
 
@@ -84,13 +85,13 @@ def test_gelu_over_all_its_arguments(dtype):
     assert found[0].isnan() and found[1] == float("inf")
 
 
-@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+@pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
 @pytest.mark.parametrize(("batch", "shape"), [(3, ODD), (2, TILES), (1, DEEP), (0, EVEN)])
-def test_linear_residual_and_its_sums(part, dtype, batch, shape):
+def test_linear_residual_and_its_sums(gpu, dtype, batch, shape):
     x, weight, bias = (cast(v, dtype) for v in operands(batch, *shape))
     residual = cast(draw(batch, shape[0], shape[2], seed=5), dtype)
     kept = residual.clone()
-    with on_part(part):
+    with on_gpu(gpu):
         y, sums = linear_residual(x, weight, bias, residual)
     operands_ = [tensor.double() for tensor in (x, weight, bias, residual)]
     exact, _ = oracles.linear_residual(*operands_)
@@ -110,14 +111,14 @@ def test_linear_residual_and_its_sums(part, dtype, batch, shape):
         assert ((found.double() - total).abs() <= atol).all()
 
 
-@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
-def test_sums_take_the_place_of_statistics(part, dtype):
+@pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
+def test_sums_take_the_place_of_statistics(gpu, dtype):
     x, weight, bias = (cast(v, dtype) for v in operands(2, 21, 80, 48))
     # Three parts in memory where a fourth, NaN, is next: kernels read by powers of two.
     sums = x.new_full((4, 2, 21), float("nan"), dtype=torch.float32)[:3]
     for found, columns in zip(sums, x.split([40, 24, 16], dim=-1), strict=True):
         found.copy_(columns.float().square().sum(-1))
-    with on_part(part):
+    with on_gpu(gpu):
         given = linear(x, weight, bias, norm_eps=1e-6, sums=sums)
         taken = linear(x, weight, bias, norm_eps=1e-6)
         other = linear(x, weight, bias, norm_eps=1e-6, sums=4 * sums)
@@ -131,19 +132,19 @@ def test_sums_take_the_place_of_statistics(part, dtype):
     torch.testing.assert_close(halved, taken.double() - bias, rtol=0, atol=3 * once)
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_black_rows_are_the_bias(part):
+@pytest.mark.parametrize("gpu", GPUS)
+def test_black_rows_are_the_bias(gpu):
     _, weight, bias = (cast(v, torch.float32) for v in operands(1, 5, 64, 48))
-    with on_part(part):
+    with on_gpu(gpu):
         y = linear(torch.zeros(1, 5, 64, device=DEVICE), weight, bias, norm_eps=1e-12)
     assert torch.equal(y, bias.expand(1, 5, 48))
 
 
-@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
-def test_views_in_poisoned_memory(part, dtype):
+@pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
+def test_views_in_poisoned_memory(gpu, dtype):
     x, weight, bias = (cast(v, dtype) for v in operands(2, 13, 48, 72))
     residual = cast(draw(2, 13, 72), dtype)
-    with on_part(part):
+    with on_gpu(gpu):
         for function, tensors in ((linear, (x,)), (linear_residual, (x, residual))):
             plain = function(tensors[0], weight, bias, *tensors[1:])
             views = [strided(tensor) for tensor in tensors]
@@ -152,12 +153,12 @@ def test_views_in_poisoned_memory(part, dtype):
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
-def test_a_row_does_not_depend_on_the_batch(part, dtype):
+@pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
+def test_a_row_does_not_depend_on_the_batch(gpu, dtype):
     x, weight, bias = (cast(v, dtype) for v in operands(3, 49, 64, 72))
     residual = cast(draw(3, 49, 72), dtype)
     order = torch.tensor([2, 0, 1], device=DEVICE)
-    with on_part(part):
+    with on_gpu(gpu):
         y = linear(x, weight, bias, norm_eps=1e-12, gelu=True)
         z, sums = linear_residual(x, weight, bias, residual)
         assert torch.equal(linear(x[order], weight, bias, norm_eps=1e-12, gelu=True), y[order])
@@ -171,18 +172,18 @@ def test_a_row_does_not_depend_on_the_batch(part, dtype):
 
 def few_processors(monkeypatch, processors: int) -> None:
     """On a device with few processors, a program that writes by TMA goes on to its next tile."""
-    part_of = launch.part_of
+    gpu_of = launch.gpu_of
     monkeypatch.setattr(
-        MODULE, "part_of", lambda x: dataclasses.replace(part_of(x), processors=processors)
+        MODULE, "gpu_of", lambda x: dataclasses.replace(gpu_of(x), processors=processors)
     )
 
 
-@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
-def test_programs_of_many_tiles_in_many_groups(part, dtype, monkeypatch):
+@pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
+def test_programs_of_many_tiles_in_many_groups(gpu, dtype, monkeypatch):
     """Five tiles of rows in groups of three or two, two of columns; few programs share them."""
     x, weight, bias = (cast(v, dtype) for v in operands(1, 530, 16, 72))
     residual = cast(draw(1, 530, 72), dtype)
-    with on_part(part):
+    with on_gpu(gpu):
         expected = linear_residual(x, weight, bias, residual)
         for processors in (4, 3):
             few_processors(monkeypatch, processors)
@@ -195,20 +196,20 @@ def test_programs_of_many_tiles_in_many_groups(part, dtype, monkeypatch):
     assert_budget(expected[0], plain, exact, dtype, floor)
 
 
-@pytest.mark.parametrize("part", [80, 90, 120] if PARTS != [None] else PARTS)
-def test_every_tile_of_the_table_gives_the_same(part, monkeypatch):
+@pytest.mark.parametrize("gpu", [80, 90, 120] if GPUS != [None] else GPUS)
+def test_every_tile_of_the_table_gives_the_same(gpu, monkeypatch):
     """Tiles that the table takes for large products only, forced onto a small one."""
     x, weight, bias = (cast(v, torch.float16) for v in operands(1, 140, 80, 328))
     residual = cast(draw(1, 140, 328), torch.float16)
     operands_ = [v.double() for v in (x, weight, bias, residual)]
     exact, _ = oracles.linear_residual(*operands_)
     plain, _ = oracles.linear_residual(x, weight, bias, residual)
-    with on_part(part):
+    with on_gpu(gpu):
         found: set[Tile] = set()
-        device = launch.part_of(x)
+        device = launch.gpu_of(x)
         sums: list[torch.Tensor] = []
         for pretended in (1, 500, 1000, 2000, 10**6):
-            tile = launch.linear_tile(device, x.dtype, pretended, 1280, 128)
+            tile = linear_tile(device, x.dtype, pretended, 1280, 128)
             if tile in found:
                 continue
             monkeypatch.setattr(MODULE, "linear_tile", lambda *_, t=tile: t)
@@ -226,51 +227,51 @@ def test_tiles_of_sm_100_are_those_of_sm_90():
     """So that forcing them on one of the two is enough."""
     for dtype in (torch.float32, torch.float16, launch.FP8):
         tiles = [
-            {launch.linear_tile(launch.PARTS[a], dtype, 2**n, 3840, 1280) for n in range(20)}
+            {linear_tile(gpus.GPUS[a], dtype, 2**n, 3840, 1280) for n in range(20)}
             for a in (90, 100)
         ]
         assert tiles[0] == tiles[1]
 
 
 def test_choices_of_one_family_share_rows_and_warps():
-    for part in launch.PARTS.values():
+    for gpu in gpus.GPUS.values():
         for dtype in (torch.float32, torch.float16, torch.bfloat16, launch.FP8):
             for depth in (768, 5120):
                 tiles = {
                     (tile.block_m, tile.num_warps)
                     for rows in (1, 200, 2000, 20_000, 10**6)
                     for columns in (64, 768, 3840, 5120)
-                    if (tile := launch.linear_tile(part, dtype, rows, columns, depth))
+                    if (tile := linear_tile(gpu, dtype, rows, columns, depth))
                 }
                 assert len(tiles) == 1
 
 
-@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+@pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
 @pytest.mark.parametrize(("rows_scaled", "promote"), [(True, False), (False, True)])
-def test_fp8_products(part, dtype, rows_scaled, promote):
+def test_fp8_products(gpu, dtype, rows_scaled, promote):
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8")
     depth = 176  # three steps, the last in part
     tile = Tile(128, 64, 64, num_warps=8, num_stages=4, promote=promote)
     with launch.tuned_by(Table(linear={("fp8", 72, depth): ((1, tile),)})):
-        _fp8_product(part, dtype, rows_scaled, depth)
+        _fp8_product(gpu, dtype, rows_scaled, depth)
 
 
 def test_deep_fp8_products_are_promoted():
-    for part in launch.PARTS.values():
+    for gpu in gpus.GPUS.values():
         for depth, promote in ((2048, False), (2064, True), (5120, True)):
-            assert launch.linear_tile(part, launch.FP8, 500, 1280, depth).promote == promote
+            assert linear_tile(gpu, launch.FP8, 500, 1280, depth).promote == promote
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "dtype"), TWO_WAYS)
+@pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
 @pytest.mark.parametrize("rows_scaled", [True, False])
 @pytest.mark.parametrize("depth", [80, 2064])
-def test_fp8_products_by_the_heuristics_tiles(part, dtype, rows_scaled, depth):
-    _fp8_product(part, dtype, rows_scaled, depth)
+def test_fp8_products_by_the_heuristics_tiles(gpu, dtype, rows_scaled, depth):
+    _fp8_product(gpu, dtype, rows_scaled, depth)
 
 
-def _fp8_product(part, dtype, rows_scaled, depth):
+def _fp8_product(gpu, dtype, rows_scaled, depth):
     x, weight = draw(2, 13, depth), draw(72, depth)
     bias = cast(draw(72), dtype)
     x8 = cast(x, torch.float32).to(launch.FP8)
@@ -282,7 +283,7 @@ def _fp8_product(part, dtype, rows_scaled, depth):
     plain = oracles.linear(x8, w8, bias, gelu=True, **scales)
     shaken_ = [shaken(v.double(), depth) for v in (x8, w8, bias)]
     floor = oracles.linear(*shaken_, gelu=True, **scales)
-    with on_part(part):
+    with on_gpu(gpu):
         y = linear(x8, w8, bias, gelu=True, **scales)
         assert y.dtype == dtype
         assert_budget(y, plain, exact, dtype, floor)

@@ -11,7 +11,7 @@ from stellar_fast.reference import STELLARModel
 
 import stellar_fast
 from stellar_fast import CheckpointError, DownloadError, Engine
-from stellar_fast.encoder import OUTPUTS
+from stellar_fast.engine.encoder import OUTPUTS
 
 GEOMETRIES = {
     "narrow": ({"width": (64, 4), "layers": 2, "mlp": 160, "patch": 16}, 8, 0.06),

@@ -6,8 +6,8 @@ import torch
 from budgets import entitlement
 from stellar_fast.reference import ops
 
-from stellar_fast import torch_ops
-from stellar_fast.weights import Linear
+from stellar_fast.engine import torch_ops
+from stellar_fast.weights.packed import Linear
 
 pytestmark = pytest.mark.numerical
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, CPU, edit_packed, join, save_packed, split
 
 import stellar_fast
-from stellar_fast import saving
 from stellar_fast.config import BACKBONES, ModelConfig
 from stellar_fast.errors import CheckpointError
-from stellar_fast.weights import Fp8Block, map_nodes
+from stellar_fast.weights import saving
+from stellar_fast.weights.packed import Fp8Block, map_nodes
 
 QKV = "encoder.blocks.1.qkv"
 

@@ -8,12 +8,12 @@ import pytest
 from engines import small_engine
 from scenes import write_photographs
 
-import stellar_fast.extract.folder as folders
+import stellar_fast.extract.output.folder as folders
 from stellar_fast import files
 from stellar_fast.errors import StellarError
 from stellar_fast.extract import plan, run
-from stellar_fast.extract.folder import Locks, Staged
-from stellar_fast.extract.layout import Partition, read_manifest, read_plan, write_json
+from stellar_fast.extract.output.folder import Locks, Staged
+from stellar_fast.extract.output.layout import Partition, read_manifest, read_plan, write_json
 
 SMALL = {"partition_size": 3, "batch_size": 2}
 

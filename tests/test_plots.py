@@ -9,8 +9,9 @@ import torch
 from pictures import photograph
 from PIL import Image
 
-from stellar_fast import images, plots
+from stellar_fast import images
 from stellar_fast.errors import MissingExtraError
+from stellar_fast.viz import plots
 
 ROWS, COLUMNS = 3, 5
 
@@ -90,7 +91,7 @@ def test_neither_pyplot_nor_a_backend_is_touched(tmp_path):
     code = f"""
 import sys, numpy as np
 from PIL import Image
-from stellar_fast import plots
+from stellar_fast.viz import plots
 assert "matplotlib" not in sys.modules
 maps = np.full((4, 2), 0.5, np.float32)
 plots.save_maps({str(tmp_path / "a.png")!r}, Image.new("RGB", (9, 9)), maps, (2, 2), "")

@@ -10,8 +10,8 @@ from budgets import GRADIENT, LOSS, TEACHER, TENSOR
 from checkpoints import filled, golden, images, relative_error
 from goldens import golden_image
 from references import reference_of, vqgan_of
-from stellar_fast.reference.model import STELLARModel
-from stellar_fast.reference.pretrain import reconstruction_predictions, training_loss
+from stellar_fast.reference import STELLARModel
+from stellar_fast.reference.pretrain.losses import reconstruction_predictions, training_loss
 from stellar_fast.reference.vqgan import VQGAN
 from torch import Tensor
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from checkpoints import images
-from stellar_fast.reference import augment
+from stellar_fast.reference.pretrain import augment
 
 from stellar_fast.errors import MissingExtraError
 

@@ -8,9 +8,9 @@ import torch
 from budgets import LOSS
 from checkpoints import relative_error
 from pretraining import GRID, TINY, tiny_inputs, tiny_model
-from stellar_fast.reference.clustering import sinkhorn_knopp, soft_cross_entropy
-from stellar_fast.reference.koleo import koleo_loss
-from stellar_fast.reference.pretrain import training_loss
+from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp, soft_cross_entropy
+from stellar_fast.reference.pretrain.koleo import koleo_loss
+from stellar_fast.reference.pretrain.losses import training_loss
 from stellar_fast.reference.vqgan import VQGAN
 
 from stellar_fast.errors import MissingExtraError

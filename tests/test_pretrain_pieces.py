@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 from budgets import FLOAT64, TENSOR
 from checkpoints import golden, relative_error
-from stellar_fast.reference.clustering import ClusteringHead, sinkhorn_knopp, soft_cross_entropy
-from stellar_fast.reference.koleo import koleo_loss
-from stellar_fast.reference.matching import match
+from stellar_fast.reference.pretrain.clustering import (
+    ClusteringHead,
+    sinkhorn_knopp,
+    soft_cross_entropy,
+)
+from stellar_fast.reference.pretrain.koleo import koleo_loss
+from stellar_fast.reference.pretrain.matching import match
 
 from stellar_fast.config import MODELS
-from stellar_fast.names import cluster_head_shapes
+from stellar_fast.weights.names import cluster_head_shapes
 
 pytestmark = pytest.mark.numerical
 DTYPES = [torch.float32, torch.float64]  # of which the second shows that the bounds are the model's

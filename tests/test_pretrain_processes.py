@@ -14,10 +14,10 @@ import training_processes
 from budgets import GRADIENT, LOSS, TENSOR
 from checkpoints import relative_error
 from pretraining import tiny_inputs, tiny_model
-from stellar_fast.reference import clustering, teacher
-from stellar_fast.reference.clustering import sinkhorn_knopp
-from stellar_fast.reference.pretrain import training_loss
-from stellar_fast.reference.teacher import update_teacher
+from stellar_fast.reference.pretrain import clustering, teacher
+from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp
+from stellar_fast.reference.pretrain.losses import training_loss
+from stellar_fast.reference.pretrain.teacher import update_teacher
 
 pytestmark = pytest.mark.numerical
 PROCESSES = 2
@@ -97,7 +97,7 @@ def test_every_process_gets_the_teacher_of_the_first(results):
     assert first.keys() == second.keys() and len(first) > 40
     assert all(torch.equal(second[name], first[name]) for name in first)
     model = tiny_model(seed=10, momentum_teacher=True, teacher_momentum=0.75)
-    update_teacher(model)
+    update_teacher(model, model.teacher_momentum)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in first.items())
 
 

@@ -7,9 +7,11 @@ from checkpoints import images, relative_error, synthetic
 from engines import SMALL, config_of
 from stellar_fast.reference import ops
 
-from stellar_fast import encoder, names, weights
-from stellar_fast.quantize import FP8_MAX, HEADROOM, calibrated, quantize_block
-from stellar_fast.weights import Fp8Block, Linear
+from stellar_fast.engine import encoder
+from stellar_fast.weights import names
+from stellar_fast.weights import pack as weights
+from stellar_fast.weights.packed import Fp8Block, Linear
+from stellar_fast.weights.quantize import FP8_MAX, HEADROOM, calibrated, quantize_block
 
 pytestmark = pytest.mark.numerical
 CPU = torch.device("cpu")

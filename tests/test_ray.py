@@ -23,7 +23,7 @@ from pictures import photograph
 import stellar_fast
 from stellar_fast.errors import MissingExtraError, StellarError
 from stellar_fast.extract import plan, ray_runner, ray_session, run
-from stellar_fast.extract.layout import complete, read_plan
+from stellar_fast.extract.output.layout import complete, read_plan
 from stellar_fast.extract.stats import Progress, Summary
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")

@@ -13,8 +13,8 @@ import stellar_fast
 from stellar_fast import photos
 from stellar_fast.errors import ImageError, MissingExtraError
 from stellar_fast.extract import plan, run
-from stellar_fast.plots import token_colours
 from stellar_fast.recipes import probe, search, segment
+from stellar_fast.viz.plots import token_colours
 
 pytest.importorskip("faiss", reason="the extra 'recipes' is not installed")
 pytest.importorskip("sklearn", reason="the extra 'recipes' is not installed")

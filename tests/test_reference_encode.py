@@ -9,7 +9,7 @@ from budgets import FLOAT64, TENSOR, assert_same_features, assert_within_budget,
 from checkpoints import filled, golden, images, relative_error
 from goldens import REAL_ENCODE, TINY_ENCODE, assert_encodes_as_published, slow
 from references import reference_of
-from stellar_fast.reference.model import STELLARModel
+from stellar_fast.reference import STELLARModel
 
 from stellar_fast.config import BackboneConfig
 

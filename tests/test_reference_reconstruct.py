@@ -15,7 +15,7 @@ from goldens import (
     golden_image,
 )
 from references import reference_of, vqgan_of
-from stellar_fast.reference.model import STELLARModel
+from stellar_fast.reference import STELLARModel
 from stellar_fast.reference.position import RandomFourierPosition
 from stellar_fast.reference.vqgan import VQGAN
 

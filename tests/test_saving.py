@@ -10,10 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import stellar_fast
-from stellar_fast import saving
 from stellar_fast.errors import CheckpointError, StellarError
-from stellar_fast.quantize import quantize_block
-from stellar_fast.weights import Fp8Block, pack_encoder
+from stellar_fast.weights import saving
+from stellar_fast.weights.checkpoint import read_state
+from stellar_fast.weights.pack import pack_encoder
+from stellar_fast.weights.packed import Fp8Block
+from stellar_fast.weights.quantize import quantize_block
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_an_engine_that_only_encodes_does_not_reconstruct(source, tmp_path):
 
 def test_fp8_blocks_and_their_scales_come_back(source, tmp_path):
     engine = load(source, precision="fp32")
-    state = stellar_fast.checkpoint.read_state(source / "small.safetensors")
+    state = read_state(source / "small.safetensors")
     packed = pack_encoder(
         state, engine.config, torch.float16, torch.device("cpu"), quantize=quantize_block
     )

@@ -5,10 +5,10 @@ import torch
 from kernel_checks import (
     DEVICE,
     DTYPES,
-    PARTS,
+    GPUS,
     assert_budget,
     draw,
-    on_part,
+    on_gpu,
     poisoned,  # noqa: F401
     shaken,
     strided,
@@ -26,9 +26,9 @@ pytestmark = [
 TEMPERATURE = 0.06
 
 
-@pytest.fixture(params=PARTS)
-def part(request):
-    with on_part(request.param):
+@pytest.fixture(params=GPUS)
+def gpu(request):
+    with on_gpu(request.param):
         yield
 
 
@@ -100,7 +100,7 @@ def test_spatial_map(dtype, temperature, batch, patches, tokens, width):
 
 @pytest.mark.parametrize("weights", DTYPES)
 @pytest.mark.parametrize("temperature", [TEMPERATURE, None])
-def test_features_wider_than_the_weights(part, weights, temperature):
+def test_features_wider_than_the_weights(gpu, weights, temperature):
     """What the engine does: float32 features, products in the weights' dtype."""
     given = rounded(arguments(2, 21, 16, 80), torch.float32, weights)
     assert_right(given, temperature)
@@ -180,7 +180,7 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_image_does_not_depend_on_its_batch(part, dtype):
+def test_an_image_does_not_depend_on_its_batch(gpu, dtype):
     dense, sparse, *weights = rounded(arguments(3, 20, 9, 80), torch.float32, dtype)
     order = torch.tensor([2, 0, 1], device=DEVICE)
     whole = spatial_map(dense, sparse, *weights, TEMPERATURE, lowrank=True)

@@ -11,9 +11,9 @@ from references import reference_of
 from stellar_fast.kernels import launch
 from stellar_fast.reference import ops as oracles
 
-from stellar_fast import encoder
-from stellar_fast.encoder import OUTPUTS
-from stellar_fast.weights import map_nodes
+from stellar_fast.engine import encoder
+from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.weights.packed import map_nodes
 
 pytestmark = [pytest.mark.kernels, pytest.mark.numerical]
 META = {"backbone": SMALL, "num_sparse_tokens": 8, "spatial_temp": 0.06, "weights_seed": 1}
@@ -36,7 +36,7 @@ def launches(engine, outputs=OUTPUTS) -> list[launch.Launch]:
     x = torch.empty(2, 3, 96, 96, dtype=torch.uint8, device="meta")
     seen: list[launch.Launch] = []
     table = weights.table.table(6, 6)
-    with launch.on_part(90, seen.append):
+    with launch.on_gpu(90, seen.append):
         encoder.encode(engine._ops, weights, engine.config, x, table, outputs, torch.float32)
     return seen
 

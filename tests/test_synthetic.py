@@ -6,9 +6,9 @@ from engines import SMALL_META, config_of
 
 import stellar_fast
 from stellar_fast import photos
-from stellar_fast.images import apply_preset
-from stellar_fast.names import encode_shapes, vqgan_decoder_shapes
-from stellar_fast.synthetic import synthetic_state
+from stellar_fast.images.presets import apply_preset
+from stellar_fast.weights.names import encode_shapes, vqgan_decoder_shapes
+from stellar_fast.weights.synthetic import synthetic_state
 
 SHAPES = encode_shapes(config_of(SMALL_META))
 

@@ -12,14 +12,16 @@ from audit.compilation import Finding
 from gpu import tune
 from harness.results import lines_of
 from harness.workloads import arguments, cases
-from stellar_fast.kernels import launch, tables
+from stellar_fast.kernels import gpus, launch, tables
+from stellar_fast.kernels.attention import attention_tile
+from stellar_fast.kernels.linear import linear_tile
 from stellar_fast.kernels.tables import AttentionTile, Table, Tile
 
 from stellar_fast import kernels
 from stellar_fast.config import MODELS
 
 pytestmark = pytest.mark.numerical  # the budgets that a candidate must meet
-HOPPER = launch.PARTS[90]
+HOPPER = gpus.GPUS[90]
 FACTS = {
     "name": "gpu",
     "device": "a GPU",
@@ -74,7 +76,7 @@ def written(*rows: dict) -> Table:
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("arch", [90, 120])
 def test_candidates_add_rows_up_as_the_heuristics_tile_does(arch, precision, name):
-    case, part = case_of(name, precision=precision), launch.PARTS[arch]
+    case, part = case_of(name, precision=precision), gpus.GPUS[arch]
     own = tune.heuristic(part, case)
     found = tune.candidates(part, case)
     assert len(found) == len(set(found)) >= 5 and own not in found
@@ -83,9 +85,9 @@ def test_candidates_add_rows_up_as_the_heuristics_tile_does(arch, precision, nam
 
 def test_candidates_for_attention_stay_in_shared_memory_only_by_tma():
     for arch, resident in ((80, {False}), (90, {True, False})):
-        found = tune.candidates(launch.PARTS[arch], case_of("attention"))
+        found = tune.candidates(gpus.GPUS[arch], case_of("attention"))
         assert {tile.resident for tile in found} == resident
-        assert tune.heuristic(launch.PARTS[arch], case_of("attention")) not in found
+        assert tune.heuristic(gpus.GPUS[arch], case_of("attention")) not in found
 
 
 @pytest.mark.parametrize("name", tune.OPS)
@@ -100,7 +102,7 @@ def test_a_candidate_is_what_gets_launched(name):
         else:
             assert (blocks["BLOCK_N"], blocks["BLOCK_K"]) == (tile.block_n, tile.block_k)
         assert item.options["num_stages"] == tile.num_stages
-    assert launch.linear_tile(HOPPER, torch.bfloat16, 64 * 273, 3840, 1280).num_stages == 3
+    assert linear_tile(HOPPER, torch.bfloat16, 64 * 273, 3840, 1280).num_stages == 3
 
 
 def test_jobs_touch_no_device_and_name_a_shape_once():
@@ -217,22 +219,22 @@ def sound() -> dict:
 
 def test_launches_follow_the_table_where_it_has_the_shape():
     shape = (HOPPER, torch.bfloat16, 500, 3840, 1280)
-    usual = launch.linear_tile(*shape)
+    usual = linear_tile(*shape)
     table = Table(
         linear={("bf16", 3840, 1280): ((1, OTHER), (1000, THIRD))},
         attention={("bf16", 273, 80): LOOPED, ("fp16", 273, 80): KEPT},
     )
     with launch.tuned_by(table):
-        assert launch.linear_tile(*shape) == OTHER
-        assert launch.linear_tile(HOPPER, torch.bfloat16, 1000, 3840, 1280) == THIRD
-        assert launch.attention_tile(HOPPER, torch.bfloat16, 273, 80, True) == LOOPED
+        assert linear_tile(*shape) == OTHER
+        assert linear_tile(HOPPER, torch.bfloat16, 1000, 3840, 1280) == THIRD
+        assert attention_tile(HOPPER, torch.bfloat16, 273, 80, True) == LOOPED
         # What the table lacks: another shape, and a dtype that no table knows.
-        assert launch.linear_tile(HOPPER, torch.float16, 500, 3840, 1280) == usual
-        launch.linear_tile(HOPPER, torch.float64, 500, 3840, 1280)
+        assert linear_tile(HOPPER, torch.float16, 500, 3840, 1280) == usual
+        linear_tile(HOPPER, torch.float64, 500, 3840, 1280)
         # Without TMA nothing stays in shared memory, whatever the table has.
-        assert launch.attention_tile(HOPPER, torch.float16, 273, 80, True) == KEPT
-        assert not launch.attention_tile(HOPPER, torch.float16, 273, 80, False).resident
-    assert launch.linear_tile(*shape) == usual
+        assert attention_tile(HOPPER, torch.float16, 273, 80, True) == KEPT
+        assert not attention_tile(HOPPER, torch.float16, 273, 80, False).resident
+    assert linear_tile(*shape) == usual
 
 
 def test_launches_read_the_parts_own_table(tmp_path, monkeypatch):
@@ -241,7 +243,7 @@ def test_launches_read_the_parts_own_table(tmp_path, monkeypatch):
     case = case_of("qkv")
     for arch, stages in ((90, 4), (100, 3)):
         seen = []
-        with launch.on_part(arch, seen.append):
+        with launch.on_gpu(arch, seen.append):
             values, keywords = arguments(case, tune.META, 0)
             kernels.linear(*values, **keywords)
         assert seen[0].options["num_stages"] == stages, arch
@@ -257,7 +259,7 @@ def test_what_is_raced_is_the_heuristics_tile_whatever_table_is_there(monkeypatc
 
     class Race:
         def __init__(self, *_, **__):
-            seen.append(launch.linear_tile(HOPPER, torch.bfloat16, case.rows, 3840, 1280))
+            seen.append(linear_tile(HOPPER, torch.bfloat16, case.rows, 3840, 1280))
             raise InterruptedError
 
     monkeypatch.setattr(tune, "Race", Race)
@@ -294,7 +296,7 @@ def test_every_candidate_is_timed_or_says_why_not(monkeypatch, tiny):
     attention, seen = kernels.attention, []
 
     def watched(query, key_value, num_heads, **options):
-        tile = launch.attention_tile(HOPPER, query.dtype, query.shape[1], 64, descriptors=True)
+        tile = attention_tile(HOPPER, query.dtype, query.shape[1], 64, descriptors=True)
         seen.append(tile)
         found = attention(query, key_value, num_heads, **options)
         return found * 1.01 if tile == wrong else found

@@ -8,9 +8,11 @@ from engines import SMALL, config_of
 from references import reference_of, vqgan_of
 from stellar_fast.reference import ops
 
-from stellar_fast import encoder, weights
-from stellar_fast.names import canonical_name, encode_shapes, reconstruct_shapes
-from stellar_fast.vqgan import decode_codes
+from stellar_fast.engine import encoder
+from stellar_fast.engine.vqgan import decode_codes
+from stellar_fast.weights import pack as weights
+from stellar_fast.weights.names import canonical_name, encode_shapes, reconstruct_shapes
+from stellar_fast.weights.packed import PIXEL_CENTRE_UINT8, map_nodes, position_code
 
 pytestmark = pytest.mark.numerical
 META = {"backbone": SMALL, "num_sparse_tokens": 8, "spatial_temp": 0.06, "num_decoder_layers": 2}
@@ -75,7 +77,7 @@ def test_uint8_and_float_pixels_enter_alike(packed, config):
 
 
 def test_centred_bytes_are_exact_in_the_half_precisions():
-    bytes_ = torch.arange(256, dtype=torch.float64) - weights.PIXEL_CENTRE_UINT8
+    bytes_ = torch.arange(256, dtype=torch.float64) - PIXEL_CENTRE_UINT8
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(bytes_.to(dtype).double(), bytes_)
 
@@ -86,7 +88,7 @@ def test_packed_weights_share_no_memory_with_the_state(state, config):
     decoder = weights.pack_decoder(floats, config, None, torch.float32, CPU)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in floats.values()}
     ours = []
-    weights.map_nodes((packed, decoder), torch.Tensor, ours.append)
+    map_nodes((packed, decoder), torch.Tensor, ours.append)
     assert len(ours) > 40
     assert not theirs & {tensor.untyped_storage().data_ptr() for tensor in ours}
 
@@ -105,7 +107,7 @@ def test_position_code_is_the_reference_less_its_mean():
     reference = RandomFourierPosition(512)
     fourier = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     reference.load_state_dict({"positional_encoding_gaussian_matrix": fourier})
-    code = weights.position_code(fourier, 14, 14)
+    code = position_code(fourier, 14, 14)
     exact = reference.double()(14, 14).reshape(196, 512)
     half_step = torch.finfo(torch.float32).eps / 2  # it is rounded once
     assert relative_error(code, exact - exact.mean(-1, keepdim=True)) < half_step

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from checkpoints import synthetic
 
-from stellar_fast import names, saving
 from stellar_fast.config import BackboneConfig, ModelConfig
-from stellar_fast.devices import DTYPES
-from stellar_fast.quantize import quantize_block
-from stellar_fast.weights import pack_decoder, pack_encoder
+from stellar_fast.precision import DTYPES
+from stellar_fast.weights import names, saving
+from stellar_fast.weights.pack import pack_decoder, pack_encoder
+from stellar_fast.weights.quantize import quantize_block
 
 BACKBONE = BackboneConfig(32, 3, 2, 48, 4, 16)
 CONFIG = ModelConfig("tiny", BACKBONE, 2, 1, weights="tiny.safetensors")

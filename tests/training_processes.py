@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from pretraining import tiny_inputs, tiny_model
-from stellar_fast.reference.clustering import sinkhorn_knopp
-from stellar_fast.reference.pretrain import training_loss
-from stellar_fast.reference.teacher import update_teacher
+from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp
+from stellar_fast.reference.pretrain.losses import training_loss
+from stellar_fast.reference.pretrain.teacher import update_teacher
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,7 +44,7 @@ def work(rank: int, processes: int, folder: str) -> None:
 
 def teacher_of_differing_students(rank: int) -> dict[str, Tensor]:
     model = tiny_model(seed=10 + rank, momentum_teacher=True, teacher_momentum=0.75)
-    update_teacher(model)
+    update_teacher(model, model.teacher_momentum)
     return {key: value for key, value in model.state_dict().items() if key.startswith("teacher_")}
 
 

@@ -22,7 +22,7 @@ WARPS = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}  # resident on one multiproce
 SHARED_OF_SM = {80: 167_936, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 RESERVED = 1024  # bytes of shared memory that the driver takes of each program
 LARGEST_STEP = 256  # an index times a constant up to this is an index; beyond, an offset
-# The matrix instruction of each part, by the dtype of its operands, for tiles of 64 rows and more;
+# The matrix instruction of each GPU, by the dtype of its operands, for tiles of 64 rows and more;
 # smaller ones take HMMA, or QMMA, everywhere.
 EXPECTED = {
     80: {"half": "HMMA"},
@@ -132,7 +132,7 @@ def compiled(item: Compilation) -> Any:
 
 
 def compile_one(item: Compilation, limit: int) -> Finding:
-    """Compiles and checks; `limit` is the part's shared memory for one program, in bytes."""
+    """Compiles and checks; `limit` is the GPU's shared memory for one program, in bytes."""
     try:
         kernel = compiled(item)
     except Exception as error:
@@ -147,7 +147,7 @@ def compile_one(item: Compilation, limit: int) -> Finding:
     if usage["stack"] or usage["local"] or counts["STL"] or counts["LDL"]:
         faults.append(f"spills: {usage['stack']} B of stack, {usage['local']} B of local memory")
     if shared > limit:
-        faults.append(f"shared memory: {shared} B, the part has {limit} B")
+        faults.append(f"shared memory: {shared} B, the GPU has {limit} B")
     if not counts["STG"] and not counts["UTMASTG"]:
         faults.append("empty: it stores nothing to global memory")
     programs = min(
@@ -173,7 +173,7 @@ def compile_one(item: Compilation, limit: int) -> Finding:
 
 
 def _matrix_faults(arch: int, ttir: str, matrix: list[str]) -> list[str]:
-    """Whether products are taken on the part's matrix units, and exact ones are not."""
+    """Whether products are taken on the GPU's matrix units, and exact ones are not."""
     faults = []
     for rows, operand in set(re.findall(r"tt\.dot .*? : tensor<(\d+)x[\dx]*x(\w+)>", ttir)):
         if operand == "f32":
@@ -184,7 +184,7 @@ def _matrix_faults(arch: int, ttir: str, matrix: list[str]) -> list[str]:
         wanted = kinds.get("fp8" if operand.startswith("f8") else "half")
         if wanted is None or not any(name.split(".")[0] == wanted for name in matrix):
             faults.append(
-                f"products of {operand} without {wanted or 'any instruction of the part'}: "
+                f"products of {operand} without {wanted or 'any instruction of the GPU'}: "
                 f"{', '.join(matrix) or 'no matrix instruction'}"
             )
     return faults

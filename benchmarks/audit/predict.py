@@ -260,7 +260,7 @@ def forward(config: ModelConfig, precision: str, batch: int, arch: int) -> list[
     """Every launch of one forward with all outputs, in order."""
     weights = audit.encoder_of(config, precision)
     seen: list[launch.Launch] = []
-    with launch.on_part(arch, seen.append):
+    with launch.on_gpu(arch, seen.append):
         audit.encode(weights, config, batch)
     return seen
 

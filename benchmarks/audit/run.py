@@ -2,8 +2,8 @@
 
 No list of cases is kept. The real forward runs on meta tensors for the five models, every
 precision, batch bucket and choice of input and output, while `kernels.launch` hands each launch to
-this file instead of running it. What differs in the compiled code is compiled once for each part
-and read: no spills, shared memory within the part, the part's matrix instruction wherever half or
+this file instead of running it. What differs in the compiled code is compiled once for each GPU
+and read: no spills, shared memory within the GPU, the GPU's matrix instruction wherever half or
 FP8 products are taken, none that rounds float32, 64-bit offsets, and the same rows, warps and
 instruction depth in all tiles that batches of different sizes choose between.
 
@@ -32,25 +32,26 @@ sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 import torch
 from audit.compilation import Compilation, Finding, compile_one
 from harness.workloads import DTYPES
-from stellar_fast.kernels import launch
+from stellar_fast.kernels import gpus, launch
 from stellar_fast.kernels.reassemble import MAX_TOKENS
 from torch import Tensor
 
-from stellar_fast import encoder, kernels, names
+from stellar_fast import kernels
 from stellar_fast.config import MODELS, ModelConfig
-from stellar_fast.encoder import OUTPUTS
-from stellar_fast.graphs import bucket
-from stellar_fast.quantize import FP8
-from stellar_fast.weights import (
+from stellar_fast.engine import encoder
+from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.engine.graphs import bucket
+from stellar_fast.weights import names
+from stellar_fast.weights.pack import pack_decoder, pack_encoder
+from stellar_fast.weights.packed import (
     Block,
     EncoderWeights,
     Fp8Block,
     Fp8Linear,
     Linear,
-    pack_decoder,
-    pack_encoder,
     position_code,
 )
+from stellar_fast.weights.quantize import FP8
 
 META = torch.device("meta")
 TYPES = {
@@ -108,7 +109,7 @@ def encode(
     outputs: Iterable[str] = OUTPUTS,
     out_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """The real forward, on tensors without data; within `launch.on_part` with a hook."""
+    """The real forward, on tensors without data; within `launch.on_gpu` with a hook."""
     images = torch.empty(batch, 3, side, side, dtype=pixels, device=META)
     cells = side // config.backbone.patch_size
     table = weights.table.table(cells, cells)
@@ -145,7 +146,7 @@ def launches(config: ModelConfig, precision: str, arch: int) -> Iterator[launch.
     config, dtype = shallow(config), DTYPES[precision]
     weights = encoder_of(config, precision)
     seen: list[launch.Launch] = []
-    with launch.on_part(arch, seen.append):
+    with launch.on_gpu(arch, seen.append):
         for batch in BATCHES:
             encode(weights, config, batch)
             encode(weights, config, batch, outputs=("sparse", "cls"))
@@ -216,7 +217,7 @@ def collect(archs: Iterable[int], models: Iterable[str], precisions: Iterable[st
 def audit(items: list[Compilation], workers: int) -> list[Finding]:
     """Each compilation's finding, in order."""
     context = multiprocessing.get_context("spawn")
-    limits = [launch.PARTS[item.arch].shared for item in items]
+    limits = [gpus.GPUS[item.arch].shared for item in items]
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         return list(pool.map(compile_one, items, limits, chunksize=4))
 
@@ -260,12 +261,12 @@ def describe(item: Compilation) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(launch.PARTS))
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(gpus.GPUS))
     parser.add_argument("--quick", action="store_true", help="two models, bf16 and fp8")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
-    archs = options.arch or sorted(launch.PARTS)
+    archs = options.arch or sorted(gpus.GPUS)
     models = QUICK_MODELS if options.quick else list(MODELS)
     precisions = ("bf16", "fp8") if options.quick else list(DTYPES)
 

@@ -106,9 +106,9 @@ def tests(mark: str, expression: str, *options: str) -> list[Row]:
 
 def audit() -> list[Row]:
     """The static audit of what this device runs."""
-    from stellar_fast.kernels.launch import part_of_capability
+    from stellar_fast.kernels.gpus import gpu_of_capability
 
-    arch = part_of_capability(*torch.cuda.get_device_capability()).arch
+    arch = gpu_of_capability(*torch.cuda.get_device_capability()).arch
     return command(["benchmarks/audit/run.py", "--arch", str(arch), "--quick"])
 
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from stellar_fast.reference import ops as oracles
 from torch import Tensor
 
-from stellar_fast import backends, torch_ops
-from stellar_fast.encoder import OUTPUTS
-from stellar_fast.engine import Engine
+from stellar_fast.engine import backends, torch_ops
+from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.engine.engine import Engine
 
 Ops = Mapping[str, Callable[..., Any]]
 FEW = ("sparse", "cls")  # outputs for which the last block runs on 1 + K rows
@@ -141,13 +141,9 @@ def pointers(tensor: Tensor) -> Iterator[None]:
     """Within it, kernels on `tensor`'s device read memory by pointers and not by descriptors."""
     from stellar_fast.kernels import launch
 
-    current = launch._override.get()
-    part = dataclasses.replace(launch.part_of(tensor), descriptors=False)
-    token = launch._override.set(launch._Override(part, current.hook if current else None))
-    try:
+    gpu = dataclasses.replace(launch.gpu_of(tensor), descriptors=False)
+    with launch.on_gpu(gpu, launch.current_hook()):
         yield
-    finally:
-        launch._override.reset(token)
 
 
 def _by_pointers(ops: ModuleType) -> Ops:

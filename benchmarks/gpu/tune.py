@@ -35,7 +35,9 @@ from harness.budgets import refusal_of_op
 from harness.results import ROOT, Row, read
 from harness.workloads import DTYPES, Case, arguments, cases, op_of
 from peers.ops import Race
-from stellar_fast.kernels import launch, tables
+from stellar_fast.kernels import gpus, launch, tables
+from stellar_fast.kernels.attention import attention_tile
+from stellar_fast.kernels.linear import linear_tile
 from stellar_fast.kernels.tables import AttentionTile, Table, Tile
 
 from stellar_fast import kernels
@@ -72,21 +74,21 @@ def forced(case: Case, tile: Tile | AttentionTile) -> Table:
     return Table(linear={Shape.of(case): ((1, tile),)})
 
 
-def heuristic(part: launch.Part, case: Case) -> Tile | AttentionTile:
+def heuristic(gpu: gpus.Gpu, case: Case) -> Tile | AttentionTile:
     """What is launched without a table."""
     dtype, first, second = Shape.of(case)
     kind = next(key for key, name in launch.NAMES.items() if name == dtype)
     with launch.tuned_by(tables.EMPTY):
         if case.name == "attention":
-            return launch.attention_tile(part, kind, first, second, part.descriptors)
-        return launch.linear_tile(part, kind, case.rows, first, second)
+            return attention_tile(gpu, kind, first, second, gpu.descriptors)
+        return linear_tile(gpu, kind, case.rows, first, second)
 
 
-def candidates(part: launch.Part, case: Case) -> list[Tile | AttentionTile]:
+def candidates(gpu: gpus.Gpu, case: Case) -> list[Tile | AttentionTile]:
     """Tiles to try beside the heuristics' own; the audit judges them."""
-    own = heuristic(part, case)
+    own = heuristic(gpu, case)
     if isinstance(own, AttentionTile):
-        held = ([True] if part.descriptors else []) + [False]
+        held = ([True] if gpu.descriptors else []) + [False]
         found: list[Tile | AttentionTile] = [
             AttentionTile(rows, keys, warps, stages, resident)
             for resident in held
@@ -108,10 +110,10 @@ def candidates(part: launch.Part, case: Case) -> list[Tile | AttentionTile]:
     return [tile for tile in found if tile != own]
 
 
-def launched(case: Case, part: launch.Part, tile: Tile | AttentionTile) -> launch.Launch:
+def launched(case: Case, gpu: gpus.Gpu, tile: Tile | AttentionTile) -> launch.Launch:
     """The launch of a case with a tile, seen on tensors without data."""
     seen: list[launch.Launch] = []
-    with launch.on_part(part.arch, seen.append), launch.tuned_by(forced(case, tile)):
+    with launch.on_gpu(gpu.arch, seen.append), launch.tuned_by(forced(case, tile)):
         values, keywords = arguments(case, META, 0)
         getattr(kernels, op_of(case))(*values, **keywords)
     (found,) = seen
@@ -128,14 +130,14 @@ def _audited(item: Compilation, limit: int) -> Future[Finding]:
     return _pool().submit(compile_one, item, limit)
 
 
-def compiling(case: Case, part: launch.Part) -> dict[Tile | AttentionTile, Future[Finding]]:
+def compiling(case: Case, gpu: gpus.Gpu) -> dict[Tile | AttentionTile, Future[Finding]]:
     """The audit of every candidate, under way on the machine's cores, once for all batches.
 
     What it compiles lies in Triton's cache when the candidate is launched.
     """
     return {
-        tile: _audited(audit.compilation(launched(case, part, tile), part.arch), part.shared)
-        for tile in candidates(part, case)
+        tile: _audited(audit.compilation(launched(case, gpu, tile), gpu.arch), gpu.shared)
+        for tile in candidates(gpu, case)
     }
 
 
@@ -150,7 +152,7 @@ def _with(case: Case, tile: Tile | AttentionTile) -> Callable[..., Any]:
 
 
 def measure(
-    case: Case, part: launch.Part, audits: Mapping[Any, Future[Finding]], device: torch.device
+    case: Case, gpu: gpus.Gpu, audits: Mapping[Any, Future[Finding]], device: torch.device
 ) -> Row:
     """The row of a case: every legal candidate's time in turn with the heuristics' tile."""
     tried: dict[str, dict[str, Any]] = {}
@@ -171,8 +173,8 @@ def measure(
     own, *others = race.rows("tune")
     for row in others:
         tried[row["name"]] |= {"refused": row["not_run"]} if "not_run" in row else timing(row)
-    facts = {"shape": list(Shape.of(case)), "rows": case.rows, "arch": part.arch}
-    return own | facts | {OURS: asdict(heuristic(part, case)), "tiles": list(tried.values())}
+    facts = {"shape": list(Shape.of(case)), "rows": case.rows, "arch": gpu.arch}
+    return own | facts | {OURS: asdict(heuristic(gpu, case)), "tiles": list(tried.values())}
 
 
 def timing(row: Row) -> Row:
@@ -193,11 +195,11 @@ def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], list[Row
                     chosen.append(case)
 
     def row(case: Case) -> dict[str, Any]:
-        part = launch.part_of_capability(*torch.cuda.get_device_capability())
+        gpu = gpus.gpu_of_capability(*torch.cuda.get_device_capability())
         if not pending:  # the first row starts them all: the cores compile while the GPU works
             for item in chosen[chosen.index(case) :]:
-                pending[item.key] = compiling(item, part)
-        return measure(case, part, pending[case.key], torch.device("cuda"))
+                pending[item.key] = compiling(item, gpu)
+        return measure(case, gpu, pending[case.key], torch.device("cuda"))
 
     for case in chosen:
         yield case.key, lambda case=case: [row(case)], 60.0
@@ -284,15 +286,15 @@ def _one_for_all(rows: list[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _dry_run(arch: int) -> None:
     from audit import predict
 
-    part, chip = launch.PARTS[arch], predict.CHIPS[arch]
+    gpu, chip = gpus.GPUS[arch], predict.CHIPS[arch]
     print(f"PREDICTED for a {chip.name} from machine code, not measured")
     for batch in (64, 1):
         for case in cases(MODELS["stellar-h16"], batch, "bf16"):
             if case.name not in OPS:
                 continue
-            own = heuristic(part, case)
-            tiles = [own, *candidates(part, case)]
-            items = [launched(case, part, tile) for tile in tiles]
+            own = heuristic(gpu, case)
+            tiles = [own, *candidates(gpu, case)]
+            items = [launched(case, gpu, tile) for tile in tiles]
             found = audit.audit(
                 [audit.compilation(item, arch) for item in items], os.cpu_count() or 1
             )
@@ -316,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("result", type=Path, nargs="?", help="a result file of gpu/run.py")
     parser.add_argument("--out", type=Path, help="the table; by default where kernels read it")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--arch", type=int, default=90, choices=sorted(launch.PARTS))
+    parser.add_argument("--arch", type=int, default=90, choices=sorted(gpus.GPUS))
     options = parser.parse_args(arguments)
     if options.dry_run:
         _dry_run(options.arch)

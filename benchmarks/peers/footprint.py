@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from stellar_fast.reference.model import STELLARModel
+from stellar_fast.reference import STELLARModel
 from torch import Tensor
 
 import stellar_fast
 from stellar_fast.config import ModelConfig
-from stellar_fast.hub import locate
 from stellar_fast.loading import SYNTHETIC_SEED
-from stellar_fast.names import encode_shapes
-from stellar_fast.synthetic import synthetic_state
+from stellar_fast.weights.hub import locate
+from stellar_fast.weights.names import encode_shapes
+from stellar_fast.weights.synthetic import synthetic_state
 
 NAMES = ("engine-fp32", "engine-bf16", "reference-fp32")
 Encode = Callable[[Tensor], object]

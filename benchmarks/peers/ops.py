@@ -29,9 +29,9 @@ from stellar_fast.reference import ops as oracles
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stellar_fast import torch_ops
 from stellar_fast.config import MODELS
-from stellar_fast.weights import Linear
+from stellar_fast.engine import torch_ops
+from stellar_fast.weights.packed import Linear
 
 CPU_CACHE = 4 << 20  # bytes that the inputs of a round exceed: a core's own cache, twice
 CPU_SETS, GPU_SETS = 3, 32

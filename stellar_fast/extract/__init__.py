@@ -1,13 +1,14 @@
 """Features of many images: what to read, the plan, the pipeline, and what is written."""
 
 from .devices import device_names
-from .foreign import DTYPES, FEATURES
 from .input import discover
 from .job import DEFAULT_FEATURES, Job, identify, parse_share, plan, prepare, todo
-from .layout import Item, Plan, check_sums, complete, read_manifest, read_plan
-from .pipeline import Options, Pipeline, Stopped
+from .output.foreign import DTYPES, FEATURES
+from .output.layout import Plan, check_sums, complete, read_manifest, read_plan
+from .records import Item
 from .runner import run, run_devices
 from .stats import Summary
+from .work.pipeline import Options, Pipeline, Stopped
 
 __all__ = [
     "DEFAULT_FEATURES",

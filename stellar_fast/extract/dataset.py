@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
-from .features import Features
+
+class Rows(Protocol):
+    """What a dataset needs of `Features`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, name: str, /) -> Any:
+        """One feature, an array of (rows, ...)."""
+
+    def ids_of(self, rows: Sequence[int], /) -> list[str]: ...
 
 
 class FeatureDataset(Dataset[dict[str, Any]]):
@@ -18,7 +27,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
     by partition. Tensors are copies.
     """
 
-    def __init__(self, features: Features, names: Collection[str], with_ids: bool) -> None:
+    def __init__(self, features: Rows, names: Collection[str], with_ids: bool) -> None:
         for name in names:
             features[name]  # KeyError, here and not in a worker
         self._features, self._names, self._with_ids = features, tuple(names), with_ids

@@ -18,10 +18,11 @@ from typing import Any
 
 from ..errors import StellarError
 from .job import Job, identify, items_of
-from .layout import Item, Plan
-from .pipeline import Encoder, Pipeline, Stopped
+from .output.layout import Plan
+from .records import Item
 from .stats import Progress, Summary
-from .workers import cores, exit_of, without_interrupts
+from .work.pipeline import Encoder, Pipeline, Stopped
+from .work.workers import cores, exit_of, without_interrupts
 
 # Seconds for the processes to drop their partitions when they are told to stop: one batch's work.
 STOP_SECONDS = 120.0
@@ -36,7 +37,7 @@ def device_names(text: str | None) -> list[str | None]:
     """
     import torch
 
-    from ..devices import resolve_device
+    from ..engine.backends import resolve_device
 
     if text is not None:
         return [str(resolve_device(name.strip())) for name in text.split(",")]

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import StellarError
-from .layout import PathLike, Plan, check_sums, complete, read_plan
-from .opened import Opened, ok, read_index
+from .output.layout import PathLike, Plan, check_sums, complete, read_plan
+from .output.readers import Opened, ok, read_index
 
 if TYPE_CHECKING:
     import pyarrow

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StellarError
-from ..images import MAX_PIXELS, check_preset
-from .folder import Locks, check_output, clear
-from .foreign import DTYPES, FEATURES, FORMATS
+from ..images.presets import check_preset
+from ..images.reader import MAX_PIXELS
 from .input import discover
 from .input.addresses import Allowed, is_address, localized, shown
-from .layout import (
+from .output.folder import Locks, check_output, clear
+from .output.foreign import DTYPES, FEATURES, FORMATS
+from .output.layout import (
     Item,
     Partition,
     PathLike,
@@ -28,9 +29,9 @@ from .layout import (
     sha256_of,
     write_plan,
 )
-from .pipeline import Encoder, Options
-from .sandbox import DECODE_SECONDS, Limits, memory_for
-from .workers import cores
+from .work.pipeline import Encoder, Options
+from .work.sandbox import DECODE_SECONDS, Limits, memory_for
+from .work.workers import cores
 
 DEFAULT_FEATURES = ("sparse", "cls")
 # At 10 images/s seven minutes of work are in a partition's hands, at 3,000 a file of features is

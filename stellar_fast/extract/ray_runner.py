@@ -21,13 +21,13 @@ from typing import Any
 
 from ..errors import StellarError
 from .devices import portable
-from .folder import Locks
 from .job import Job, identify, prepare
-from .layout import PLAN, Partition, Plan, difference, read_manifest, read_plan
-from .pipeline import Encoder, Pipeline
+from .output.folder import Locks
+from .output.layout import PLAN, Partition, Plan, difference, read_manifest, read_plan
 from .ray_session import session
 from .runner import LOG_SECONDS, summarized
 from .stats import Progress, Summary
+from .work.pipeline import Encoder, Pipeline
 
 Load = Callable[..., Encoder]
 

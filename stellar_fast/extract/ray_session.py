@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import MissingExtraError, StellarError
-from .workers import cores
+from .work.workers import cores
 
 # For Ray's own messages in a session that is started here: manifests are all that it carries.
 OBJECT_STORE = 128 << 20  # bytes

@@ -12,9 +12,9 @@ from typing import Any
 from ..printable import printable
 from .devices import Crew
 from .job import Job, identify, items_of, prepare, todo
-from .layout import STATS, Plan, write_json
-from .pipeline import Encoder, Pipeline
+from .output.layout import STATS, Plan, write_json
 from .stats import Progress, Summary
+from .work.pipeline import Encoder, Pipeline
 
 LOG_SECONDS = 30.0
 

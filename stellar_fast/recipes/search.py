@@ -12,7 +12,7 @@ from ..errors import MissingExtraError
 from ..extract.features import Feature, Features
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ..engine.engine import Engine
 
 # Vectors that an index with something to learn is trained on: faiss itself samples 256 for each of
 # its centroids, and warns of fewer than 39.

@@ -58,7 +58,7 @@ def test_the_engine_finds_its_next_batch_when_it_has_done_one(tmp_path):
 
 def test_decoding_and_writing_go_on_while_the_engine_works(tmp_path, monkeypatch):
     """It works until two more batches are there, and until what it gave before is written."""
-    from stellar_fast.extract.partition import Unwritten
+    from stellar_fast.extract.output.partition import Unwritten
 
     written = threading.Semaphore(0)
     monkeypatch.setattr(Unwritten, "append", lambda *arguments: written.release())
@@ -97,7 +97,7 @@ def test_the_stage_that_limits_is_told(seconds, limit):
 
 
 def test_a_slow_writer_is_what_limits(tmp_path, monkeypatch):
-    from stellar_fast.extract.partition import Unwritten
+    from stellar_fast.extract.output.partition import Unwritten
 
     monkeypatch.setattr(Unwritten, "append", lambda *arguments: time.sleep(3 * SECONDS))
     engine = device_like(small_engine(), lambda: None)

@@ -12,7 +12,7 @@ from gpu.switches import SWITCHES
 from harness.results import COMPILED_BF16, EAGER_BF16, EAGER_FP32, VIT_BF16
 
 from stellar_fast.config import MODELS
-from stellar_fast.engine import Engine
+from stellar_fast.engine.engine import Engine
 
 
 @pytest.fixture(autouse=True)

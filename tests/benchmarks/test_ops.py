@@ -12,8 +12,8 @@ from harness.workloads import arguments, cases, flops_per_image, op_of
 from peers import ops
 from stellar_fast.reference import ops as oracles
 
-from stellar_fast import torch_ops
 from stellar_fast.config import MODELS
+from stellar_fast.engine import torch_ops
 
 CPU = torch.device("cpu")
 NAMES = ["qkv", "attention", "proj", "fc1", "fc2", "patch_embed", "norm", "spatial_map"]

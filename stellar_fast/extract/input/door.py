@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ...errors import ImageError
-from ...images import describe_error
+from ...images.reader import describe_error
 from . import web
 from .addresses import (
     ARCHIVES,

@@ -1,0 +1,298 @@
+"""The training forward: every loss of the published recipe, and their weighted sum.
+
+Formulas and constants: arXiv 2602.01905 and the code published with it. Shapes: B images, P
+patches, K sparse tokens, D encoder width, C clusters, V views an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..precision import at_least_float32
+from .augment import augment_colors, require_kornia
+from .clustering import ClusteringHead, sinkhorn_knopp, soft_cross_entropy
+from .koleo import koleo_loss
+from .masking import random_keep
+from .matching import match
+from .student import Student
+from .teacher import encode_with_teacher, update_teacher
+
+KOLEO_WEIGHT = 0.1
+CODE_WEIGHT = 0.05  # of VQ-CE in the total
+PIXEL_WEIGHT = 10.0  # of MSE in the total
+TOKENIZER_SIZE = 256  # pixels a side that patch 14's 16x16 grid stands for, in cells of 16x16
+
+
+class Targets(NamedTuple):
+    """What predictions are held against; nothing here has a gradient.
+
+    Attributes:
+        tokens: (B, K, D), the sparse tokens that predicted ones are matched to.
+        sparse: (B, K, C), their assignments.
+        cls: (B, 1, C), the CLS token's; None where `do_cls` is off.
+    """
+
+    tokens: Tensor
+    sparse: Tensor
+    cls: Tensor | None
+
+
+def training_predictions(model: Student, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The forward pass in training.
+
+    First of all, with `momentum_teacher`, the teacher is updated; a training forward is thus one
+    step of the average. Where several processes train together they must call this together.
+
+    Args:
+        inputs: all floating point RGB in [0, 1] but the labels, which are handed through.
+            "image" (B, 3, H, W) and "labels"; with `do_clustering` and (`do_masking` or
+            `momentum_teacher`) "global_views" (B, G, 3, H', W'), of which the first `num_masks` are
+            used; with `do_clustering`, `do_cls` and `do_cropping` "local_views" (B, L, 3, h, w), of
+            which the first `num_local_crops` are used. Further keys are left alone.
+
+    Returns:
+        `model.evaluation_predictions`, "gold_labels", and what the model was built to train with:
+        koleo_loss; VQ-CE with x_hat (B, P, 1024), or MSE with x_hat (B, 3, H, W), and x_original,
+        the image that either is held against; clustering_loss, cls_clustering_loss, mask_loss,
+        cls_loss. Losses are scalars with a gradient.
+
+    Raises:
+        ValueError: an input is missing or of another shape, there are too few views, or the image
+            cannot be held against what the decoder gives.
+        MissingExtraError: `color_augmentation` is on and kornia is not installed.
+    """
+    image, global_views, local_views = _checked(model, inputs)
+    if model.momentum_teacher:
+        update_teacher(model, model.teacher_momentum)
+
+    predictions = model.evaluation_predictions(image)
+    predictions["gold_labels"] = inputs["labels"]
+    sparse, cls = predictions["sparse"], predictions["cls"]
+    if model.do_koleo:
+        predictions["koleo_loss"] = KOLEO_WEIGHT * koleo_loss(sparse)
+    if model.do_recon:
+        predictions |= reconstruction_predictions(model, predictions["lowrank"], image)
+    if not model.do_clustering:
+        return predictions
+
+    if global_views is not None and model.color_augmentation:
+        global_views = augment_colors(global_views.flatten(0, 1)).view_as(global_views)
+    sparse_logits = model.clustering_head(sparse)
+    cls_logits = model.cls_cluster_head(cls) if model.do_cls else None
+    if model.momentum_teacher:
+        assert global_views is not None  # `_checked` saw to it
+        targets = teacher_targets(model, global_views[:, 1])
+        own_match = _matches(model, sparse, targets.tokens)
+    else:
+        targets = Targets(
+            sparse.detach(),
+            _assign(model, sparse_logits),
+            None if cls_logits is None else _assign(model, cls_logits),
+        )
+        own_match = None
+    predictions["clustering_loss"] = _view_loss(model, sparse_logits, targets.sparse, own_match)
+    cls_losses: list[Tensor] = []
+    if targets.cls is not None and cls_logits is not None:
+        predictions["cls_clustering_loss"] = _view_loss(model, cls_logits, targets.cls)
+    if model.do_masking and global_views is not None:
+        masked_cls, masked_sparse = encode_masked(model, global_views.flatten(0, 1))
+        if model.do_koleo:
+            predictions["koleo_loss"] = predictions["koleo_loss"] + KOLEO_WEIGHT * koleo_loss(
+                masked_sparse
+            )
+        predictions["mask_loss"] = _view_loss(
+            model,
+            model.clustering_head(masked_sparse),
+            targets.sparse,
+            _matches(model, masked_sparse, targets.tokens),
+        )
+        if targets.cls is not None:
+            cls_losses.append(_view_loss(model, model.cls_cluster_head(masked_cls), targets.cls))
+    if local_views is not None and targets.cls is not None:
+        crops = local_views.flatten(0, 1)
+        if model.color_augmentation:
+            crops = augment_colors(crops)
+        local_cls, _, _ = model.encode_tokens(crops)
+        cls_losses.append(_view_loss(model, model.cls_cluster_head(local_cls), targets.cls))
+    if cls_losses:
+        predictions["cls_loss"] = torch.stack(cls_losses).sum()
+    return predictions
+
+
+def training_loss(predictions: Mapping[str, Tensor]) -> Tensor:
+    """The published objective: 0.05 VQ-CE, or 10 MSE, plus every entry whose name holds "loss".
+
+    Args:
+        predictions: what `training_predictions` returned.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: no loss is among the predictions.
+    """
+    terms = [value for name, value in predictions.items() if "loss" in name]
+    if "VQ-CE" in predictions:
+        terms.append(CODE_WEIGHT * predictions["VQ-CE"])
+    if "MSE" in predictions:
+        terms.append(PIXEL_WEIGHT * predictions["MSE"])
+    if not terms:
+        raise ValueError(
+            f"no loss among the predictions {sorted(predictions)}: run the model's forward with "
+            'mode="train" and at least one of do_recon, do_koleo and do_clustering'
+        )
+    return torch.stack(terms).sum()
+
+
+def reconstruction_predictions(model: Student, lowrank: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """The reconstruction loss of `lowrank` (B, P, D) against `image` (B, 3, H, W).
+
+    Returns:
+        With a tokenizer VQ-CE, x_hat: code logits (B, P, 1024), x_original: the image whose codes
+        are the targets, for patch 14 resized to 256x256. Without one MSE, x_hat: pixels
+        (B, 3, H, W), x_original: the image.
+
+    Raises:
+        ValueError: the image's size does not fit the decoder's grid.
+    """
+    predicted = model.apply_head(model.forward_decoder(lowrank))
+    if model.tokenizer is None:
+        if predicted.shape != image.shape:
+            raise ValueError(
+                "the pixel head needs square images of whole patches: it draws "
+                f"{tuple(predicted.shape[2:])} pixels for an image of {tuple(image.shape[2:])}"
+            )
+        return {
+            "MSE": F.mse_loss(predicted, image.to(predicted.dtype)),
+            "x_hat": predicted,
+            "x_original": image,
+        }
+    if model.config.backbone.patch_size == 14:
+        image = F.interpolate(
+            image, size=(TOKENIZER_SIZE, TOKENIZER_SIZE), mode="bicubic", align_corners=False
+        )
+    codes = model.tokenizer.encode(image.to(model.tokenizer.quantize.embedding.weight.dtype))
+    if codes.shape[1] != predicted.shape[1]:
+        raise ValueError(
+            f"the tokenizer gives {codes.shape[1]} codes for the image and the model "
+            f"{predicted.shape[1]} patches; train with 224x224 images and patches of 14 or 16"
+        )
+    loss = F.cross_entropy(at_least_float32(predicted.flatten(0, 1)), codes.flatten())
+    return {"VQ-CE": loss, "x_hat": predicted, "x_original": image}
+
+
+@torch.no_grad()
+def teacher_targets(model: Student, images: Tensor) -> Targets:
+    """The EMA teacher's tokens of images (B, 3, H, W) and their assignments."""
+    cls, sparse = encode_with_teacher(model, images)
+    return Targets(
+        sparse,
+        _assign(model, model.get_submodule("teacher_head")(sparse)),
+        _assign(model, model.get_submodule("teacher_cls_head")(cls)) if model.do_cls else None,
+    )
+
+
+def encode_masked(model: Student, views: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of views (V, 3, H, W) of which only some patches are seen: cls, sparse."""
+    patch = model.config.backbone.patch_size
+    keep = random_keep(
+        views.shape[0],
+        (views.shape[2] // patch) * (views.shape[3] // patch),
+        model.masking_ratio,
+        model.focal_mode,
+        device=views.device,
+    )
+    cls, sparse, _ = model.encode_tokens(views, keep)
+    return cls, sparse
+
+
+def _assign(model: Student, logits: Tensor) -> Tensor:
+    """Sinkhorn-Knopp targets of logits (B, T, C), over all of their B T rows."""
+    scores = logits.detach().flatten(0, 1) / model.sk_temp
+    return sinkhorn_knopp(scores, model.n_sk_iter, model.sk_scale).view_as(logits)
+
+
+def _matches(model: Student, predicted: Tensor, targets: Tensor) -> Tensor | None:
+    """Targets' tokens (B V, K) for predicted ones (B V, K, D); None, each its own, without
+    matching."""
+    if not model.hungarian_match:
+        return None
+    views = predicted.shape[0] // targets.shape[0]
+    index, _ = match(predicted.detach(), targets.repeat_interleave(views, dim=0))
+    return index
+
+
+def _view_loss(
+    model: Student, logits: Tensor, assignments: Tensor, index: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of V views an image, logits (B V, T, C), with the image's own assignments
+    (B, T, C), of which prediction t takes row `index[:, t]`."""
+    views = logits.shape[0] // assignments.shape[0]
+    image = torch.arange(logits.shape[0], device=logits.device) // views
+    targets = assignments[image] if index is None else assignments[image.unsqueeze(1), index]
+    return soft_cross_entropy(logits, targets, model.logits_temp)
+
+
+def _checked(
+    model: Student, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The image and those views that the model's losses need, all of them looked at beforehand."""
+    clustering: ClusteringHead | None = getattr(model, "clustering_head", None)
+    local = clustering is not None and model.do_cls and model.do_cropping
+    masked = clustering is not None and (model.do_masking or model.momentum_teacher)
+    needed = ["image", "labels"] + ["global_views"] * masked + ["local_views"] * local
+    missing = [name for name in needed if name not in inputs]
+    if missing:
+        raise ValueError(
+            f"training needs the inputs {', '.join(needed)}; missing: {', '.join(missing)}"
+        )
+    image = inputs["image"]
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or not len(image):
+        raise ValueError(f"image must be (B, 3, H, W), B at least 1, got {_describe(image)}")
+    views = {}
+    if masked:
+        if model.momentum_teacher and model.num_masks < 2:
+            raise ValueError(
+                "momentum_teacher=True encodes the second of the num_masks global views: num_masks "
+                f"must be 2 or more, got {model.num_masks}"
+            )
+        views["global_views"] = model.num_masks
+    if local:
+        views["local_views"] = model.num_local_crops
+    used = {
+        name: _first_views(inputs[name], name, count, len(image)) for name, count in views.items()
+    }
+    if used and model.color_augmentation:
+        require_kornia("color_augmentation=True")
+    return image, used.get("global_views"), used.get("local_views")
+
+
+def _first_views(views: Tensor, name: str, count: int, batch: int) -> Tensor:
+    """The first `count` views of each of `batch` images."""
+    if (
+        not isinstance(views, Tensor)
+        or views.ndim != 5
+        or views.shape[0] != batch
+        or views.shape[2] != 3
+        or not views.is_floating_point()
+    ):
+        raise ValueError(
+            f"{name} must be floating point (B, views, 3, H, W) with B = {batch} as in image, got "
+            f"{_describe(views)}"
+        )
+    if count < 1 or views.shape[1] < count:
+        raise ValueError(
+            f"the model trains on {count} views of {name}, and each image has {views.shape[1]}"
+        )
+    return views[:, :count]
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__

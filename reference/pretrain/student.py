@@ -1,0 +1,154 @@
+"""What is trained: the autoencoder, its clustering heads, its teacher, and how losses are taken.
+
+Formulas: arXiv 2602.01905 and the code published with it, whose constructor arguments, defaults and
+state-dict names these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from ...config import BackboneConfig, ModelConfig
+from ...weights.names import canonical
+from ..loading import load_checkpoint, take_out_other_head
+from ..model import Autoencoder
+from ..vit import VisionTransformer
+from ..vqgan import VQGAN
+from .clustering import ClusteringHead
+from .teacher import attach_teacher
+
+DEFAULT_BACKBONE = "facebook/vit-mae-base"
+
+
+class Student(Autoencoder):
+    """All of STELLAR but its training forward. Parts that were not asked for are not built.
+
+    Args:
+        num_sparse_tokens: K.
+        spatial_temp: divisor of the cosine similarities of the spatial map; None: dot products over
+            sqrt(D).
+        do_koleo: the KoLeo loss in training.
+        do_recon: build the decoder, and train it.
+        num_decoder_layers: blocks of the decoder.
+        vq_model: the tokenizer: its weights file (.bin or .safetensors) or a `VQGAN`. With it the
+            decoder predicts codes; without it (None) a transposed convolution draws pixels.
+        do_clustering: build the clustering heads, and train with their losses.
+        num_clusters, predictor_layers, prototype_dim: size of the clustering heads, as
+            `ClusteringHead` takes them.
+        do_cls: cluster the CLS token too.
+        logits_temp, sk_temp, n_sk_iter, sk_scale: temperature of the predictions; temperature,
+            rounds and column exponent of the Sinkhorn-Knopp targets.
+        do_masking, num_masks, masking_ratio, focal_mode: train on that many masked global views;
+            the mode is "gaussian", "block" or None.
+        color_augmentation: colour-augment the masked views.
+        do_cropping, num_local_crops: train on that many local views.
+        hungarian_match: match predicted sparse tokens to their targets.
+        momentum_teacher, teacher_momentum: let an exponential moving average of the model give the
+            targets.
+        model_checkpoint_path: weights to start from, a safetensors file or a torch pickle of
+            tensors (as such or under "state_dict"), read without pickle code. Every tensor that
+            this model is built of must be there.
+        vit_pretrained: the encoder's geometry and nothing else: a published backbone's name, a
+            mapping of `BackboneConfig`'s fields or a `BackboneConfig`; None is
+            facebook/vit-mae-base. Nothing is downloaded.
+
+    Raises:
+        ValueError: an argument is out of range, or `momentum_teacher` comes without
+            `do_clustering`.
+        CheckpointError: a weights file does not fit.
+    """
+
+    clustering_head: ClusteringHead
+    cls_cluster_head: ClusteringHead
+    teacher_encoder: VisionTransformer
+    teacher_sparse_tokens: nn.Parameter
+    teacher_head: ClusteringHead
+    teacher_cls_head: ClusteringHead
+
+    def __init__(
+        self,
+        num_sparse_tokens: int,
+        spatial_temp: float | None = 0.06,
+        do_koleo: bool = True,
+        do_recon: bool = True,
+        num_decoder_layers: int = 6,
+        vq_model: str | PathLike[str] | VQGAN | None = None,
+        do_clustering: bool = True,
+        num_clusters: int = 16384,
+        predictor_layers: int | None = 2,
+        prototype_dim: int | None = 256,
+        do_cls: bool = True,
+        logits_temp: float = 0.12,
+        sk_temp: float = 0.06,
+        n_sk_iter: int = 3,
+        sk_scale: float = 1.0,
+        do_masking: bool = True,
+        num_masks: int = 8,
+        masking_ratio: float = 0.75,
+        focal_mode: str | None = "gaussian",
+        color_augmentation: bool = True,
+        do_cropping: bool = True,
+        num_local_crops: int = 8,
+        hungarian_match: bool = True,
+        momentum_teacher: bool = False,
+        teacher_momentum: float = 0.996,
+        model_checkpoint_path: str | PathLike[str] | None = None,
+        vit_pretrained: str | Mapping[str, object] | BackboneConfig | None = None,
+    ) -> None:
+        if momentum_teacher and not do_clustering:
+            raise ValueError(
+                "momentum_teacher=True gives clustering targets: it needs do_clustering=True"
+            )
+        backbone = BackboneConfig.resolve(vit_pretrained or DEFAULT_BACKBONE)
+        config = ModelConfig(
+            "STELLARModel", backbone, num_sparse_tokens, num_decoder_layers, spatial_temp
+        )
+        super().__init__(config, do_recon=do_recon, vq_model=vq_model)
+        self.do_koleo = do_koleo
+        self.do_clustering, self.num_clusters, self.do_cls = do_clustering, num_clusters, do_cls
+        self.logits_temp, self.sk_temp = logits_temp, sk_temp
+        self.n_sk_iter, self.sk_scale = n_sk_iter, sk_scale
+        self.do_masking, self.num_masks = do_masking, num_masks
+        self.masking_ratio, self.focal_mode = masking_ratio, focal_mode
+        self.color_augmentation = color_augmentation
+        self.do_cropping, self.num_local_crops = do_cropping, num_local_crops
+        self.hungarian_match = hungarian_match
+        self.momentum_teacher, self.teacher_momentum = momentum_teacher, teacher_momentum
+
+        width = backbone.hidden_size
+        if do_clustering:
+            self.clustering_head = ClusteringHead(
+                width, num_clusters, predictor_layers, prototype_dim
+            )
+            if do_cls:
+                self.cls_cluster_head = ClusteringHead(
+                    width, num_clusters, predictor_layers, prototype_dim
+                )
+        if momentum_teacher:
+            attach_teacher(self)
+        if model_checkpoint_path is not None:
+            load_checkpoint(self, model_checkpoint_path)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Not in load_state_dict: a module that holds this one must load the same files.
+        own = {name[len(prefix) :]: name for name in state_dict if name.startswith(prefix)}
+        state = canonical({name: state_dict.pop(full) for name, full in own.items()})
+        other_head = take_out_other_head(self, state)
+        state_dict.update({prefix + name: value for name, value in state.items()})
+        unexpected_keys.extend(prefix + name for name in other_head)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,1 @@
+"""The inference engine: forwards over injected ops, batches, CUDA graphs, devices."""

@@ -1,0 +1,1 @@
+"""One engine at work: decoding processes before it, a writing thread behind it."""

@@ -1,0 +1,171 @@
+"""What a decoding process does: files in, pixels into shared memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import numpy as np
+
+from ...errors import ImageError
+from ...images.presets import SIZE, preset_pixels
+from ...images.reader import decode, describe_error
+from ..input.addresses import Allowed
+from ..input.door import read_item
+from ..records import Item
+from .sandbox import Limits, decoding_time, enter
+
+SHAPE = (3, SIZE, SIZE)
+
+
+class Slots:
+    """Pictures in memory that several processes see: `array` is (count, 3, 224, 224).
+
+    The memory has no name, so a killed process leaves nothing behind, and it does not count towards
+    /dev/shm, which containers keep small.
+    """
+
+    def __init__(self, count: int, dtype: str, descriptor: int | None = None) -> None:
+        self.count, self.dtype = count, dtype
+        length = count * int(np.prod(SHAPE)) * np.dtype(dtype).itemsize
+        if descriptor is None:
+            descriptor = _nameless()
+            os.ftruncate(descriptor, length)
+        self._descriptor = descriptor
+        self.array = np.frombuffer(mmap.mmap(descriptor, length), dtype).reshape(count, *SHAPE)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _attach, (self.count, self.dtype, DupFd(self._descriptor))
+
+
+def _nameless() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("stellar-fast-slots", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _attach(count: int, dtype: str, descriptor: Any) -> Slots:
+    return Slots(count, dtype, descriptor.detach())
+
+
+def pixels_dtype(preset: str) -> str:
+    return "float32" if preset == "eval" else "uint8"
+
+
+@dataclass(frozen=True)
+class Order:
+    """One image to decode into a slot."""
+
+    number: int
+    slot: int
+    item: Item
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an order: its pixels are in the slot, unless there is a reason.
+
+    Attributes:
+        width, height: of the upright picture in the file, in pixels; None if it failed.
+        read, decode: seconds.
+    """
+
+    number: int
+    slot: int
+    reason: str | None = None
+    width: int | None = None
+    height: int | None = None
+    read: float = 0.0
+    decode: float = 0.0
+
+
+READY = "ready"
+
+
+def work(
+    connection: Connection,
+    slots: Slots,
+    preset: str,
+    dummy: bool,
+    allowed: Allowed,
+    limits: Limits,
+) -> None:
+    """Answers every list of orders by a list of outcomes, until the other end is closed.
+
+    Args:
+        dummy: read nothing, and fill the slots with noise.
+        allowed: what may be read beyond the defaults.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    noise = None
+    if dummy:
+        noise = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
+        if pixels_dtype(preset) == "float32":
+            noise = noise / np.float32(255)
+    elif preset == "eval":
+        import torch
+
+        torch.set_num_threads(1)
+    enter(limits)
+    try:
+        connection.send(READY)
+        while True:
+            orders: list[Order] = connection.recv()
+            outcomes = []
+            for order in orders:
+                if noise is None:
+                    outcomes.append(_carry_out(order, slots, preset, allowed, limits))
+                else:
+                    slots.array[order.slot] = noise
+                    outcomes.append(Outcome(order.number, order.slot, None, SIZE, SIZE))
+            connection.send(outcomes)
+    except (EOFError, ConnectionError):
+        pass  # done, or the process that wanted the pictures is gone
+
+
+def _carry_out(
+    order: Order, slots: Slots, preset: str, allowed: Allowed, limits: Limits
+) -> Outcome:
+    start = time.perf_counter()
+    read = start
+    try:
+        content = read_item(order.item, allowed)
+        read = time.perf_counter()
+        with decoding_time(limits.seconds):
+            image = decode(content, max_pixels=limits.max_pixels)
+            slots.array[order.slot] = preset_pixels(image, preset)
+    except Exception as error:
+        end = time.perf_counter()
+        if read == start:
+            read = end
+        reason = _reason(error, limits)
+        return Outcome(order.number, order.slot, reason, read=read - start, decode=end - read)
+    end = time.perf_counter()
+    return Outcome(
+        order.number,
+        order.slot,
+        width=image.width,
+        height=image.height,
+        read=read - start,
+        decode=end - read,
+    )
+
+
+def _reason(error: Exception, limits: Limits) -> str:
+    cause = error.__cause__ or error
+    if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):  # torch's words
+        return f"needs more than {limits.memory} MiB of memory (--worker-memory)"
+    return error.reason if isinstance(error, ImageError) else describe_error(error)

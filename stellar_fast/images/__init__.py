@@ -1,0 +1,16 @@
+"""Pictures: decoding by written rules, and the presets that make model input of them."""
+
+from .presets import PRESETS, apply_preset, eval_size, load_batch, load_image, preset_pixels
+from .reader import MAX_PIXELS, MAX_SCANS, decode
+
+__all__ = [
+    "MAX_PIXELS",
+    "MAX_SCANS",
+    "PRESETS",
+    "apply_preset",
+    "decode",
+    "eval_size",
+    "load_batch",
+    "load_image",
+    "preset_pixels",
+]

@@ -1,0 +1,1 @@
+"""Pictures and plots of what an engine gives (extra viz)."""
