@@ -100,6 +100,14 @@ def test_repeated_rows_of_a_small_table_take_no_memory(value, tmp_path):
     refused(tmp_path / "a.parquet", message)
 
 
+@pytest.mark.parametrize("code", [-1, 2])
+def test_a_damaged_index_names_no_other_path(code):
+    words, codes = pyarrow.array(["a.jpg", "b.jpg"]), pyarrow.array([0, code], pyarrow.int32())
+    array = pyarrow.DictionaryArray.from_arrays(codes, words, safe=False)
+    with pytest.raises(pyarrow.ArrowInvalid):
+        lists._values(array)
+
+
 def test_a_table_that_says_that_it_unpacks_to_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(lists, "MAX_TABLE", 10_000)
     table = pyarrow.table({"path": [f"{n:0100}.jpg" for n in range(1000)], "n": range(1000)})

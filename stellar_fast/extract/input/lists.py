@@ -277,6 +277,7 @@ def _values(array: Any) -> list[Any]:
 
     if not isinstance(array, pyarrow.DictionaryArray):
         return array.to_pylist()
+    array.validate(full=True)  # or a damaged index would name another path, or none
     codes = array.indices.to_pylist()
     words = {code: array.dictionary[code].as_py() for code in {*codes} if code is not None}
     return [words.get(code) for code in codes]
