@@ -255,7 +255,7 @@ def test_forms_of_a_batch(shallow):
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor)
         near = shallow.encode(pixels.float() / 255)
-    # The same pixels another way: each may be as far from float64 as float16's rounding entitles to.
+    # The same pixels another way: each as far from float64 as rounding to float16 entitles to.
     model, x = reference_of(SHALLOW), pixels.double() / 255
     exact = model.encode(x)
     sound = entitlement(lambda: model.encode(x), exact, torch.float16, model)
