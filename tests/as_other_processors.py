@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# ONEDNN_MAX_CPU_ISA -> ATEN_CPU_CAPABILITY and OPENBLAS_CORETYPE, which NumPy's products obey; None
-# leaves all of them to the processor.
+# ONEDNN_MAX_CPU_ISA -> ATEN_CPU_CAPABILITY and OPENBLAS_CORETYPE, which NumPy's products obey, from
+# the least; None leaves all of them to the processor.
 INSTRUCTION_SETS = {
     "SSE41": ("default", "Nehalem"),
     "AVX2": ("avx2", "Haswell"),
@@ -44,6 +44,14 @@ class Processor:
         onednn = "oneDNN" if self.onednn else "no oneDNN"
         return f"{self.instruction_set or 'as it is'}, {onednn}, {threads}"
 
+    def fits(self, capability: str) -> bool:
+        """Whether a processor whose own capability this is, as PyTorch says, can compute so."""
+        if self.instruction_set is None:
+            return True
+        levels = [caps[0].upper() for caps in INSTRUCTION_SETS.values() if caps is not None]
+        own = levels.index(capability) if capability in levels else -1
+        return list(INSTRUCTION_SETS).index(self.instruction_set) <= own
+
     @property
     def environment(self) -> dict[str, str]:
         changed = {
@@ -61,17 +69,24 @@ EVERY = [Processor(*way) for way in itertools.product(INSTRUCTION_SETS, (True, F
 SHORT = [Processor("SSE41", True, 1), Processor("AVX2", True, 1), Processor(None, False, 2)]
 
 
+def capability_in(environment: dict[str, str]) -> str:
+    command = [sys.executable, "-c", CAPABILITY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="the three ways that differ most")
     options, arguments = parser.parse_known_args()
     failed = []
+    own = capability_in(dict(os.environ))
     for processor in SHORT if options.short else EVERY:
         environment = processor.environment
-        capability = subprocess.run(
-            [sys.executable, "-c", CAPABILITY], env=environment, capture_output=True, text=True
-        ).stdout.strip()
-        print(f"== {processor} (PyTorch says {capability})", flush=True)
+        if not processor.fits(own):
+            print(f"== left out: {processor}; this processor is {own}", flush=True)
+            continue
+        print(f"== {processor} (PyTorch says {capability_in(environment)})", flush=True)
         start = time.monotonic()
         tests = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         if processor.threads == 1:  # as each of several workers has
