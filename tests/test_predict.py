@@ -81,13 +81,13 @@ def test_the_launches_do_the_arithmetic_of_the_model(model):
 
     The launches leave out the mixtures with K tokens, under a hundredth of it.
     """
-    items = predict.forward(MODELS[model], "bf16", 2, 90)
+    items = audit.forward(MODELS[model], "bf16", 2, 90)
     found = sum(predict.work_of(item).flops for item in items)
     assert found == pytest.approx(2 * flops_per_image(MODELS[model]), rel=0.01)
 
 
 def test_bytes_are_those_of_operands_and_results():
-    items = predict.forward(MODELS["stellar-h16"], "bf16", 64, 90)
+    items = audit.forward(MODELS["stellar-h16"], "bf16", 64, 90)
     rows, width = 64 * 273, 1280
     moved = {}
     for item in items:
@@ -100,19 +100,19 @@ def test_bytes_are_those_of_operands_and_results():
 def test_fp8_reads_half():
     (qkv,) = {
         predict.work_of(item).read
-        for item in predict.forward(MODELS["stellar-b16"], "bf16", 64, 90)
+        for item in audit.forward(MODELS["stellar-b16"], "bf16", 64, 90)
         if predict.label(item) == "qkv"
     }
     found = {
         predict.work_of(item).read
-        for item in predict.forward(MODELS["stellar-b16"], "fp8", 64, 90)
+        for item in audit.forward(MODELS["stellar-b16"], "fp8", 64, 90)
         if predict.label(item) == "qkv"
     }
     assert found == {qkv, qkv / 2}  # the first block stays in bf16
 
 
 def test_an_unknown_kernel_is_refused():
-    item = predict.forward(MODELS["stellar-b16"], "bf16", 1, 90)[0]
+    item = audit.forward(MODELS["stellar-b16"], "bf16", 1, 90)[0]
 
     def _other_kernel(): ...
 

@@ -256,20 +256,11 @@ def label(item: launch.Launch) -> str:
     return {1: "sparse_proj", 2: "kv", 3: "qkv"}.get(a["N"] // a["K"], "linear")
 
 
-def forward(config: ModelConfig, precision: str, batch: int, arch: int) -> list[launch.Launch]:
-    """Every launch of one forward with all outputs, in order."""
-    weights = audit.encoder_of(config, precision)
-    seen: list[launch.Launch] = []
-    with launch.on_gpu(arch, seen.append):
-        audit.encode(weights, config, batch)
-    return seen
-
-
 def rows_of(
     config: ModelConfig, precision: str, batch: int, chip: Chip, arch: int, workers: int
 ) -> list[Row]:
     """One row for each kind of launch of a forward, with how often it occurs."""
-    seen = forward(config, precision, batch, arch)
+    seen = audit.forward(config, precision, batch, arch)
     groups: dict[tuple[str, Compilation, tuple], list[launch.Launch]] = {}
     for item in seen:
         shape = tuple(item.arguments.get(key) for key in ("M", "N", "K", "Q", "S"))

@@ -162,6 +162,15 @@ def launches(config: ModelConfig, precision: str, arch: int) -> Iterator[launch.
     yield from seen
 
 
+def forward(config: ModelConfig, precision: str, batch: int, arch: int) -> list[launch.Launch]:
+    """Every launch of one forward with all outputs, in order."""
+    weights = encoder_of(config, precision)
+    seen: list[launch.Launch] = []
+    with launch.on_gpu(arch, seen.append):
+        encode(weights, config, batch)
+    return seen
+
+
 def _pair(node: Any) -> tuple[Tensor, Tensor]:
     return node.weight, node.bias
 

@@ -48,12 +48,14 @@ class Stage:
 # The first five fill one run, if each takes all of its time.
 STAGES = (
     Stage("environment", 30),
-    Stage("ceilings", 30),
-    Stage("tests", 150),
+    Stage("warm", 120),
+    Stage("smoke", 120),
+    Stage("ceilings", 40),
     Stage("encode", 210),
     Stage("ops", 120),
     Stage("compile", 300),
     Stage("tune", 300),
+    Stage("tests", 240),
     Stage("kernels", 240),
     Stage("waterfall", 200),
     Stage("audit", 100),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,25 @@ WITH_COMPILER = (("stellar-h16", 64), ("stellar-b16", 64), ("stellar-l16", 64), 
 SIDES = (224, 384, 512)
 ORDER = ("stellar-h16", "stellar-b16", "stellar-l16", "stellar-b8", "stellar-b24")
 COMPILE_LIMIT = 280
+# A minute of tests: each precision against float64, graphs, streams, batches.
+SMOKE = [
+    f"tests/engine/test_gpu_kernels.py::{name}"
+    for name in (
+        "test_encode_meets_the_published_outputs[encode-tiny16]",
+        "test_encode_meets_the_published_outputs[encode-tiny14-k8]",
+        "test_encode_error_budget[encode-b16-bf16]",
+        "test_encode_error_budget[encode-b16-fp16]",
+        "test_encode_error_budget[encode-b16-fp32]",
+        "test_fp8_error_budget[encode-b16-False]",
+        "test_fp8_error_budget[encode-b16-True]",
+        "test_an_image_does_not_see_its_batch[bf16]",
+        "test_an_image_does_not_see_its_batch[fp8]",
+        "test_graphs_give_what_launches_give[bf16]",
+        "test_graphs_give_what_launches_give[fp8]",
+        "test_work_is_ordered_on_the_callers_stream",
+        "test_a_caller_captures_encode_in_a_graph_of_his_own",
+    )
+]
 
 
 def environment() -> list[Row]:
@@ -104,12 +124,36 @@ def tests(mark: str, expression: str, *options: str) -> list[Row]:
     return command(["-m", "pytest", "-q", *options, "-m", f"{expression} and not slow", *files])
 
 
-def audit() -> list[Row]:
-    """The static audit of what this device runs."""
+def architecture() -> int:
     from stellar_fast.kernels.gpus import gpu_of_capability
 
-    arch = gpu_of_capability(*torch.cuda.get_device_capability()).arch
-    return command(["benchmarks/audit/run.py", "--arch", str(arch), "--quick"])
+    return gpu_of_capability(*torch.cuda.get_device_capability()).arch
+
+
+def audit() -> list[Row]:
+    """The static audit of what this device runs."""
+    return command(["benchmarks/audit/run.py", "--arch", str(architecture()), "--quick"])
+
+
+def warm(precisions: tuple[str, ...]) -> list[Row]:
+    """Compiles what the goals launch, on all cores; it lies in Triton's cache from then on."""
+    from audit import run as static
+
+    arch, start = architecture(), time.perf_counter()
+    needed: dict[Any, None] = {}
+    for model, batches in GOALS:
+        for precision, batch in product(precisions, batches):
+            for item in static.forward(MODELS[model], precision, batch, arch):
+                needed[static.compilation(item, arch)] = None
+    findings = static.audit(list(needed), os.cpu_count() or 1)
+    faults = [fault for finding in findings for fault in finding.faults]
+    row: Row = {
+        "name": "kernels compiled",
+        "count": len(findings),
+        "seconds": time.perf_counter() - start,
+        "workers": os.cpu_count(),
+    }
+    return [row | ({"failed": "; ".join(faults)[:4000]} if faults else {})]
 
 
 def has_fp8() -> bool:
@@ -183,8 +227,12 @@ def jobs(stage: str) -> Iterator[Job]:
     match stage:
         case "environment":
             yield Job("environment", environment, 30)
+        case "warm":
+            yield Job("warm", partial(warm, quick), 110)
+        case "smoke":
+            yield Job("smoke", partial(command, ["-m", "pytest", "-q", "-x", *SMOKE]), 110)
         case "tests":
-            yield Job("tests", partial(tests, "gpu", "gpu"), 145)
+            yield Job("tests", partial(tests, "gpu", "gpu", "-n", "8"), 235)
         case "kernels":
             # Most of their time is compilation, on the CPU's cores.
             run = partial(tests, "kernels", "kernels and not gpu", "-n", "8")

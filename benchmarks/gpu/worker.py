@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.floors import rates, with_floor
-from harness.results import Result, Row, lines_of, read
+from harness.results import PROBLEMS, Result, Row, lines_of, read
 
 # Exit statuses.
 FAILED = 3  # there are rows without a figure
 RESTART = 75  # the device is lost to this process
 HUNG = 1  # faulthandler's: a row took longer than its limit
+
+
+# What a line tells of a row beside its time.
+TOLD = ("images_per_second", "of_ceiling", "of_floor", "rate", "cuda_graphs", "count", "seconds")
+TOLD += ("first_call_seconds", "load_seconds", "latency_median", "joules_per_image", "summary")
 
 
 class Job(NamedTuple):
@@ -36,6 +41,23 @@ class Job(NamedTuple):
     run: Callable[[], list[Row]]
     limit: float = 90.0
     outlasted: Row | None = None
+
+
+def told(row: Row) -> str:
+    """A row in a line, for who watches the run."""
+    line = f"  {row['key']:36} {row['name']:24}"
+    why = next((f"{name}: {row[name]}" for name in PROBLEMS if name in row), None)
+    if why is not None:
+        return f"{line} {why}"
+    if "median" in row:
+        spread = (row["high"] - row["low"]) / row["median"]
+        line += f" {row['median'] * 1e6:10.1f} us, quartiles {spread:.1%} apart"
+    facts = {name: row[name] for name in TOLD if row.get(name) is not None}
+    return line + "".join(f", {name} {_short(value)}" for name, value in facts.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def work(
@@ -68,7 +90,9 @@ def work(
         gone = is_lost()
         if gone and not any("failed" in row for row in rows):
             rows = [{"name": "engine", "failed": "the device was lost in this row"}]
-        write([with_floor({**row, **place}, known) for row in rows])
+        rows = [with_floor({**row, **place}, known) for row in rows]
+        write(rows)
+        print("\n".join(map(told, rows)), file=sys.stderr, flush=True)
         if gone:
             return RESTART
         if any("failed" in row for row in rows):
