@@ -50,8 +50,9 @@ def told(row: Row) -> str:
     if why is not None:
         return f"{line} {why}"
     if "median" in row:
-        spread = (row["high"] - row["low"]) / row["median"]
-        line += f" {row['median'] * 1e6:10.1f} us, quartiles {spread:.1%} apart"
+        line += f" {row['median'] * 1e6:10.1f} us"
+    if "high" in row:
+        line += f", quartiles {(row['high'] - row['low']) / row['median']:.1%} apart"
     facts = {name: row[name] for name in TOLD if row.get(name) is not None}
     return line + "".join(f", {name} {_short(value)}" for name, value in facts.items())
 
