@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .gpus import Gpu
 from .launch import FP8, FP8_MAX, NAMES, TRITON, describable, descriptor, gpu_of, launch, table_of
-from .pieces import to_fp8
+from .pieces import to_fp8, wait_for_inputs
 from .tables import AttentionTile
 
 
@@ -126,7 +126,9 @@ def _attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FP8_MAX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     image = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     width = heads * HEAD_DIM

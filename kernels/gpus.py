@@ -11,7 +11,7 @@ class Gpu:
 
     Attributes:
         arch: compute capability times ten, as the compiler counts.
-        processors: streaming multiprocessors of its usual product; steers tile sizes only.
+        processors: streaming multiprocessors; of its usual product, where no device is asked.
         shared: bytes of shared memory that one program may have.
         descriptors: whether matrices are read and written through TMA descriptors.
     """
@@ -20,6 +20,11 @@ class Gpu:
     processors: int
     shared: int
     descriptors: bool
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether a launch may start before the one before it has ended."""
+        return self.arch >= 90
 
 
 GPUS = {

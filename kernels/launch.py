@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,12 +95,22 @@ def table_of(gpu: Gpu) -> Table:
 
 def gpu_of(tensor: Tensor) -> Gpu:
     """What kernels on `tensor` are chosen for."""
+    return _chosen_for(tensor.device)
+
+
+def _chosen_for(device: torch.device) -> Gpu:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen[0]
-    if tensor.device.type == "cuda":
-        return gpu_of_capability(*torch.cuda.get_device_capability(tensor.device))
-    return INTERPRETED
+    return _gpu_of(device) if device.type == "cuda" else INTERPRETED
+
+
+@cache
+def _gpu_of(device: torch.device) -> Gpu:
+    """A CUDA device's generation, with as many processors as this very device has."""
+    found = torch.cuda.get_device_properties(device)
+    gpu = gpu_of_capability(found.major, found.minor)
+    return replace(gpu, processors=found.multi_processor_count)
 
 
 def is_interpreted() -> bool:
@@ -115,7 +126,7 @@ def launch(
     options: dict[str, Any],
     **arguments: Any,
 ) -> None:
-    """Runs `kernel` on the caller's current stream of `device`.
+    """Runs `kernel` on the caller's current stream of `device`; its EARLY is set here.
 
     Args:
         grid: programs along each axis; nothing runs if one is 0.
@@ -125,8 +136,10 @@ def launch(
     Raises:
         ValueError: CPU tensors while kernels are compiled for a GPU.
     """
-    options = {"enable_fp_fusion": True, **options}
     hook = current_hook()
+    early = _chosen_for(device).starts_early and (device.type == "cuda" or hook is not None)
+    arguments["EARLY"] = early
+    options = {"enable_fp_fusion": True, **options} | ({"launch_pdl": True} if early else {})
     if hook is not None:
         hook(Launch(kernel, arguments, options, grid))
         return

@@ -25,9 +25,12 @@ from .launch import (
     launch,
     table_of,
 )
-from .pieces import gelu, row_sums, slices, square_sums, to_fp8
+from .pieces import gelu, row_sums, slices, square_sums, to_fp8, wait_for_inputs
 from .tables import Tile
 
+# Of K that an FP8 accumulator sums up alone: the tensor core keeps 14 bits of what it adds
+# (DeepSeek-V3 technical report, section 3.3.2).
+CHUNK = 2048
 GROUP_M = 8  # tiles of rows that share a column tile of weight in the cache
 
 
@@ -94,6 +97,42 @@ def _finish(
         tl.store(out_sums_ptr + at, sums, mask=mask_s)
 
 
+@triton.jit
+def _operands(
+    x,
+    weight,
+    first_row,
+    first_column,
+    first_k,
+    M,
+    N,
+    K,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_K) of x and (BLOCK_N, BLOCK_K) of weight."""
+    if DESCRIPTORS:
+        a = x.load([first_row, first_k])
+        b = weight.load([first_column, first_k])
+    else:
+        # Rows past the end read the last one; what comes of them is not stored.
+        rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+        columns = tl.minimum(first_column + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        ks = first_k + tl.arange(0, BLOCK_K)
+        a_ptrs = x + rows[:, None] * K + ks[None, :]
+        b_ptrs = weight + columns[:, None] * K + ks[None, :]
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(ks < K)[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=(ks < K)[None, :], other=0.0)
+    return a, b
+
+
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x,  # (M, K): pointer, or descriptor of (BLOCK_M, BLOCK_K)
@@ -118,7 +157,8 @@ def _linear_kernel(
     RESIDUAL: tl.constexpr,
     QUANTIZE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PROMOTE: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of K, whose sums are added up in float32
+    CHUNK: tl.constexpr,  # K of each but the last
     EVEN_K: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -127,10 +167,14 @@ def _linear_kernel(
     GROUP_M: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
     FP8_MAX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=CHUNKS == 1
+    ):
         # Tiles that run at the same time share GROUP_M rows of x and few columns of weight.
         group = tile // (GROUP_M * tiles_n)
         group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -138,27 +182,23 @@ def _linear_kernel(
         first_column = ((tile % (GROUP_M * tiles_n)) // group_rows) * BLOCK_N
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(tl.cdiv(K, BLOCK_K)):
-            if DESCRIPTORS:
-                a = x.load([first_row, step * BLOCK_K])
-                b = weight.load([first_column, step * BLOCK_K])
-            else:
-                # Rows past the end read the last one; what comes of them is not stored.
-                rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
-                columns = tl.minimum(first_column + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-                ks = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                a_ptrs = x + rows[:, None] * K + ks[None, :]
-                b_ptrs = weight + columns[:, None] * K + ks[None, :]
-                if EVEN_K:
-                    a = tl.load(a_ptrs)
-                    b = tl.load(b_ptrs)
-                else:
-                    a = tl.load(a_ptrs, mask=(ks < K)[None, :], other=0.0)
-                    b = tl.load(b_ptrs, mask=(ks < K)[None, :], other=0.0)
-            if PROMOTE:
-                acc += tl.dot(a, b.T, out_dtype=tl.float32)
-            else:
+        if CHUNKS == 1:
+            for step in range(tl.cdiv(K, BLOCK_K)):
+                a, b = _operands(
+                    x, weight, first_row, first_column, step * BLOCK_K, M, N, K,
+                    DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
                 acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        else:
+            for chunk in range(CHUNKS):
+                part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for first_k in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, K), BLOCK_K):
+                    a, b = _operands(
+                        x, weight, first_row, first_column, first_k, M, N, K,
+                        DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                    )  # fmt: skip
+                    part = tl.dot(a, b.T, part, input_precision="ieee")
+                acc += part
 
         rows = first_row + tl.arange(0, BLOCK_M)
         if RMS:
@@ -209,20 +249,29 @@ def linear_tile(gpu: Gpu, x: torch.dtype, rows: int, columns: int, depth: int) -
     if x == torch.float32:
         return Tile(128, 64, 16, num_warps=8, num_stages=2)
     deep = 128 if x == FP8 else 64
-    promote = x == FP8 and depth > 2048
+    chunks, _ = chunks_of(x, depth)
     if gpu.shared < 200_000:
         # Half the shared memory, and accumulators in registers: no 256-wide tile.
-        wide = Tile(128, 128, deep // 2, num_warps=8, num_stages=3, slices=2, promote=promote)
-        narrow = Tile(128, 64, deep // 2, num_warps=8, num_stages=4, promote=promote)
+        wide = Tile(128, 128, deep // 2, num_warps=8, num_stages=3, slices=2)
+        narrow = Tile(128, 64, deep // 2, num_warps=8, num_stages=4)
         fills = -(-rows // 128) * -(-columns // 128) >= gpu.processors
         return wide if fills else narrow
     choices = [
-        Tile(128, 128, deep, num_warps=8, num_stages=4, slices=2, promote=promote),
-        Tile(128, 64, deep, num_warps=8, num_stages=4, promote=promote),
+        Tile(128, 128, deep, num_warps=8, num_stages=4, slices=2),
+        Tile(128, 64, deep, num_warps=8, num_stages=4),
     ]
-    if not promote:  # a second accumulator would not fit into the registers
+    if chunks == 1:  # a second accumulator would not fit into the registers
         choices.insert(0, Tile(128, 256, deep, num_warps=8, num_stages=3, slices=2))
     return min(choices, key=lambda tile: _cycles(gpu, tile, rows, columns, depth * x.itemsize))
+
+
+def chunks_of(x: torch.dtype, depth: int) -> tuple[int, int]:
+    """How many chunks of a product's depth are summed up apart, and the depth of each.
+
+    A function of dtype and depth alone, or a row's sums would depend on its batch.
+    """
+    chunks = -(-depth // CHUNK) if x == FP8 else 1
+    return chunks, -(-depth // (chunks * 128)) * 128
 
 
 def _cycles(gpu: Gpu, tile: Tile, rows: int, columns: int, row_bytes: int) -> float:
@@ -247,7 +296,7 @@ def linear_options(
     where float32 operands come by pointers.
     """
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if quantizes and tile.block_n <= 128:
+    if quantizes and tile.block_m * tile.block_n <= 64 * 32 * tile.num_warps:
         options["maxnreg"] = 128
     if x == torch.float32 and not descriptors:
         options["maxnreg"] = 160
@@ -292,6 +341,7 @@ def _multiply(
         residual = residual.contiguous().view(rows, columns)
     gpu = gpu_of(x)
     tile = linear_tile(gpu, x.dtype, rows, columns, depth)
+    chunks, chunk = chunks_of(x.dtype, depth)
     read = (x, weight) if residual is None else (x, weight, residual)
     descriptors = gpu.descriptors and rows > 0 and describable(*read, y)
     width = tile.block_n // tile.slices
@@ -300,7 +350,7 @@ def _multiply(
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
     launch(
         _linear_kernel,
-        (min(tiles, gpu.processors) if descriptors else tiles,),
+        (min(tiles, gpu.processors * tile.residents) if descriptors else tiles,),
         device=x.device,
         options=linear_options(tile, x.dtype, descriptors, out_scale is not None),
         x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),
@@ -325,7 +375,8 @@ def _multiply(
         RESIDUAL=residual is not None,
         QUANTIZE=out_scale is not None,
         DESCRIPTORS=descriptors,
-        PROMOTE=tile.promote,
+        CHUNKS=chunks,
+        CHUNK=chunk,
         EVEN_K=descriptors or depth % tile.block_k == 0,
         SLICES=tile.slices,
         BLOCK_M=tile.block_m,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import FP8, FP8_MAX, launch
-from .pieces import to_fp8
+from .pieces import to_fp8, wait_for_inputs
 
 OPTIONS = {"num_warps": 4, "num_stages": 1}
 PARTS = 3  # what a sequence is made of: CLS, patches, sparse tokens
@@ -48,7 +48,9 @@ def _norm_kernel(
     stride_xs,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     x, mean = _row(x_ptr, S, stride_xb, stride_xs, D, BLOCK_D)
     columns = tl.arange(0, BLOCK_D)
     mask = columns < D
@@ -77,7 +79,9 @@ def _quantize_rows_kernel(
     BLOCK_D: tl.constexpr,
     FP8_MAX: tl.constexpr,
     SMALLEST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     x, mean = _row(x_ptr, S, stride_xb, stride_xs, D, BLOCK_D)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)

@@ -1,8 +1,9 @@
-"""Pixels to the sequence that enters the first block: x = patches @ weightᵀ + table in one launch.
+"""Pixels to the sequence that enters the first block: x = patches @ weightᵀ + table.
 
-images (B, 3, H, W), weight (D, 3 p²), x (B, S, D) with S = 1 + P + K. The product gathers patches
-from the image as it lies in memory, uint8 or float. Tiles run over rows of the whole sequence:
-those of CLS and of the sparse tokens take no pixels, only what is added.
+images (B, 3, H, W), weight (D, 3 p²), x (B, S, D) with S = 1 + P + K. Two launches: the first lays
+the pixels of each patch side by side, from the image as it lies in memory, uint8 or float; gathered
+inside the product, every tile of columns would do that again. Tiles of the product run over rows of
+the whole sequence: those of CLS and of the sparse tokens take no pixels, only what is added.
 """
 
 from __future__ import annotations
@@ -13,34 +14,51 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SUM_BLOCK, launch
-from .pieces import slices, square_sums
+from .pieces import slices, square_sums, wait_for_inputs
 from .tables import Tile
+
+UNFOLDED = 256  # columns of pixels that one program copies
 
 
 @triton.jit
-def _pixels(
-    image_ptr,  # (BLOCK_M,) pointers to the first pixel of each row's patch
-    is_patch,  # (BLOCK_M,)
-    first,
+def _unfold_kernel(
+    images_ptr,  # (B, 3, H, W)
+    tiles_ptr,  # (B, P, PADDED)
     centre,
+    grid_rows,
+    grid_columns,  # patches side by side
+    stride_b,
     stride_c,
     stride_h,
     stride_w,
     PATCH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PADDED: tl.constexpr,
+    LINES: tl.constexpr,  # PATCH, padded
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_K) pixels less `centre`, in float32; zeros where there are none."""
-    ks = first + tl.arange(0, BLOCK_K)
-    channel = (ks // (PATCH * PATCH)).to(tl.int64)
-    y = (ks // PATCH % PATCH).to(tl.int64)
-    x = (ks % PATCH).to(tl.int64)
-    offsets = channel * stride_c + y * stride_h + x * stride_w
-    mask = is_patch[:, None] & (ks < DEPTH)[None, :]
-    pixels = tl.load(image_ptr[:, None] + offsets[None, :], mask=mask, other=0)
+    """Some columns of one channel of a row of patches."""
+    wait_for_inputs(EARLY)
+    channel = tl.program_id(0) % 3
+    grid_row = tl.program_id(0) // 3 % grid_rows
+    image = (tl.program_id(0) // (3 * grid_rows)).to(tl.int64)
+    y = tl.arange(0, LINES)
+    x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (y < PATCH)[:, None] & (x < grid_columns * PATCH)[None, :]
+    images_ptr += image * stride_b + channel.to(tl.int64) * stride_c
+    lines = (grid_row * PATCH + y).to(tl.int64) * stride_h
+    pixels = tl.load(
+        images_ptr + lines[:, None] + x.to(tl.int64)[None, :] * stride_w, mask=mask, other=0
+    )
     if pixels.dtype != tl.float64:
         pixels = pixels.to(tl.float32)
-    return tl.where(mask, pixels - centre, 0.0)
+    patch = (image * grid_rows + grid_row) * grid_columns + x // PATCH
+    within = (channel * PATCH + y)[:, None] * PATCH + (x % PATCH)[None, :]
+    tl.store(
+        tiles_ptr + patch[None, :] * PADDED + within,
+        (pixels - centre).to(tiles_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -83,30 +101,26 @@ def _finish(
 
 @triton.jit(do_not_specialize=["rows_out"])
 def _patch_embed_kernel(
-    images_ptr,  # (B, 3, H, W)
+    tiles_ptr,  # (B, P, PADDED)
     weight_ptr,  # (D, DEPTH)
     table_ptr,  # (1 + P, D)
     sparse_ptr,  # (K, D)
     out_ptr,  # (B, S, D)
     sums_ptr,  # (ceil(D / SUM_BLOCK), B, S) float32
-    centre,
     rows_out,  # B * S
     S,
     P,
-    grid_columns,  # patches side by side
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
     D: tl.constexpr,
-    PATCH: tl.constexpr,
     DEPTH: tl.constexpr,
+    PADDED: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     # The column tiles of some rows run side by side: they read the same pixels.
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     first_row = tl.program_id(0) // tiles_n * BLOCK_M
@@ -115,26 +129,23 @@ def _patch_embed_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     patch = rows % S - 1
     is_patch = (rows < rows_out) & (patch >= 0) & (patch < P)
-    image_ptr = (
-        images_ptr
-        + (rows // S).to(tl.int64) * stride_b
-        + (patch // grid_columns * PATCH).to(tl.int64) * stride_h
-        + (patch % grid_columns * PATCH).to(tl.int64) * stride_w
-    )
+    tile = (rows // S).to(tl.int64) * P + patch
     columns = first_column + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, DEPTH, BLOCK_K):
-        pixels = _pixels(
-            image_ptr, is_patch, first, centre, stride_c, stride_h, stride_w, PATCH, DEPTH,
-            BLOCK_K,
-        )  # fmt: skip
         ks = first + tl.arange(0, BLOCK_K)
-        weight = tl.load(
-            weight_ptr + columns.to(tl.int64)[:, None] * DEPTH + ks[None, :],
-            mask=(columns < D)[:, None] & (ks < DEPTH)[None, :],
+        mask_k = (ks < DEPTH)[None, :]
+        pixels = tl.load(
+            tiles_ptr + tile[:, None] * PADDED + ks[None, :],
+            mask=is_patch[:, None] & mask_k,
             other=0.0,
         )
-        acc = tl.dot(pixels.to(weight.dtype), weight.T, acc, input_precision="ieee")
+        weight = tl.load(
+            weight_ptr + columns.to(tl.int64)[:, None] * DEPTH + ks[None, :],
+            mask=(columns < D)[:, None] & mask_k,
+            other=0.0,
+        )
+        acc = tl.dot(pixels, weight.T, acc, input_precision="ieee")
 
     WIDTH: tl.constexpr = BLOCK_N // SLICES
     columns_of = slices(acc, BLOCK_M, BLOCK_N, SLICES)
@@ -161,7 +172,7 @@ def patch_embed_tile(weight: torch.dtype) -> Tile:
     """The tile of patch_embed, the same on every GPU and for every batch."""
     if weight == torch.float32:
         return Tile(64, 64, 16, num_warps=8, num_stages=2)
-    return Tile(128, 128, 32, num_warps=8, num_stages=3, slices=2)
+    return Tile(128, 128, 64, num_warps=8, num_stages=3, slices=2)
 
 
 def patch_embed_options(tile: Tile, weight: torch.dtype) -> dict[str, int]:
@@ -209,6 +220,28 @@ def patch_embed(
     out = torch.empty((batch, length, columns), dtype=weight.dtype, device=images.device)
     parts = triton.cdiv(columns, SUM_BLOCK)
     sums = torch.empty((parts, batch, length), dtype=torch.float32, device=images.device)
+    # Rows at multiples of 16 bytes, which are read at once.
+    padded = triton.cdiv(depth, 16) * 16
+    unfolded = torch.empty((batch, patches, padded), dtype=weight.dtype, device=images.device)
+    launch(
+        _unfold_kernel,
+        (batch * grid_rows * 3, triton.cdiv(grid_columns * patch_size, UNFOLDED)),
+        device=images.device,
+        options={"num_warps": 4, "num_stages": 1},
+        images_ptr=images,
+        tiles_ptr=unfolded,
+        centre=centre,
+        grid_rows=grid_rows,
+        grid_columns=grid_columns,
+        stride_b=images.stride(0),
+        stride_c=images.stride(1),
+        stride_h=images.stride(2),
+        stride_w=images.stride(3),
+        PATCH=patch_size,
+        PADDED=padded,
+        LINES=triton.next_power_of_2(patch_size),
+        BLOCK=UNFOLDED,
+    )
     tile = patch_embed_tile(weight.dtype)
     tiles = triton.cdiv(batch * length, tile.block_m) * triton.cdiv(columns, tile.block_n)
     launch(
@@ -216,24 +249,18 @@ def patch_embed(
         (tiles,),
         device=images.device,
         options=patch_embed_options(tile, weight.dtype),
-        images_ptr=images,
+        tiles_ptr=unfolded,
         weight_ptr=weight.contiguous(),
         table_ptr=table.contiguous(),
         sparse_ptr=sparse_tokens.contiguous(),
         out_ptr=out,
         sums_ptr=sums,
-        centre=centre,
         rows_out=batch * length,
         S=length,
         P=patches,
-        grid_columns=grid_columns,
-        stride_b=images.stride(0),
-        stride_c=images.stride(1),
-        stride_h=images.stride(2),
-        stride_w=images.stride(3),
         D=columns,
-        PATCH=patch_size,
         DEPTH=depth,
+        PADDED=padded,
         SLICES=tile.slices,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .pieces import wait_for_inputs
 from .tables import Tile
 
 MAX_TOKENS = 64  # of which one program keeps all
@@ -73,7 +74,9 @@ def _reassemble_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     tiles_p = tl.cdiv(P, BLOCK_P)
     image = (tl.program_id(0) // tiles_p).to(tl.int64)
     rows = tl.program_id(0) % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -18,13 +18,14 @@ from torch import Tensor
 from ..config import NORMALIZE_EPS
 from .launch import launch
 from .linear import linear
+from .pieces import wait_for_inputs
 from .reassemble import MAX_TOKENS, reassemble_tile, store_mixture
 from .tables import Tile
 
 
 @triton.jit(do_not_specialize=["B"])
 def _similarity_kernel(
-    dense_ptr,  # (B, P, D)
+    dense_ptr,  # (B, P, D), of the weight's dtype: converted here, it would hold the products up
     weight_ptr,  # (D, D)
     bias_ptr,  # (D,)
     s_ptr,  # (B, K, D)
@@ -41,7 +42,9 @@ def _similarity_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     # The column tiles of some patches run side by side: they read the same rows of dense.
     tiles_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tiles_m = tl.cdiv(P, BLOCK_M)
@@ -68,7 +71,7 @@ def _similarity_kernel(
             mask=mask_n[:, None] & mask_k,
             other=0.0,
         )
-        acc = tl.dot(dense.to(weight.dtype), weight.T, acc, input_precision="ieee")
+        acc = tl.dot(dense, weight.T, acc, input_precision="ieee")
     bias = tl.load(bias_ptr + columns, mask=mask_n, other=0.0).to(tl.float32)
     d = (acc + bias[None, :]).to(weight_ptr.dtype.element_ty)
 
@@ -114,7 +117,9 @@ def _spatial_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     tiles_p = tl.cdiv(P, BLOCK_P)
     image = (tl.program_id(0) // tiles_p).to(tl.int64)
     rows = tl.program_id(0) % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -161,7 +166,7 @@ def spatial_map_tile(weight: torch.dtype) -> Tile:
     """The tile of spatial_map's product, the same on every GPU and for every batch."""
     if weight == torch.float32:
         return Tile(64, 32, 16, num_warps=8, num_stages=2)
-    return Tile(64, 128, 32, num_warps=8, num_stages=3)
+    return Tile(64, 128, 64, num_warps=4, num_stages=4)
 
 
 def _check(dense: Tensor, sparse: Tensor, projections: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -217,12 +222,13 @@ def spatial_map(
     tiles_m, tiles_n = triton.cdiv(patches, tile.block_m), triton.cdiv(width, tile.block_n)
     shares = torch.empty((tiles_n, batch, patches, tokens + 1), dtype=torch.float32, device=device)
     s_squares = torch.empty((tiles_n, batch, tokens), dtype=torch.float32, device=device)
+    rounded = dense.to(dense_weight.dtype)
     launch(
         _similarity_kernel,
         (batch * tiles_m * tiles_n,),
         device=device,
         options=spatial_map_options(tile, dense_weight.dtype),
-        dense_ptr=dense,
+        dense_ptr=rounded,
         weight_ptr=dense_weight.contiguous(),
         bias_ptr=dense_bias.contiguous(),
         s_ptr=s,
@@ -231,8 +237,8 @@ def spatial_map(
         B=batch,
         P=patches,
         steps=triton.cdiv(width, tile.block_k),
-        stride_db=dense.stride(0),
-        stride_dp=dense.stride(1),
+        stride_db=rounded.stride(0),
+        stride_dp=rounded.stride(1),
         K=tokens,
         D=width,
         TOKENS=mix.block_k,

@@ -26,7 +26,8 @@ class Tile:
 
     Attributes:
         slices: column slices in which the epilogue finishes the accumulator.
-        promote: whether fp8 products are added up in float32 at every step of block_k.
+        residents: programs side by side on a multiprocessor: while one finishes a tile, the other
+            multiplies.
     """
 
     block_m: int
@@ -35,12 +36,15 @@ class Tile:
     num_warps: int
     num_stages: int
     slices: int = 1
-    promote: bool = False
+    residents: int = 1
 
     @property
-    def family(self) -> tuple[int, ...]:
-        """What tiles must share for one row to be computed alike by all of them."""
-        return self.block_m, self.num_warps, self.promote, self.block_k if self.promote else 0
+    def family(self) -> bool:
+        """What tiles must share for one row to be computed alike by all of them.
+
+        Every instruction of a warp then takes 16 whole rows of the tile, whose sums have one order.
+        """
+        return self.block_m >= 16 * self.num_warps
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def _made(kind: type, fields: Mapping[str, Any]) -> Any:
             continue
         if isinstance(value, bool) != ("bool" in str(known[name].type)):
             raise ValueError(f"{name} is {value!r}")
-        sizes = name.startswith("block_") or name in ("num_warps", "slices")
+        sizes = name.startswith("block_") or name in ("num_warps", "slices", "residents")
         if not isinstance(value, int) or value < 0 or (sizes and value.bit_count() != 1):
             raise ValueError(f"{name} is {value!r}, which no kernel takes")
     return kind(**fields)

@@ -85,7 +85,7 @@ def differing_tiles() -> list[str]:
             arch=90,
             kernel=("stellar_fast.kernels.linear", "_linear_kernel"),
             signature=(("x", "tensordesc<bf16[128,64]>"),),
-            constants=(("BLOCK_M", rows), ("PROMOTE", False)),
+            constants=(("BLOCK_M", rows), ("CHUNKS", 1)),
             divisible=(),
             options=(("num_warps", rows // 16),),
         )

@@ -155,7 +155,10 @@ def _widened(value):
 
 
 def launches(call) -> list[list[tuple]]:
-    """What `call()` launches on each part of the table: grid, options and all but tensors."""
+    """What `call()` launches on each part of the table: grid, options and all but tensors.
+
+    But for when it starts, which differs between parts.
+    """
     found = []
     for arch in gpus.GPUS:
         seen: list[launch.Launch] = []
@@ -166,8 +169,12 @@ def launches(call) -> list[list[tuple]]:
                 (
                     item.kernel.__name__,
                     item.grid,
-                    item.options,
-                    {k: v for k, v in item.arguments.items() if not isinstance(v, torch.Tensor)},
+                    {k: v for k, v in item.options.items() if k != "launch_pdl"},
+                    {
+                        k: v
+                        for k, v in item.arguments.items()
+                        if not isinstance(v, torch.Tensor) and k != "EARLY"
+                    },
                 )
                 for item in seen
             ]

@@ -76,16 +76,18 @@ class Recording:
 def test_a_launch_is_made_on_the_tensors_device(monkeypatch):
     kernel = Recording(monkeypatch)
     device = torch.device("cuda", 1)
-    launch.launch(kernel, (4, 2), device=device, options={"num_warps": 4}, x_ptr="x", N=3)
-    assert kernel.launches == [
-        ((4, 2), [device], {"x_ptr": "x", "N": 3, "num_warps": 4, "enable_fp_fusion": True})
-    ]
+    given = {"x_ptr": "x", "N": 3, "num_warps": 4, "enable_fp_fusion": True}
+    for arch, more in ((80, {"EARLY": False}), (90, {"EARLY": True, "launch_pdl": True})):
+        with launch.on_gpu(arch):
+            launch.launch(kernel, (4, 2), device=device, options={"num_warps": 4}, x_ptr="x", N=3)
+        assert kernel.launches.pop() == ((4, 2), [device], given | more)
     assert kernel.current == []
 
 
 def test_an_empty_grid_launches_nothing(monkeypatch):
     kernel = Recording(monkeypatch)
-    launch.launch(kernel, (0, 2), device=torch.device("cuda", 0), options={})
+    with launch.on_gpu(90):
+        launch.launch(kernel, (0, 2), device=torch.device("cuda", 0), options={})
     assert kernel.launches == []
 
 

@@ -24,7 +24,7 @@ from kernel_checks import (
 )
 from memory_bounds import bounded  # noqa: F401
 from stellar_fast.kernels import gpus, launch, linear, linear_residual
-from stellar_fast.kernels.linear import linear_tile
+from stellar_fast.kernels.linear import chunks_of, linear_tile
 from stellar_fast.kernels.tables import Table, Tile
 
 pytestmark = [
@@ -247,20 +247,23 @@ def test_choices_of_one_family_share_rows_and_warps():
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
-@pytest.mark.parametrize(("rows_scaled", "promote"), [(True, False), (False, True)])
-def test_fp8_products(gpu, dtype, rows_scaled, promote):
+@pytest.mark.parametrize(("rows_scaled", "chunked"), [(True, False), (False, True)])
+def test_fp8_products(gpu, dtype, rows_scaled, chunked, monkeypatch):
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8")
     depth = 176  # three steps, the last in part
-    tile = Tile(128, 64, 64, num_warps=8, num_stages=4, promote=promote)
+    if chunked:
+        monkeypatch.setattr(MODULE, "CHUNK", 128)
+        assert chunks_of(launch.FP8, depth) == (2, 128)
+    tile = Tile(128, 64, 64, num_warps=8, num_stages=4)
     with launch.tuned_by(Table(linear={("fp8", 72, depth): ((1, tile),)})):
         _fp8_product(gpu, dtype, rows_scaled, depth)
 
 
-def test_deep_fp8_products_are_promoted():
-    for gpu in gpus.GPUS.values():
-        for depth, promote in ((2048, False), (2064, True), (5120, True)):
-            assert linear_tile(gpu, launch.FP8, 500, 1280, depth).promote == promote
+def test_deep_fp8_products_are_summed_up_in_chunks():
+    for depth, chunks, chunk in ((80, 1, 128), (2048, 1, 2048), (2064, 2, 1152), (5120, 3, 1792)):
+        assert chunks_of(launch.FP8, depth) == (chunks, chunk)
+        assert chunks_of(torch.bfloat16, depth)[0] == 1
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ DAMAGE = {
     ),
     "family": (
         lambda c: c["linear"][0]["tiles"].append(
-            {**c["linear"][0]["tiles"][0], "rows": 9, "num_warps": 4}
+            {**c["linear"][0]["tiles"][0], "rows": 9, "num_warps": 16}
         ),
         "not of one family",
     ),

@@ -50,7 +50,7 @@ def row(own, times: dict, rows: int = 64, shape=("bf16", 3840, 1280), arch: int 
     """A row as `tune.measure` writes it; the heuristics' tile takes 100."""
     attention = isinstance(own, AttentionTile)
     tiles = [
-        {"tile": asdict(tile), **(timing(took) if isinstance(took, float) else took)}
+        {"tile": asdict(tile), "alike": True} | (timing(took) if isinstance(took, float) else took)
         for tile, took in times.items()
     ]
     return {
@@ -120,6 +120,8 @@ def test_only_what_wins_by_more_than_the_spread_replaces_the_heuristics():
     assert tune.winner(row(OWN, {OTHER: 99.0})) == asdict(OWN)
     assert tune.winner(row(OWN, {OTHER: {"refused": "spills"}, THIRD: 97.0})) == asdict(THIRD)
     assert tune.winner(row(OWN, {OTHER: {"refused": "spills"}})) == asdict(OWN)
+    other_bits = timing(90.0) | {"alike": False}
+    assert tune.winner(row(OWN, {OTHER: other_bits, THIRD: 97.0})) == asdict(THIRD)
     # Best of all by its median, but its spread reaches into the other's.
     assert tune.winner(row(OWN, {OTHER: timing(90.0, 0.2)})) == asdict(OWN)
 
@@ -264,6 +266,7 @@ def test_what_is_raced_is_the_heuristics_tile_whatever_table_is_there(monkeypatc
 
     monkeypatch.setattr(tune, "Race", Race)
     monkeypatch.setattr(tune, "arguments", lambda *_: None)
+    monkeypatch.setattr(tune, "_results", lambda *_: [])
     with pytest.raises(InterruptedError):
         tune.measure(case, HOPPER, {}, torch.device("cpu"))
     assert seen == [found]
@@ -328,6 +331,7 @@ def test_a_candidate_that_fails_costs_only_itself(monkeypatch, tiny):
 
     real = kernels.attention
     monkeypatch.setattr(kernels, "attention", fails)
+    monkeypatch.setattr(tune, "_results", lambda *_: [])
     found = tune.measure(case, HOPPER, {tile: audited()}, torch.device("cpu"))
     (item,) = found["tiles"]
     assert "out of resources" in item["refused"]

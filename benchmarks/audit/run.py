@@ -239,7 +239,7 @@ def families(items: list[Compilation], findings: list[Finding]) -> list[str]:
         if rows is None or item.kernel[1] != "_linear_kernel":
             continue
         operand = dict(item.signature)["x"]
-        family = (item.arch, item.kernel[1], re.sub(r"\[.*?\]", "", operand), item.value("PROMOTE"))
+        family = (item.arch, item.kernel[1], re.sub(r"\[.*?\]", "", operand), item.value("CHUNKS"))
         depth = {re.sub(r"^(\w+)\.(\d+)x\d+x(\d+)", r"\1.\2xNx\3", name) for name in finding.matrix}
         warps = dict(item.options)["num_warps"]
         kinds.setdefault(family, set()).add((rows, warps, tuple(sorted(depth))))
@@ -250,7 +250,7 @@ def families(items: list[Compilation], findings: list[Finding]) -> list[str]:
     ]
 
 
-FLAGS = ("RMS", "SCALE_ROWS", "GELU", "RESIDUAL", "QUANTIZE", "PROMOTE", "LOWRANK", "RESIDENT")
+FLAGS = ("RMS", "SCALE_ROWS", "GELU", "RESIDUAL", "QUANTIZE", "CHUNKS", "LOWRANK", "RESIDENT")
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_Q", "BLOCK_P", "BLOCK_D", "DIM_A", "DIM_B")
 
 

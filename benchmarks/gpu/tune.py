@@ -4,9 +4,10 @@
     python -P benchmarks/gpu/tune.py RESULT                    writes kernels/tuned/sm_XX.json
     python -P benchmarks/gpu/tune.py --dry-run [--arch 90]     candidates, with PREDICTED times
 
-Candidates are the tiles of the heuristics' family that the static audit accepts: all add a row up
-alike, so no result depends on the batch. One replaces the heuristics' choice only where its upper
-quartile is below the lower quartile of theirs, and never where its result is outside the budget.
+Candidates are tiles that the static audit accepts. Of a product only those count that gave bit for
+bit what the heuristics' tile gives, so that no result depends on the batch. One replaces the
+heuristics' choice only where its upper quartile is below the lower quartile of theirs, and never
+where its result is outside the budget.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from stellar_fast import kernels
 from stellar_fast.config import MODELS
 
 OPS = ("qkv", "proj", "fc1", "fc2", "attention")
-POINTS = [(m, b) for b in (64, 1, 8, 256) for m in ("stellar-h16", "stellar-l16", "stellar-b16")]
+POINTS = [(m, b) for b in (64, 1, 8, 256) for m in ("stellar-h16", "stellar-b16", "stellar-l16")]
 POINTS += [(model, 64) for model in ("stellar-b8", "stellar-b24")]  # their own lengths
 SECONDS, LEAST = 0.5, 10  # of timing a case, and rounds
 OURS = "heuristics"
@@ -84,29 +85,53 @@ def heuristic(gpu: gpus.Gpu, case: Case) -> Tile | AttentionTile:
         return linear_tile(gpu, kind, case.rows, first, second)
 
 
+# Rows, columns, warps, stages and programs side by side of what is tried on matrix units that four
+# warps share; two programs side by side overlap the one's finishing with the other's products.
+HOPPER = (
+    (128, 256, 8, (3, 4), 1),
+    (256, 128, 8, (3,), 1),
+    (128, 128, 8, (3, 4, 6), 1),
+    (128, 64, 8, (4, 6, 8), 1),
+    (128, 128, 4, (2, 3), 2),
+    (128, 64, 4, (3, 4), 2),
+    (64, 256, 4, (2,), 2),
+    (64, 128, 4, (3, 4), 2),
+    (64, 128, 4, (6, 8), 1),
+    (64, 64, 4, (4, 6), 2),
+    (64, 64, 4, (8, 12), 1),
+)
+
+
 def candidates(gpu: gpus.Gpu, case: Case) -> list[Tile | AttentionTile]:
     """Tiles to try beside the heuristics' own; the audit judges them."""
     own = heuristic(gpu, case)
     if isinstance(own, AttentionTile):
-        held = ([True] if gpu.descriptors else []) + [False]
         found: list[Tile | AttentionTile] = [
             AttentionTile(rows, keys, warps, stages, resident)
-            for resident in held
+            for resident, blocks, depths in (
+                (True, (64, 128, 256), (1, 2)),
+                (False, (32, 64, 128), (2, 3, 4)),
+            )
+            if gpu.descriptors or not resident
             for rows, warps in ((64, 4), (128, 8), (128, 4))
-            for keys in (32, 64, 128)
-            for stages in ((1, 2) if resident else (2, 3))
+            for keys in blocks
+            for stages in depths
+        ]
+    elif gpu.shared > 200_000:
+        found = [
+            Tile(rows, width, own.block_k, warps, stages, min(2, width // 64), residents)
+            for rows, width, warps, depths, residents in HOPPER
+            for stages in depths
         ]
     else:
-        depths = (own.block_k,) if own.promote else (own.block_k, own.block_k // 2)
         found = [
             replace(
                 own, block_n=width, block_k=depth, num_stages=stages, slices=min(2, width // 64)
             )
             for width in (256, 128, 64)
-            for depth in depths
+            for depth in (own.block_k, own.block_k // 2)
             for stages in ((2, 3, 4) if depth == own.block_k else (4, 6))
         ]
-        assert all(tile.family == own.family for tile in found if isinstance(tile, Tile))
     return [tile for tile in found if tile != own]
 
 
@@ -151,6 +176,13 @@ def _with(case: Case, tile: Tile | AttentionTile) -> Callable[..., Any]:
     return call
 
 
+def _results(function: Callable[..., Any], inputs: tuple[list, dict]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        found = function(*inputs[0], **inputs[1])
+    found = [found] if isinstance(found, torch.Tensor) else found
+    return [tensor.view(torch.uint8) for tensor in found]
+
+
 def measure(
     case: Case, gpu: gpus.Gpu, audits: Mapping[Any, Future[Finding]], device: torch.device
 ) -> Row:
@@ -158,6 +190,7 @@ def measure(
     tried: dict[str, dict[str, Any]] = {}
     entrants: list[tuple[str, Callable[..., Any]]] = []
     inputs = arguments(case, device, 0)
+    own = _results(_with(case, heuristic(gpu, case)), inputs)
     for tile, audited in audits.items():
         name = repr(tile)
         tried[name] = {"tile": asdict(tile)}
@@ -168,6 +201,8 @@ def measure(
             tried[name]["refused"] = reason
         else:
             entrants.append((name, function))
+            alike = zip(own, _results(function, inputs), strict=True)
+            tried[name]["alike"] = all(torch.equal(a, b) for a, b in alike)
     with launch.tuned_by(tables.EMPTY):
         race = Race(case, device, compiles=False, others=entrants).run(SECONDS, least=LEAST)
     own, *others = race.rows("tune")
@@ -206,8 +241,8 @@ def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], list[Row
 
 
 def winner(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the tile that a row speaks for."""
-    timed = [item for item in row["tiles"] if "median" in item]
+    """The fields of the tile that a row speaks for: the fastest that gives the same bits."""
+    timed = [item for item in row["tiles"] if "median" in item and item["alike"]]
     best = min(timed, key=lambda item: item["median"], default=None)
     if best is None or best["high"] >= row["low"]:
         return row[OURS]
