@@ -1,15 +1,13 @@
 """Softmax attention without a mask: out = softmax(q kᵀ / sqrt(d)) v for every head of packed qkv.
 
 query (B, Q, D), key_value (B, S, 2 D), out (B, Q, D), heads side by side in D. One program takes
-one head and some of its query rows. Where keys and values of a head fit into shared memory they are
-read once and stay there for all query rows; where not, they stream through in blocks. A head_dim
-that is no power of two is two pieces, 80 as 64 + 16.
+some query rows of one head; keys and values stream through in blocks, the next ones on their way
+while one is worked on. A head_dim that is no power of two is two pieces, 80 as 64 + 16.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -17,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpus import Gpu
-from .launch import FP8, FP8_MAX, NAMES, TRITON, describable, descriptor, gpu_of, launch, table_of
+from .launch import FP8, FP8_MAX, NAMES, describable, descriptor, gpu_of, launch, table_of
 from .pieces import to_fp8, wait_for_inputs
 from .tables import AttentionTile
 
@@ -64,14 +62,13 @@ def _key_value_block(
 @triton.jit
 def _attend(
     q_a, q_b, k_a, k_b, v_a, v_b, peak, total, acc_a, acc_b, left, scale,
-    DIM_B: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    DIM_B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax; `left` of its rows are there."""
     scores = tl.dot(q_a, k_a.T, input_precision="ieee")
     if DIM_B > 0:
         scores = tl.dot(q_b, k_b.T, scores, input_precision="ieee")
-    if TAIL:
-        scores = tl.where((tl.arange(0, BLOCK) < left)[None, :], scores, float("-inf"))
+    scores = tl.where((tl.arange(0, BLOCK) < left)[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     # Scaled where the peak is taken off, which is one instruction, and not before.
     p = tl.exp2(scores * scale - (new_peak * scale)[:, None])
@@ -103,8 +100,6 @@ def _attention_kernel(
     query_ptr,  # (B, Q, heads * HEAD_DIM)
     key_value_a,  # (B, S, 2 * heads * HEAD_DIM): pointer, or descriptor of (1, BLOCK_K, DIM_A)
     key_value_b,  # the same of (1, BLOCK_K, DIM_B)
-    tail_a,  # as key_value_a, of (1, TAIL, DIM_A)
-    tail_b,
     out_ptr,  # (B, Q, heads * HEAD_DIM)
     Q,
     S,
@@ -117,9 +112,6 @@ def _attention_kernel(
     stride_ks,
     QUANTIZE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    RESIDENT: tl.constexpr,  # whether keys stay in shared memory: WHOLE blocks and one of TAIL rows
-    WHOLE: tl.constexpr,
-    TAIL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_A: tl.constexpr,
     DIM_B: tl.constexpr,
@@ -139,105 +131,61 @@ def _attention_kernel(
     key_offset = image.to(tl.int64) * stride_kb + key
     value_offset = key_offset + width
 
-    keys_a = ()
-    keys_b = ()
-    values_a = ()
-    values_b = ()
-    for block in tl.static_range(WHOLE):
+    first = tl.program_id(1) * BLOCK_Q
+    q_a = _rows(query_ptr, first, Q, stride_qs, HEAD_DIM, BLOCK_Q, DIM_A)
+    q_b = q_a
+    peak = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc_a = tl.zeros((BLOCK_Q, DIM_A), tl.float32)
+    acc_b = acc_a
+    if DIM_B > 0:
+        q_b = _rows(query_ptr + DIM_A, first, Q, stride_qs, HEAD_DIM - DIM_A, BLOCK_Q, DIM_B)
+        acc_b = tl.zeros((BLOCK_Q, DIM_B), tl.float32)
+    for start in range(0, S, BLOCK_K):
         k_a, k_b = _key_value_block(
-            key_value_a, key_value_b, image, block * BLOCK_K, key, key_offset, S, stride_ks,
+            key_value_a, key_value_b, image, start, key, key_offset, S, stride_ks,
             DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
         )  # fmt: skip
         v_a, v_b = _key_value_block(
-            key_value_a, key_value_b, image, block * BLOCK_K, value, value_offset, S, stride_ks,
+            key_value_a, key_value_b, image, start, value, value_offset, S, stride_ks,
             DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
         )  # fmt: skip
-        keys_a = keys_a + (k_a,)
-        keys_b = keys_b + (k_b,)
-        values_a = values_a + (v_a,)
-        values_b = values_b + (v_b,)
-    if RESIDENT:
-        tail_first = WHOLE * BLOCK_K
-        tail_key_a, tail_key_b = _key_value_block(
-            tail_a, tail_b, image, tail_first, key, key_offset, S, stride_ks,
-            DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, TAIL,
-        )  # fmt: skip
-        tail_value_a, tail_value_b = _key_value_block(
-            tail_a, tail_b, image, tail_first, value, value_offset, S, stride_ks,
-            DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, TAIL,
+        peak, total, acc_a, acc_b = _attend(
+            q_a, q_b, k_a, k_b, v_a, v_b, peak, total, acc_a, acc_b, S - start, scale,
+            DIM_B, BLOCK_K,
         )  # fmt: skip
 
-    for first in tl.range(tl.program_id(1) * BLOCK_Q, Q, tl.num_programs(1) * BLOCK_Q):
-        q_a = _rows(query_ptr, first, Q, stride_qs, HEAD_DIM, BLOCK_Q, DIM_A)
-        q_b = q_a
-        peak = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_Q,), tl.float32)
-        acc_a = tl.zeros((BLOCK_Q, DIM_A), tl.float32)
-        acc_b = acc_a
-        if DIM_B > 0:
-            q_b = _rows(query_ptr + DIM_A, first, Q, stride_qs, HEAD_DIM - DIM_A, BLOCK_Q, DIM_B)
-            acc_b = tl.zeros((BLOCK_Q, DIM_B), tl.float32)
-        if RESIDENT:
-            for block in tl.static_range(WHOLE):
-                peak, total, acc_a, acc_b = _attend(
-                    q_a, q_b, keys_a[block], keys_b[block], values_a[block], values_b[block],
-                    peak, total, acc_a, acc_b, S, scale, DIM_B, BLOCK_K, False,
-                )  # fmt: skip
-            peak, total, acc_a, acc_b = _attend(
-                q_a, q_b, tail_key_a, tail_key_b, tail_value_a, tail_value_b, peak, total,
-                acc_a, acc_b, S - tail_first, scale, DIM_B, TAIL, True,
-            )  # fmt: skip
-        else:
-            for start in range(0, S, BLOCK_K):
-                k_a, k_b = _key_value_block(
-                    key_value_a, key_value_b, image, start, key, key_offset, S, stride_ks,
-                    DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
-                )  # fmt: skip
-                v_a, v_b = _key_value_block(
-                    key_value_a, key_value_b, image, start, value, value_offset, S, stride_ks,
-                    DESCRIPTORS, HEAD_DIM, DIM_A, DIM_B, BLOCK_K,
-                )  # fmt: skip
-                peak, total, acc_a, acc_b = _attend(
-                    q_a, q_b, k_a, k_b, v_a, v_b, peak, total, acc_a, acc_b, S - start, scale,
-                    DIM_B, BLOCK_K, True,
-                )  # fmt: skip
-
-        rows = first + tl.arange(0, BLOCK_Q)
+    rows = first + tl.arange(0, BLOCK_Q)
+    _store(
+        out_ptr, acc_a / total[:, None], rows, Q, width, out_factor, HEAD_DIM, DIM_A,
+        QUANTIZE, FP8_MAX,
+    )  # fmt: skip
+    if DIM_B > 0:
         _store(
-            out_ptr, acc_a / total[:, None], rows, Q, width, out_factor, HEAD_DIM, DIM_A,
-            QUANTIZE, FP8_MAX,
+            out_ptr + DIM_A, acc_b / total[:, None], rows, Q, width, out_factor,
+            HEAD_DIM - DIM_A, DIM_B, QUANTIZE, FP8_MAX,
         )  # fmt: skip
-        if DIM_B > 0:
-            _store(
-                out_ptr + DIM_A, acc_b / total[:, None], rows, Q, width, out_factor,
-                HEAD_DIM - DIM_A, DIM_B, QUANTIZE, FP8_MAX,
-            )  # fmt: skip
 
 
 def attention_tile(
-    gpu: Gpu, dtype: torch.dtype, length: int, head_dim: int, descriptors: bool
+    gpu: Gpu, dtype: torch.dtype, batch: int, heads: int, length: int, head_dim: int
 ) -> AttentionTile:
     """The tile of attention over `length` keys: tuned, or by heuristics.
 
-    Keys and values stay in shared memory only where TMA brings them there: through registers, as
-    pointers would, they spill.
+    Whatever the batch, blocks have the same keys: the running softmax adds them up alike.
     """
-    stays = descriptors
-    if gpu.arch == 100 and TRITON < (3, 8) and head_dim.bit_count() > 1:
-        # Every product of a head in two pieces would have tensor memory of its own, which these
-        # versions run out of without an error: the kernel they make is a trap.
-        stays = False
-    tuned = table_of(gpu).attention.get((NAMES.get(dtype, ""), length, head_dim))
-    if tuned is not None and (stays or not tuned.resident):
+    tuned = table_of(gpu).attention_tile(NAMES.get(dtype, ""), batch * length, length, head_dim)
+    if tuned is not None:
         return tuned
     if dtype == torch.float32:
         # Left to itself, the assembler gives so few registers that it spills.
-        return AttentionTile(32, 32, num_warps=4, num_stages=1, resident=False, registers=128)
-    kept = -(-length // 16) * 16 * head_dim * 2 * 2
-    if stays and gpu.shared > 200_000 and kept <= gpu.shared // 2:
-        # One stage: with the next query rows on their way, fewer programs would fit side by side.
-        return AttentionTile(64, 64, num_warps=4, num_stages=1, resident=True)
-    return AttentionTile(64, 64, num_warps=4, num_stages=2, resident=False)
+        return AttentionTile(32, 32, num_warps=4, num_stages=1, registers=128)
+    if gpu.shared < 200_000:
+        return AttentionTile(64, 64, num_warps=4, num_stages=2)
+    # The more query rows a program has, the fewer programs read the same keys.
+    programs = batch * heads * -(-length // 128)
+    rows = 128 if head_dim <= 64 and programs >= 4 * gpu.processors else 64
+    return AttentionTile(rows, 64, num_warps=4, num_stages=3)
 
 
 def _pieces(head_dim: int) -> tuple[int, int]:
@@ -279,38 +227,25 @@ def attention(
         and dim_a + dim_b == head_dim
         and describable(key_value)
     )
-    tile = attention_tile(gpu, query.dtype, length, head_dim, descriptors)
-    whole = (length - 1) // tile.block_k if tile.resident else 0
-    tail = max(16, triton.next_power_of_2(length - whole * tile.block_k)) if tile.resident else 0
-    tiles = triton.cdiv(queries, tile.block_q)
-    programs = tiles
-    if tile.resident:
-        # As few programs a head as keep the device busy: each reads the keys and values again.
-        programs = min(tiles, triton.cdiv(2 * gpu.processors, max(1, batch * num_heads)))
+    tile = attention_tile(gpu, query.dtype, batch, num_heads, length, head_dim)
+    first, second = key_value, None
+    if descriptors:
+        first = descriptor(key_value, [1, tile.block_k, dim_a])
+        second = descriptor(key_value, [1, tile.block_k, dim_b]) if dim_b else None
     out = torch.empty(
         (batch, queries, width),
         dtype=query.dtype if out_scale is None else FP8,
         device=query.device,
     )
 
-    def blocks_of(rows: int) -> tuple[Any, Any]:
-        if not descriptors or rows == 0:
-            return key_value, None
-        second = descriptor(key_value, [1, rows, dim_b]) if dim_b else None
-        return descriptor(key_value, [1, rows, dim_a]), second
-
-    key_value_a, key_value_b = blocks_of(tile.block_k)
-    tail_a, tail_b = blocks_of(tail)
     launch(
         _attention_kernel,
-        (batch * num_heads, programs),
+        (batch * num_heads, triton.cdiv(queries, tile.block_q)),
         device=query.device,
         options=tile.options,
         query_ptr=query,
-        key_value_a=key_value_a,
-        key_value_b=key_value_b,
-        tail_a=tail_a,
-        tail_b=tail_b,
+        key_value_a=first,
+        key_value_b=second,
         out_ptr=out,
         Q=queries,
         S=length,
@@ -323,9 +258,6 @@ def attention(
         stride_ks=key_value.stride(1),
         QUANTIZE=out_scale is not None,
         DESCRIPTORS=descriptors,
-        RESIDENT=tile.resident,
-        WHOLE=whole,
-        TAIL=tail,
         HEAD_DIM=head_dim,
         DIM_A=dim_a,
         DIM_B=dim_b,

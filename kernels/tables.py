@@ -2,8 +2,8 @@
 
 A table says which tiles won for the shapes that were measured, and where and when. What it does not
 have is left to the heuristics beside each kernel. Tiles that batches of different sizes choose
-between are of one family: the same rows, warps and way of summing, so that no result depends on the
-batch.
+between are of one family and gave the same bits where they were measured, so that no result depends
+on the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 FOLDER = Path(__file__).parent / "tuned"
 ORIGIN = ("device", "date", "commit", "versions", "command")
@@ -52,7 +52,6 @@ class AttentionTile:
     """One step of an attention program: block_q query rows against block_k keys.
 
     Attributes:
-        resident: whether all keys and values of a head stay in shared memory.
         registers: of a thread, at most; None leaves it to the assembler.
     """
 
@@ -60,14 +59,23 @@ class AttentionTile:
     block_k: int
     num_warps: int
     num_stages: int
-    resident: bool
     registers: int | None = None
+
+    @property
+    def family(self) -> int:
+        """What tiles must share for one row to be computed alike by all of them."""
+        return self.block_k
 
     @property
     def options(self) -> dict[str, int]:
         """Options of the compiler."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
+
+
+AnyTile = TypeVar("AnyTile", Tile, AttentionTile)
+Tiles = tuple[tuple[int, AnyTile], ...]
+Shape = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -77,18 +85,29 @@ class Table:
     Attributes:
         linear: by dtype, columns and depth of a product: tiles, each from a number of rows on, in
             ascending order.
-        attention: by dtype, length and head_dim.
+        attention: by dtype, length and head_dim: the same, by the rows of all images.
     """
 
-    linear: Mapping[tuple[str, int, int], tuple[tuple[int, Tile], ...]] = field(
-        default_factory=dict
-    )
-    attention: Mapping[tuple[str, int, int], AttentionTile] = field(default_factory=dict)
+    linear: Mapping[Shape, Tiles[Tile]] = field(default_factory=dict)
+    attention: Mapping[Shape, Tiles[AttentionTile]] = field(default_factory=dict)
 
     def linear_tile(self, dtype: str, rows: int, columns: int, depth: int) -> Tile | None:
         """The tile for this many rows, or None where the shape was not tuned."""
-        tiles = self.linear.get((dtype, columns, depth), ())
-        return next((tile for first, tile in reversed(tiles) if rows >= first), None)
+        return _from(self.linear, dtype, rows, columns, depth)
+
+    def attention_tile(
+        self, dtype: str, rows: int, length: int, head_dim: int
+    ) -> AttentionTile | None:
+        """The same for attention."""
+        return _from(self.attention, dtype, rows, length, head_dim)
+
+
+def _from(
+    tiles: Mapping[Shape, Tiles[AnyTile]], dtype: str, rows: int, first: int, second: int
+) -> AnyTile | None:
+    # float16 is as wide as bfloat16, and goes through the same units at the same speed.
+    found = tiles.get(("bf16" if dtype == "fp16" else dtype, first, second), ())
+    return next((tile for least, tile in reversed(found) if rows >= least), None)
 
 
 EMPTY = Table()
@@ -111,12 +130,12 @@ def _made(kind: type, fields: Mapping[str, Any]) -> Any:
     return kind(**fields)
 
 
-def _linear(entries: list[dict[str, Any]]) -> dict[tuple[str, int, int], tuple]:
-    found = {}
+def _tiles(entries: list[dict[str, Any]], kind: type, names: tuple[str, str]) -> dict:
+    found: dict[Shape, Any] = {}
     for entry in entries:
-        key = (entry["dtype"], entry["columns"], entry["depth"])
+        key = (entry["dtype"], *(entry[name] for name in names))
         tiles = tuple(
-            (item["rows"], _made(Tile, {k: v for k, v in item.items() if k != "rows"}))
+            (item["rows"], _made(kind, {k: v for k, v in item.items() if k != "rows"}))
             for item in entry["tiles"]
         )
         firsts = [first for first, _ in tiles]
@@ -143,14 +162,10 @@ def parsed(content: Any, arch: int) -> Table:
             raise ValueError(f"unknown {sorted(unknown)}, missing {sorted(missing)}")
         if content["arch"] != arch:
             raise ValueError(f"it was tuned on sm_{content['arch']}")
-        attention = {}
-        for entry in content["attention"]:
-            fields = dict(entry)
-            key = (fields.pop("dtype"), fields.pop("length"), fields.pop("head_dim"))
-            if key in attention:
-                raise ValueError(f"{key} is there twice")
-            attention[key] = _made(AttentionTile, fields)
-        return Table(_linear(content["linear"]), attention)
+        return Table(
+            _tiles(content["linear"], Tile, ("columns", "depth")),
+            _tiles(content["attention"], AttentionTile, ("length", "head_dim")),
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it lacks what a table has: {error!r}") from error
 

@@ -1,8 +1,5 @@
 """`kernels.attention`: error budgets at every kind of head, edges, batch invariance."""
 
-import dataclasses
-import importlib
-
 import pytest
 import torch
 from kernel_checks import (
@@ -21,8 +18,9 @@ from kernel_checks import (
     strided,
 )
 from memory_bounds import bounded  # noqa: F401
-from stellar_fast.kernels import attention, gpus, launch
+from stellar_fast.kernels import attention, gpus, launch, tables
 from stellar_fast.kernels.attention import attention_tile
+from stellar_fast.kernels.tables import AttentionTile, Table
 
 pytestmark = [
     pytest.mark.kernels,
@@ -83,14 +81,15 @@ def test_the_models_lengths(gpu, dtype, queries, keys, head_dim):
     test_every_length(gpu, dtype, queries, keys, head_dim)
 
 
-def test_both_ways_of_holding_keys_are_covered():
-    """The lengths above take the table's resident tile and its streaming one."""
-    for head_dim in (64, 80):
-        kinds = [
-            attention_tile(gpus.GPUS[90], torch.float16, keys, head_dim, True).resident
-            for keys in (213, 273, BEYOND, 700)
-        ]
-        assert kinds == [True, True, False, False]
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_every_batch_has_blocks_of_the_same_keys(head_dim):
+    """Or an image's sums would depend on its batch; large ones have more query rows a program."""
+    gpu = gpus.GPUS[90]
+    with launch.tuned_by(tables.EMPTY):
+        tiles = [attention_tile(gpu, torch.bfloat16, 2**n, 12, 213, head_dim) for n in range(10)]
+    assert {tile.block_k for tile in tiles} == {64}
+    assert [tile.block_q for tile in tiles[:5]] == [64] * 5
+    assert tiles[-1].block_q == (128 if head_dim == 64 else 64)
 
 
 def test_float32_is_launched_alike_on_every_part():
@@ -100,16 +99,18 @@ def test_float32_is_launched_alike_on_every_part():
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), WAYS)
-def test_programs_that_take_many_rows(gpu, dtype, monkeypatch):
-    """On a device with few processors a program goes on to the next query rows."""
-    module, gpu_of = importlib.import_module("stellar_fast.kernels.attention"), launch.gpu_of
-    few = lambda tensor: dataclasses.replace(gpu_of(tensor), processors=1)  # noqa: E731
-    query, key_value = draw(1, 70, 32), draw(1, 70, 64)
+def test_more_query_rows_a_program_give_the_same(gpu, dtype):
+    query, key_value = (cast(draw(1, 150, width), dtype) for width in (32, 64))
+    name = launch.NAMES[dtype]
     with on_gpu(gpu):
-        expected = attention(cast(query, dtype), cast(key_value, dtype), 2)
-        monkeypatch.setattr(module, "gpu_of", few)
-        assert_within_budget(attention, query, key_value, 2, dtype=dtype, terms=70)
-        assert torch.equal(attention(cast(query, dtype), cast(key_value, dtype), 2), expected)
+        narrow, wide = (
+            Table(attention={(name, 150, 16): ((1, AttentionTile(rows, 64, rows // 16, 2)),)})
+            for rows in (64, 128)
+        )
+        with launch.tuned_by(narrow):
+            expected = attention(query, key_value, 2)
+        with launch.tuned_by(wide):
+            assert torch.equal(attention(query, key_value, 2), expected)
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), WAYS)

@@ -129,5 +129,3 @@ def test_every_kernel_passes_on_every_part(tmp_path):
         widths = {row["tile"].split("x")[1] for row in found if row["kernel"] == "linear"}
         large = gpus.GPUS[arch].shared > 200_000
         assert widths == ({"64", "128", "256"} if large else {"64", "128"})
-        resident = any("RESIDENT" in row["flags"] for row in found)
-        assert resident == large

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from stellar_fast.kernels import tables
-from test_tune import LOOPED, sound
+from test_tune import WIDE, sound
 
 DAMAGE = {
     "arch": (lambda c: c.update(arch=100), "it was tuned on sm_100"),
@@ -25,13 +25,15 @@ DAMAGE = {
     "twice": (lambda c: c["linear"].append(c["linear"][0]), "is there twice"),
     "attention twice": (lambda c: c["attention"].append(c["attention"][0]), "is there twice"),
     "field": (lambda c: c["linear"][0]["tiles"][0].pop("block_n"), "a tile has the fields"),
-    "extra": (lambda c: c["attention"][0].update(more=1), "a tile has the fields"),
-    "size": (lambda c: c["attention"][0].update(block_k=48), "block_k is 48"),
+    "extra": (lambda c: c["attention"][0]["tiles"][0].update(more=1), "a tile has the fields"),
+    "size": (lambda c: c["attention"][0]["tiles"][0].update(block_k=48), "block_k is 48"),
     "zero": (lambda c: c["linear"][0]["tiles"][0].update(num_warps=0), "num_warps is 0"),
-    "negative": (lambda c: c["attention"][0].update(num_stages=-1), "num_stages is -1"),
+    "negative": (lambda c: c["attention"][0]["tiles"][0].update(num_stages=-1), "num_stages is -1"),
     "text": (lambda c: c["linear"][0]["tiles"][0].update(block_m="128"), "block_m is '128'"),
-    "truth": (lambda c: c["attention"][0].update(num_stages=True), "num_stages is True"),
-    "number": (lambda c: c["attention"][0].update(resident=1), "resident is 1"),
+    "truth": (
+        lambda c: c["attention"][0]["tiles"][0].update(num_stages=True),
+        "num_stages is True",
+    ),
     "shape": (lambda c: c["linear"][0].pop("depth"), "it lacks what a table has: .*depth"),
     "list": (lambda c: c.update(linear=7), "it lacks what a table has"),
 }
@@ -42,7 +44,7 @@ def test_a_damaged_table_is_one_error_that_names_it(tmp_path, name):
     content = json.loads(json.dumps(sound()))
     path = tmp_path / "sm_90.json"
     path.write_text(json.dumps(content))
-    assert tables.table(90, tmp_path).attention == {("bf16", 273, 80): LOOPED}
+    assert tables.table(90, tmp_path).attention == {("bf16", 273, 80): ((1, WIDE),)}
     damage, message = DAMAGE[name]
     damage(content)
     path.write_text(json.dumps(content))
@@ -60,8 +62,9 @@ def test_a_file_that_is_no_table_is_one_error(tmp_path, text):
 
 def test_a_tables_registers_are_read():
     content = sound()
-    content["attention"][0]["registers"] = 128
-    (tile,) = tables.parsed(content, 90).attention.values()
+    (entry,) = content["attention"][0]["tiles"]
+    entry["registers"] = 128
+    (((_, tile),),) = tables.parsed(content, 90).attention.values()
     assert tile.options["maxnreg"] == 128
-    content["attention"][0]["registers"] = None
-    assert tables.parsed(content, 90).attention == {("bf16", 273, 80): LOOPED}
+    entry["registers"] = None
+    assert tables.parsed(content, 90).attention == {("bf16", 273, 80): ((1, WIDE),)}

@@ -33,8 +33,8 @@ FACTS = {
 OWN = Tile(128, 256, 64, num_warps=8, num_stages=3, slices=2)
 OTHER = Tile(128, 128, 64, num_warps=8, num_stages=4, slices=2)
 THIRD = replace(OTHER, num_stages=3)
-KEPT = AttentionTile(64, 64, 4, 1, resident=True)
-LOOPED = AttentionTile(64, 64, 4, 2, resident=False)
+NARROW = AttentionTile(64, 64, 4, 3)
+WIDE = AttentionTile(128, 64, 4, 3)
 
 
 def case_of(name: str, batch: int = 64, precision: str = "bf16", model: str = "stellar-h16"):
@@ -83,13 +83,6 @@ def test_candidates_add_rows_up_as_the_heuristics_tile_does(arch, precision, nam
     assert {tile.family for tile in found} == {own.family}
 
 
-def test_candidates_for_attention_stay_in_shared_memory_only_by_tma():
-    for arch, resident in ((80, {False}), (90, {True, False})):
-        found = tune.candidates(gpus.GPUS[arch], case_of("attention"))
-        assert {tile.resident for tile in found} == resident
-        assert tune.heuristic(gpus.GPUS[arch], case_of("attention")) not in found
-
-
 @pytest.mark.parametrize("name", tune.OPS)
 def test_a_candidate_is_what_gets_launched(name):
     case = case_of(name)
@@ -98,11 +91,9 @@ def test_a_candidate_is_what_gets_launched(name):
         blocks = {key: value for key, value in item.arguments.items() if key.startswith("BLOCK_")}
         if name == "attention":
             assert (blocks["BLOCK_Q"], blocks["BLOCK_K"]) == (tile.block_q, tile.block_k)
-            assert item.arguments["RESIDENT"] == tile.resident
         else:
             assert (blocks["BLOCK_N"], blocks["BLOCK_K"]) == (tile.block_n, tile.block_k)
         assert item.options["num_stages"] == tile.num_stages
-    assert linear_tile(HOPPER, torch.bfloat16, 64 * 273, 3840, 1280).num_stages == 3
 
 
 def test_jobs_touch_no_device_and_name_a_shape_once():
@@ -158,21 +149,10 @@ def test_a_shape_that_nothing_wins_stays_with_the_heuristics():
     assert set(table.linear) == {("bf16", 8, 8)}
 
 
-def test_attention_has_one_tile_for_all_batches():
+def test_attention_is_tuned_by_the_rows_of_all_images():
     shape = ("bf16", 273, 80)
-    third = replace(LOOPED, block_q=128)
-
-    def best(*times: dict) -> AttentionTile | None:
-        found = written(
-            row(OWN, {OTHER: 50.0}),
-            *(row(KEPT, took, rows=64 << i, shape=shape) for i, took in enumerate(times)),
-        )
-        return found.attention.get(shape)
-
-    assert best({LOOPED: 90.0, third: 80.0}, {LOOPED: 90.0, third: 99.0}) == third
-    assert best({LOOPED: 90.0, third: 70.0}, {LOOPED: 90.0, third: 110.0}) == LOOPED, "third loses"
-    assert best({LOOPED: 99.5}, {LOOPED: 99.5}) is None, "within the spread"
-    assert best({LOOPED: 50.0}, {LOOPED: {"refused": "wrong"}}) is None, "refused at one batch"
+    table = written(row(NARROW, {WIDE: 120.0}, 100, shape), row(NARROW, {WIDE: 80.0}, 400, shape))
+    assert table.attention == {shape: ((1, NARROW), (200, WIDE))}
 
 
 def test_rows_that_were_refused_have_no_say():
@@ -215,7 +195,7 @@ def test_the_command_names_a_result_it_cannot_read(tmp_path, capsys, text):
 
 
 def sound() -> dict:
-    rows = [row(OWN, {OTHER: 90.0}), row(KEPT, {LOOPED: 90.0}, shape=("bf16", 273, 80))]
+    rows = [row(OWN, {OTHER: 90.0}), row(NARROW, {WIDE: 90.0}, shape=("bf16", 273, 80))]
     return tune.table_of(FACTS, rows)
 
 
@@ -224,18 +204,16 @@ def test_launches_follow_the_table_where_it_has_the_shape():
     usual = linear_tile(*shape)
     table = Table(
         linear={("bf16", 3840, 1280): ((1, OTHER), (1000, THIRD))},
-        attention={("bf16", 273, 80): LOOPED, ("fp16", 273, 80): KEPT},
+        attention={("bf16", 273, 80): ((1, NARROW), (400, WIDE))},
     )
     with launch.tuned_by(table):
         assert linear_tile(*shape) == OTHER
         assert linear_tile(HOPPER, torch.bfloat16, 1000, 3840, 1280) == THIRD
-        assert attention_tile(HOPPER, torch.bfloat16, 273, 80, True) == LOOPED
-        # What the table lacks: another shape, and a dtype that no table knows.
-        assert linear_tile(HOPPER, torch.float16, 500, 3840, 1280) == usual
+        assert attention_tile(HOPPER, torch.bfloat16, 1, 16, 273, 80) == NARROW
+        assert attention_tile(HOPPER, torch.float16, 2, 16, 273, 80) == WIDE
+        # As wide as bfloat16; what the table lacks: another dtype.
+        assert linear_tile(HOPPER, torch.float16, 500, 3840, 1280) == OTHER
         linear_tile(HOPPER, torch.float64, 500, 3840, 1280)
-        # Without TMA nothing stays in shared memory, whatever the table has.
-        assert attention_tile(HOPPER, torch.float16, 273, 80, True) == KEPT
-        assert not attention_tile(HOPPER, torch.float16, 273, 80, False).resident
     assert linear_tile(*shape) == usual
 
 
@@ -292,14 +270,14 @@ def tiny(monkeypatch) -> str:
 def test_every_candidate_is_timed_or_says_why_not(monkeypatch, tiny):
     case = case_of("attention", batch=1, precision="fp32", model=tiny)
     good, spills, wrong = (
-        AttentionTile(64, 64, 4, 1, resident=False),
-        AttentionTile(128, 64, 8, 1, resident=False),
-        AttentionTile(64, 128, 4, 1, resident=False),
+        AttentionTile(64, 64, 4, 1),
+        AttentionTile(128, 64, 8, 1),
+        AttentionTile(64, 128, 4, 1),
     )
     attention, seen = kernels.attention, []
 
     def watched(query, key_value, num_heads, **options):
-        tile = attention_tile(HOPPER, query.dtype, query.shape[1], 64, descriptors=True)
+        tile = attention_tile(HOPPER, query.dtype, 1, num_heads, query.shape[1], 64)
         seen.append(tile)
         found = attention(query, key_value, num_heads, **options)
         return found * 1.01 if tile == wrong else found
@@ -321,7 +299,7 @@ def test_every_candidate_is_timed_or_says_why_not(monkeypatch, tiny):
 
 def test_a_candidate_that_fails_costs_only_itself(monkeypatch, tiny):
     case = case_of("attention", batch=1, precision="fp32", model=tiny)
-    tile = AttentionTile(64, 64, 4, 1, resident=False)
+    tile = AttentionTile(64, 64, 4, 1)
     passed = iter(range(1))
 
     def fails(*_, **__):

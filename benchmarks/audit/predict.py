@@ -108,7 +108,7 @@ def _moved(item: launch.Launch) -> float:
     """Bytes of every operand and result, once."""
     total = 0
     for name, value in item.arguments.items():
-        if name in ("key_value_b", "tail_a", "tail_b"):  # the same memory as key_value_a
+        if name == "key_value_b":  # the same memory as key_value_a
             continue
         tensor = getattr(value, "base", value)
         if isinstance(tensor, Tensor):
@@ -141,16 +141,16 @@ def work_of(item: launch.Launch) -> Work:
         )
     if name == "_attention_kernel":
         steps = -(-a["S"] // a["BLOCK_K"])
-        keys = a["WHOLE"] * a["BLOCK_K"] + a["TAIL"] if a["RESIDENT"] else steps * a["BLOCK_K"]
+        keys = steps * a["BLOCK_K"]
         dim = a["DIM_A"] + a["DIM_B"]
         pairs = item.grid[0]
         tiles = pairs * -(-a["Q"] // a["BLOCK_Q"])
         kept = 4.0 * keys * dim  # keys and values, two bytes each
         return Work(
             tiles=tiles,
-            passes=1 if a["RESIDENT"] else steps,
+            passes=steps,
             products=4.0 * a["BLOCK_Q"] * keys * dim,
-            read=kept * programs / tiles if a["RESIDENT"] else kept,
+            read=kept,
             flops=4.0 * a["Q"] * a["S"] * a["HEAD_DIM"] * pairs,
             moved=moved,
             alternates=True,
@@ -160,7 +160,7 @@ def work_of(item: launch.Launch) -> Work:
         steps = -(-depth // a["BLOCK_K"])
         if "DEPTH" in a:
             rows = a["rows_out"]
-            pixel, weight = a["images_ptr"].element_size(), a["weight_ptr"].element_size()
+            pixel, weight = a["tiles_ptr"].element_size(), a["weight_ptr"].element_size()
         else:
             rows = a["B"] * a["P"]
             pixel, weight = a["dense_ptr"].element_size(), a["weight_ptr"].element_size()
@@ -174,6 +174,7 @@ def work_of(item: launch.Launch) -> Work:
         )
     if name in (
         "_norm_kernel",
+        "_unfold_kernel",
         "_quantize_rows_kernel",
         "_spatial_kernel",
         "_reassemble_kernel",

@@ -250,7 +250,7 @@ def families(items: list[Compilation], findings: list[Finding]) -> list[str]:
     ]
 
 
-FLAGS = ("RMS", "SCALE_ROWS", "GELU", "RESIDUAL", "QUANTIZE", "CHUNKS", "LOWRANK", "RESIDENT")
+FLAGS = ("RMS", "SCALE_ROWS", "GELU", "RESIDUAL", "QUANTIZE", "CHUNKS", "LOWRANK")
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_Q", "BLOCK_P", "BLOCK_D", "DIM_A", "DIM_B")
 
 

@@ -46,7 +46,7 @@ from stellar_fast.config import MODELS
 
 OPS = ("qkv", "proj", "fc1", "fc2", "attention")
 POINTS = [(m, b) for b in (64, 1, 8, 256) for m in ("stellar-h16", "stellar-b16", "stellar-l16")]
-POINTS += [(model, 64) for model in ("stellar-b8", "stellar-b24")]  # their own lengths
+POINTS += [(m, b) for b in (64, 1) for m in ("stellar-b8", "stellar-b24")]  # their own lengths
 SECONDS, LEAST = 0.5, 10  # of timing a case, and rounds
 OURS = "heuristics"
 META = torch.device("meta")
@@ -71,7 +71,7 @@ class Shape(NamedTuple):
 def forced(case: Case, tile: Tile | AttentionTile) -> Table:
     """A table that has this tile for this case and nothing else."""
     if isinstance(tile, AttentionTile):
-        return Table(attention={Shape.of(case): tile})
+        return Table(attention={Shape.of(case): ((1, tile),)})
     return Table(linear={Shape.of(case): ((1, tile),)})
 
 
@@ -81,7 +81,8 @@ def heuristic(gpu: gpus.Gpu, case: Case) -> Tile | AttentionTile:
     kind = next(key for key, name in launch.NAMES.items() if name == dtype)
     with launch.tuned_by(tables.EMPTY):
         if case.name == "attention":
-            return attention_tile(gpu, kind, first, second, gpu.descriptors)
+            heads = MODELS[case.model].backbone.num_attention_heads
+            return attention_tile(gpu, kind, case.batch, heads, first, second)
         return linear_tile(gpu, kind, case.rows, first, second)
 
 
@@ -107,15 +108,10 @@ def candidates(gpu: gpus.Gpu, case: Case) -> list[Tile | AttentionTile]:
     own = heuristic(gpu, case)
     if isinstance(own, AttentionTile):
         found: list[Tile | AttentionTile] = [
-            AttentionTile(rows, keys, warps, stages, resident)
-            for resident, blocks, depths in (
-                (True, (64, 128, 256), (1, 2)),
-                (False, (32, 64, 128), (2, 3, 4)),
-            )
-            if gpu.descriptors or not resident
+            AttentionTile(rows, keys, warps, stages)
             for rows, warps in ((64, 4), (128, 8), (128, 4))
-            for keys in blocks
-            for stages in depths
+            for keys in (32, 64, 128)
+            for stages in (2, 3, 4)
         ]
     elif gpu.shared > 200_000:
         found = [
@@ -261,61 +257,28 @@ def table_of(facts: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
     archs = {row["arch"] for row in rows}
     if len(archs) != 1:
         raise ValueError(f"rows of the stage 'tune' are of {sorted(archs) or 'no GPU'}")
-    attention, by_shape = [], {}
+    names = {"linear": ("columns", "depth"), "attention": ("length", "head_dim")}
+    found: dict[str, list] = {kind: [] for kind in names}
+    by_shape: dict[tuple, dict[int, Row]] = {}
     for row in rows:
-        if row["op"] == "attention":
-            found = by_shape.setdefault(("attention", *row["shape"]), {})
-        else:
-            found = by_shape.setdefault(("linear", *row["shape"]), {})
-        found[row["rows"]] = row
-    linear = []
-    for (kind, dtype, first, second), found in by_shape.items():
-        if kind == "attention":
-            best = _one_for_all(list(found.values()))
-            if best is not None:
-                shape = {"dtype": dtype, "length": first, "head_dim": second}
-                attention.append({**shape, **best})
-            continue
-        if all(winner(row) == row[OURS] for row in found.values()):
+        kind = "attention" if row["op"] == "attention" else "linear"
+        by_shape.setdefault((kind, *row["shape"]), {})[row["rows"]] = row
+    for (kind, dtype, *sizes), of_rows in by_shape.items():
+        if all(winner(row) == row[OURS] for row in of_rows.values()):
             continue
         tiles: list[dict[str, Any]] = []
         before = None
-        for count in sorted(found):
+        for count in sorted(of_rows):
             start = 1 if before is None else math.ceil(math.sqrt(before * count))
-            before, tile = count, winner(found[count])
+            before, tile = count, winner(of_rows[count])
             if not tiles or tile != {k: v for k, v in tiles[-1].items() if k != "rows"}:
                 tiles.append({"rows": start, **tile})
-        linear.append({"dtype": dtype, "columns": first, "depth": second, "tiles": tiles})
+        shape = dict(zip(names[kind], sizes, strict=True))
+        found[kind].append({"dtype": dtype, **shape, "tiles": tiles})
     origin = {name: facts[name] for name in tables.ORIGIN}
-    content = {"arch": archs.pop(), **origin, "linear": linear, "attention": attention}
+    content = {"arch": archs.pop(), **origin, **found}
     tables.parsed(content, content["arch"])
     return content
-
-
-def _one_for_all(rows: list[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The tile that is best over all batches, which attention's choice cannot tell apart.
-
-    By the geometric mean of its times over the heuristics'; None unless it wins at one batch by
-    more than the spread and loses at none.
-    """
-    times: dict[str, list[tuple[float, bool, bool]]] = {}
-    fields = {}
-    for row in rows:
-        for item in row["tiles"]:
-            if "median" in item:
-                name = json.dumps(item["tile"], sort_keys=True)
-                fields[name] = item["tile"]
-                wins, loses = item["high"] < row["low"], item["low"] > row["high"]
-                ratio = math.log(item["median"] / row["median"])
-                times.setdefault(name, []).append((ratio, wins, loses))
-    good = {
-        name: sum(ratio for ratio, _, _ in found)
-        for name, found in times.items()
-        if len(found) == len(rows)
-        and any(wins for _, wins, _ in found)
-        and not any(loses for _, _, loses in found)
-    }
-    return fields[min(good, key=lambda name: good[name])] if good else None
 
 
 def _dry_run(arch: int) -> None:
