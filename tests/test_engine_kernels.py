@@ -302,7 +302,7 @@ def test_a_layer_is_five_launches():
     seen = launches(small_engine(backend="triton", precision="fp16", device=DEVICE))
     layer = ["linear", "attention", "linear", "linear", "linear"]
     # The last layer's query has a launch of its own, so that it can run on fewer rows.
-    assert seen[:-4] == ["patch_embed", *layer, *layer, "linear", *layer]
+    assert seen[:-4] == ["unfold", "patch_embed", *layer, *layer, "linear", *layer]
     assert seen[-4] == "norm"
     assert "linear" in seen[-3:], "the sparse tokens' projection"
 
@@ -311,7 +311,7 @@ def test_an_fp8_layer_has_a_quantizing_launch_behind_each_norm():
     seen = launches(small_engine(backend="triton", precision="fp8", device=DEVICE))
     layer = ["linear", "attention", "linear", "linear", "linear"]
     fp8_layer = ["quantize_rows", "linear", "attention", "linear", "quantize_rows", "linear"]
-    assert seen[:13] == ["patch_embed", *layer, *fp8_layer, "linear"]
+    assert seen[:14] == ["unfold", "patch_embed", *layer, *fp8_layer, "linear"]
 
 
 def test_what_is_not_asked_for_is_not_launched():

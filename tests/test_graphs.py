@@ -3,14 +3,18 @@
 What a graph gives is what the same forward on a batch of the graph's size gives, bit for bit.
 """
 
+import contextlib
 import threading
+import time
+import types
 
 import pytest
 import torch
 from engines import image, small_engine
 
 from stellar_fast.engine import encoder
-from stellar_fast.engine.graphs import GRAPHS_KEPT, GraphRunner, bucket
+from stellar_fast.engine.engine import _is_out_of_memory
+from stellar_fast.engine.graphs import GRAPHS_KEPT, CudaRecorder, GraphRunner, bucket
 
 pytestmark = pytest.mark.numerical
 
@@ -21,7 +25,7 @@ class FakeRecorder:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.captured = self.replayed = self.finished = 0
+        self.captured = self.replayed = self.finished = self.forgotten = 0
         self.capturing = False
         self.error: RuntimeError | None = None
         self.order: list[str] = []
@@ -54,6 +58,9 @@ class FakeRecorder:
     def finish(self) -> None:
         self.finished += 1
 
+    def forget(self) -> None:
+        self.forgotten += 1
+
 
 def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
@@ -64,11 +71,49 @@ def recorder():
     return FakeRecorder()
 
 
+MOST = 1 << 30
+
+
 @pytest.fixture
 def engine(recorder):
     engine = small_engine(max_batch=16)
-    engine._graphs = GraphRunner(recorder, 16, out_of_memory)
+    engine._graphs = GraphRunner(recorder, 16, torch.float32, out_of_memory, MOST)
     return engine
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Batches are captured when they are first there."""
+    monkeypatch.setattr(GraphRunner, "_seen_before", lambda *_: True)
+
+
+def test_what_is_new_is_launched_and_what_comes_again_is_captured(engine, recorder):
+    x = image(2, 64, 64)
+    first = engine.encode(x)
+    assert (recorder.captured, recorder.replayed) == (0, 0)
+    engine.encode(image(3, 64, 64))
+    assert recorder.captured == 0, "another batch"
+    for replays in (1, 2):
+        again = engine.encode(x)
+        assert (recorder.captured, recorder.replayed) == (1, replays)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_warming_up_launches_and_captures_each_batch_and_size(engine, recorder):
+    assert engine.warm_up((1, 9, 40), ((64, 64), (64, 80))) is engine
+    assert (recorder.captured, recorder.replayed) == (6, 6), "40 are computed in chunks of 16"
+    x = (image(9, 64, 80) * 255).byte()
+    assert all(tensor.isfinite().all() for tensor in engine.encode(x).values())
+    assert (recorder.captured, recorder.replayed) == (6, 7)
+    for batches, sizes in (((0,), ((64, 64),)), ((1,), ((8, 64),))):
+        with pytest.raises(ValueError, match="at least"):
+            engine.warm_up(batches, sizes)
+
+
+def test_an_engine_without_graphs_warms_up_too():
+    engine = small_engine()
+    assert engine.warm_up(dtype=torch.float32, outputs=("cls",)) is engine
+    assert engine._tables.nbytes > 0
 
 
 def test_buckets_hold_every_batch_and_waste_a_quarter_at_most():
@@ -94,6 +139,7 @@ def computed(images: torch.Tensor, chunk: int = 16) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("batch", [1, 2, 9, 11, 16, 21])
 def test_padded_batches_give_what_no_graph_gives(engine, recorder, batch):
     for seed in range(2):
@@ -105,6 +151,7 @@ def test_padded_batches_give_what_no_graph_gives(engine, recorder, batch):
     assert (recorder.captured, recorder.replayed) == (chunks, 2 * chunks)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_outputs_survive_later_replays(engine):
     first = engine.encode(image(2, 64, 64, 1))
     kept = {name: tensor.clone() for name, tensor in first.items()}
@@ -113,6 +160,7 @@ def test_outputs_survive_later_replays(engine):
         assert torch.equal(first[name], tensor)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_the_input_is_read_before_encode_returns_and_never_written(engine):
     x = image(3, 64, 64)
     kept = x.clone()
@@ -121,6 +169,7 @@ def test_the_input_is_read_before_encode_returns_and_never_written(engine):
     assert torch.equal(engine.encode(kept)["cls"], expected)
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_graph_for_each_size_dtype_and_choice_of_outputs(engine, recorder):
     x = image(2, 64, 64)
     engine.encode(x)
@@ -135,6 +184,7 @@ def test_a_graph_for_each_size_dtype_and_choice_of_outputs(engine, recorder):
     assert recorder.captured == 6
 
 
+@pytest.mark.usefixtures("at_once")
 def test_uint8_images_of_either_layout_share_one_graph(engine, recorder):
     pixels = (image(2, 64, 64) * 255).byte()
     first = engine.encode(pixels)
@@ -144,19 +194,24 @@ def test_uint8_images_of_either_layout_share_one_graph(engine, recorder):
         assert torch.equal(first[name], second[name])
 
 
-def test_a_failed_capture_warns_once_and_goes_on_without_graphs(engine, recorder):
+@pytest.mark.usefixtures("at_once")
+def test_a_capture_that_fails_is_tried_once_more_and_costs_no_other_batch(engine, recorder):
     recorder.error = RuntimeError("operation not permitted when stream is capturing")
     x = image(2, 64, 64)
-    with pytest.warns(RuntimeWarning, match="goes on without graphs.*not permitted"):
-        found = engine.encode(x)
     expected = small_engine().encode(x)
-    for name in expected:
-        assert torch.equal(found[name], expected[name])
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="batches of 2 go on without.*not permitted"):
+            found = engine.encode(x)
+        for name in expected:
+            assert torch.equal(found[name], expected[name])
     recorder.error = None
     engine.encode(x)
     assert recorder.captured == 0
+    engine.encode(image(3, 64, 64))
+    assert recorder.captured == 1
 
 
+@pytest.mark.usefixtures("at_once")
 def test_out_of_memory_while_capturing_halves_the_batch(engine, recorder, monkeypatch):
     def record(function):
         images = next(
@@ -184,17 +239,23 @@ def test_a_caller_who_is_capturing_gets_no_graph_inside_his_own(engine, recorder
     assert (recorder.captured, recorder.replayed) == (0, 0)
 
 
-def test_graphs_are_let_go_after_their_last_replay(recorder):
-    runner = GraphRunner(recorder, 4, out_of_memory)
-    out = {"x": torch.empty(1, 1)}
-    for width in range(1, GRAPHS_KEPT + 3):
+@pytest.mark.parametrize(("most", "kept"), [(MOST, GRAPHS_KEPT), (100 * 4 * 3, None), (1, 1)])
+def test_graphs_are_let_go_after_their_last_replay(recorder, most, kept):
+    runner = GraphRunner(recorder, 4, torch.float32, out_of_memory, most)
+    widths = range(1, GRAPHS_KEPT + 3)
+    for width in widths:
         images = torch.ones(1, 3, 1, width)
-        assert runner.run(images, ("x",), lambda x: {"x": x.sum((1, 2, 3))[:, None]}, out)
+        out = runner.run(images, ("x",), lambda x: {"x": x.sum((1, 2, 3))[:, None]}, at_once=True)
         assert out["x"].item() == 3 * width
-    assert len(runner._graphs) == GRAPHS_KEPT
-    assert recorder.finished == 2
+        assert len(runner) == 1 or sum(graph.nbytes for graph in runner._graphs.values()) <= most
+    if kept is not None:
+        assert len(runner) == kept
+    assert recorder.finished == len(widths) - len(runner)
+    assert runner.clear() and not runner.clear() and len(runner) == 0
+    assert recorder.forgotten == 1
 
 
+@pytest.mark.usefixtures("at_once")
 def test_replays_of_many_threads_do_not_mix(engine, recorder):
     plain = small_engine()
     batches = [image(2, 64, 64, seed) for seed in range(8)]
@@ -213,7 +274,149 @@ def test_replays_of_many_threads_do_not_mix(engine, recorder):
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
     assert recorder.captured == 1
-    assert recorder.order == ["wait", "done"] * 24
+    assert recorder.order == ["wait", "wait", "done", *["wait", "done"] * 23]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_graphs_go_before_chunks_are_halved(engine, recorder, monkeypatch):
+    engine.encode(image(2, 64, 64))
+    engine.encode(image(3, 64, 64))
+    left = [1]
+    real = recorder.record
+
+    def record(function):
+        if left.pop() if left else 0:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        return real(function)
+
+    engine._graphs._is_out_of_memory = _is_out_of_memory
+    monkeypatch.setattr(recorder, "record", record)
+    x = image(4, 64, 64)
+    found = engine.encode(x)["cls"]
+    assert (recorder.finished, recorder.forgotten, len(engine._graphs)) == (1, 1, 1)
+    assert torch.equal(found, computed(x)["cls"]), "whole, by a graph"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_it"),
+    [
+        ("CUDA error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA driver error: out of memory", True),
+        ("out of resource: shared memory, Required: 262144", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_the_drivers_words_for_out_of_memory(text, is_it):
+    assert _is_out_of_memory(RuntimeError(text)) == is_it
+
+
+class FakeCuda:
+    """As much of torch.cuda as capturing takes, and what it was asked for."""
+
+    def __init__(self, fails: str | None = None) -> None:
+        self.fails, self.log, self.current = fails, [], "caller's"
+        self.capturing = threading.Lock()
+
+    def graph(self):
+        cuda = self
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode):
+                assert cuda.capturing.acquire(blocking=False), "two captures at once"
+                cuda.log.append(f"begin on {cuda.current}")
+
+            def capture_end(self):
+                if cuda.capturing.locked():
+                    cuda.capturing.release()
+                cuda.log.append("end")
+                if cuda.fails == "end":
+                    raise RuntimeError("capture was invalidated")
+
+            def replay(self): ...
+
+        return Graph()
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    def install(fails: str | None = None) -> FakeCuda:
+        cuda = FakeCuda(fails)
+
+        def stream(name):
+            empty = lambda *_: None  # noqa: E731
+            return types.SimpleNamespace(name=name, wait_stream=empty, synchronize=empty)
+
+        for name, fake in {
+            "graph_pool_handle": lambda: object(),
+            "Stream": lambda device: stream("capture's"),
+            "Event": lambda: None,
+            "CUDAGraph": cuda.graph,
+            "current_stream": lambda device: stream(cuda.current),
+            "stream": cuda.stream,
+            "empty_cache": lambda: cuda.log.append("emptied"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        ended = lambda index, pool: cuda.log.append(f"pool of {index} ended")  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+        return cuda
+
+    return install
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("fails", ["forward", "end"])
+def test_a_failed_capture_leaves_stream_and_memory_as_they_were(fake_cuda, fails):
+    cuda = fake_cuda(fails)
+    recorder = CudaRecorder(DEVICE)
+    pool = recorder.pool
+
+    def forward():
+        if cuda.fails == "forward" and cuda.current == "capture's":
+            raise RuntimeError("operation not permitted")
+        return {}
+
+    with pytest.raises(RuntimeError, match=r"not permitted|invalidated"):
+        recorder.record(forward)
+    assert cuda.current == "caller's" and not cuda.capturing.locked()
+    assert "pool of 0 ended" in cuda.log and recorder.pool is not pool
+    cuda.fails = None
+    recorder.record(forward)
+    assert cuda.log[-2:] == ["begin on capture's", "end"]
+
+
+def test_engines_of_one_device_capture_one_after_another(fake_cuda):
+    cuda = fake_cuda()
+    recorders = [CudaRecorder(DEVICE) for _ in range(4)]
+    errors: list[BaseException] = []
+
+    def forward():
+        if cuda.capturing.locked():
+            time.sleep(0.02)
+        return {}
+
+    def work(recorder):
+        try:
+            recorder.record(forward)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(recorder,)) for recorder in recorders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and cuda.log.count("end") == 4
 
 
 def test_an_error_in_the_forward_is_the_callers_and_the_next_batch_works(engine, monkeypatch):

@@ -128,11 +128,11 @@ def energy(call: Call, batch: int) -> Row:
 
 def captures(engine: stellar_fast.Engine) -> bool:
     """Whether its batches run as CUDA graphs; one that fails to capture goes on without."""
-    return engine._graphs is not None and not engine._graphs._failed
+    return engine._graphs is not None and len(engine._graphs) > 0
 
 
 def _first(loaded: Loaded, images: Tensor) -> Row:
-    """The first call, which compiles and captures, and the peak of memory that it needs."""
+    """The first call, which compiles, and the next, which captures; the memory that they need."""
     engine = loaded.engine
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -141,9 +141,12 @@ def _first(loaded: Loaded, images: Tensor) -> Row:
     engine.encode(images, check_range=False)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
+    engine.warm_up((len(images),), (tuple(images.shape[2:]),))
+    torch.cuda.synchronize()
     return {
         "load_seconds": loaded.seconds,
         "first_call_seconds": seconds,
+        "warm_up_seconds": time.perf_counter() - start - seconds,
         "cuda_graphs": captures(engine),
         "peak_bytes": torch.cuda.max_memory_allocated() - others,
     }

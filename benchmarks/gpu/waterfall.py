@@ -34,6 +34,7 @@ def measure(model: str, batch: int, precision: str, switch: Switch) -> list[Row]
         ("engine", engine, switch.outputs),
         ("engine without", other, switch.outputs_off),
     ):
+        subject.warm_up((batch,), outputs=outputs)
         reason = refusal(subject, sets[0], outputs)
         if reason is None and subject._graphs is not None and not encode.captures(subject):
             reason = "its CUDA graph could not be captured"

@@ -50,10 +50,9 @@ class ByteCache(Generic[K, V]):
                 kept -= self._size(gone)
         return value
 
-    def evict(self, keep: K | None = None) -> bool:
-        """Gives up every value but that of `keep`; whether there was one to give up."""
+    def evict(self) -> bool:
+        """Gives up every value; whether there was one to give up."""
         with self._lock:
-            gone = [key for key in self._kept if key != keep]
-            for key in gone:
-                del self._kept[key]
-        return bool(gone)
+            gone = bool(self._kept)
+            self._kept.clear()
+        return gone

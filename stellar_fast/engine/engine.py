@@ -29,6 +29,7 @@ TYPICAL_BATCH = 8  # images in the product that weights are laid out for
 # this many, which is an image of 4096x4096 at patch 16.
 MAX_PATCHES = 65_536
 TABLE_BYTES = 256 << 20  # of position tables kept, one for each image size
+GRAPH_SHARE = 8  # of the device's memory, the part that inputs and outputs of CUDA graphs may take
 
 
 def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
@@ -49,16 +50,38 @@ def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; on the CPU that is a plain RuntimeError, told by its text."""
+    """Whether an allocation failed.
+
+    On the CPU, in the driver and in Triton's launcher that is a plain RuntimeError, told by its
+    text.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    return "can't allocate memory" in text or "not enough memory" in text
+    return any(
+        said in text
+        for said in (
+            "can't allocate memory",
+            "not enough memory",
+            "out of memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+        )
+    )
 
 
-def _copy_out(features: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
+Out = Mapping[str, Tensor]
+
+
+def _copy_out(features: Out, out: Out | None, dtypes: Mapping[str, torch.dtype]) -> Out:
+    """`features` in `out`, which by default is memory of their own for each of `dtypes`."""
+    if out is None:
+        return {
+            name: features[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for name, dtype in dtypes.items()
+        }
     for name, tensor in out.items():
         tensor.copy_(features[name])
+    return out
 
 
 class Engine:
@@ -126,11 +149,16 @@ class Engine:
         self._tables: ByteCache[tuple[int, int], Tensor] = ByteCache(
             TABLE_BYTES, lambda table: table.nbytes
         )
+        # Images of a shape that were computed at once where memory had run out before.
+        self._fitting: dict[tuple, int] = {}
         self._graphs: GraphRunner | None = None
         if self.cuda_graphs and self.backend == "triton" and device.type == "cuda":
             with torch.cuda.device(device):
                 recorder = CudaRecorder(device)
-            self._graphs = GraphRunner(recorder, self.max_batch, _is_out_of_memory)
+            most = torch.cuda.get_device_properties(device).total_memory // GRAPH_SHARE
+            self._graphs = GraphRunner(
+                recorder, self.max_batch, self.output_dtype, _is_out_of_memory, most
+            )
 
     def __repr__(self) -> str:
         return (
@@ -180,29 +208,77 @@ class Engine:
         batch, floats = self._batch(images, preset)
         if floats and check_range and batch.numel():
             check_pixel_range(batch)
-        grid = self._grid(*batch.shape[2:])
-        shapes = self._shapes(*grid)
-
-        def encode_chunk(out: dict[str, Tensor], chunk: Tensor) -> None:
-            table = self._table(grid)
-
-            def forward(chunk: Tensor) -> dict[str, Tensor]:
-                return encoder.encode(
-                    self._ops, self._encoder, self.config, chunk, table, wanted, self.output_dtype
-                )
-
-            if self._graphs is None or not self._graphs.run(chunk, wanted, forward, out):
-                _copy_out(forward(chunk.to(self.device)), out)
-
+        shapes = self._shapes(*self._grid(*batch.shape[2:]))
         with self._scope():
-            out = {
-                name: torch.empty(
-                    (len(batch), *shapes[name]), dtype=self.output_dtype, device=self.device
-                )
-                for name in wanted
-            }
-            self._chunked(encode_chunk, (batch,), out, grid)
-        return out
+            found = self._chunked(
+                lambda out, chunk: self._encode_chunk(chunk, wanted, out),
+                (batch,),
+                {name: ((len(batch), *shapes[name]), self.output_dtype) for name in wanted},
+            )
+        return dict(found)
+
+    def _encode_chunk(
+        self, images: Tensor, wanted: tuple[str, ...], out: Out | None = None, warm: bool = False
+    ) -> Out:
+        """Features of at most `max_batch` images; `warm`: by every way that later calls take."""
+        grid = self._grid(*images.shape[2:])
+        table = self._table(grid)
+
+        def forward(images: Tensor) -> dict[str, Tensor]:
+            return encoder.encode(
+                self._ops, self._encoder, self.config, images, table, wanted, self.output_dtype
+            )
+
+        # Before the wait for the graph's turn; strides are kept, and the device reorders pixels.
+        images = images.to(self.device)
+        if self._graphs is not None:
+            found = self._graphs.run(images, wanted, forward, out, at_once=warm)
+            if found is not None and not warm:
+                return found
+        return _copy_out(forward(images), out, dict.fromkeys(wanted, self.output_dtype))
+
+    def warm_up(
+        self,
+        batches: Collection[int] = (1,),
+        sizes: Collection[tuple[int, int]] = ((224, 224),),
+        *,
+        dtype: torch.dtype = torch.uint8,
+        outputs: Collection[str] | None = None,
+    ) -> Engine:
+        """Pays in advance what the first batches would: compiled kernels, CUDA graphs, tables.
+
+        Each batch is also launched kernel by kernel, for a caller who captures `encode` in a graph
+        of his own.
+
+        Args:
+            batches: numbers of images, at least 1; above `max_batch` they are computed in chunks.
+            sizes: (height, width) of the images.
+            dtype: of the pixels to come.
+            outputs: as `encode` will be asked for; all by default.
+
+        Returns:
+            The engine.
+
+        Raises:
+            ValueError: a batch below 1, or images that `encode` would refuse.
+            ForkError: called in a forked child.
+            StellarError: not even one image fits into memory.
+        """
+        self._check_process()
+        wanted = resolve_outputs(outputs)
+        if min(batches, default=1) < 1:
+            raise ValueError(f"batches must be at least 1, got {min(batches)}")
+        for height, width in sizes:
+            for batch in sorted({min(batch, self.max_batch) for batch in batches}):
+                images = torch.zeros((batch, 3, height, width), dtype=dtype, device=self.device)
+                images, _ = self._batch(images, "card")
+                with self._scope():
+                    self._chunked(
+                        lambda _, chunk: self._encode_chunk(chunk, wanted, warm=True),
+                        (images,),
+                        {},
+                    )
+        return self
 
     def reconstruct(
         self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
@@ -240,21 +316,19 @@ class Engine:
         weights = self._decoder
         dtype = weights.decoder_proj.bias.dtype
 
-        def reconstruct_chunk(out: dict[str, Tensor], *chunk: Tensor) -> None:
+        def reconstruct_chunk(out: Out | None, *chunk: Tensor) -> Out:
             moved = [part.to(self.device) for part in chunk]
             lowrank = moved[0] if len(moved) == 1 else self._ops.reassemble(*moved)
             code = position_code(weights.fourier, side, side).to(dtype)
-            _copy_out(
-                decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code), out
-            )
+            found = decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code)
+            return _copy_out(found, out, {name: dtype for name, (_, dtype) in shapes.items()})
 
+        shapes = {
+            name: ((len(parts[0]), *shape), dtype)
+            for name, (shape, dtype) in self._reconstructed(side).items()
+        }
         with self._scope():
-            out = {
-                name: torch.empty((len(parts[0]), *shape), dtype=kind, device=self.device)
-                for name, (shape, kind) in self._reconstructed(side).items()
-            }
-            self._chunked(reconstruct_chunk, parts, out)
-        return out
+            return dict(self._chunked(reconstruct_chunk, parts, shapes))
 
     def calibrate(self, images: Any, *, preset: str = "card") -> Engine:
         """Sets the static scales of an fp8 engine by what `images` bring forth; returns the engine.
@@ -373,32 +447,49 @@ class Engine:
 
     def _chunked(
         self,
-        function: Callable[..., None],
+        function: Callable[..., Out],
         inputs: tuple[Tensor, ...],
-        out: dict[str, Tensor],
-        grid: tuple[int, int] | None = None,
-    ) -> None:
-        """Has `function` fill `out` chunk by chunk of `inputs`. When memory runs out, the position
-        tables of other grids than `grid` go first, then chunks are halved."""
-        total, start, size = len(inputs[0]), 0, self.max_batch
-        evicted = False
-        while start < total:
+        outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    ) -> Out:
+        """What `function` makes of `inputs`, chunk by chunk; `outputs` are shapes and dtypes.
+
+        One chunk is left where `function` puts it; several are written into memory of one piece.
+        """
+        total, start = len(inputs[0]), 0
+        kind = (tuple(outputs), *(tensor.shape[1:] for tensor in inputs))
+        size = self._fitting.get(kind, self.max_batch)
+        out: Out | None = None
+        gave_up = False
+        while True:
+            if out is None and not 0 < total <= size:
+                out = {
+                    name: torch.empty(shape, dtype=dtype, device=self.device)
+                    for name, (shape, dtype) in outputs.items()
+                }
+            if out is not None and start == total:
+                return out
             stop = min(start + size, total)
             try:
-                function(
-                    {name: tensor[start:stop] for name, tensor in out.items()},
-                    *(tensor[start:stop] for tensor in inputs),
-                )
+                if out is None:
+                    return function(None, *inputs)
+                views = {name: tensor[start:stop] for name, tensor in out.items()}
+                function(views, *(tensor[start:stop] for tensor in inputs))
+                start = stop
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                if not evicted and self._tables.evict(grid):
-                    evicted = True
-                    continue
+                if not gave_up:
+                    gave_up = True
+                    if self._give_up_memory():
+                        continue
                 if stop - start == 1:
                     raise StellarError(
                         f"not enough memory on {self.device} for one image of this size: {error}"
                     ) from error
-                size = (stop - start) // 2
-                continue
-            start = stop
+                # For good: every later batch would run out anew.
+                size = self._fitting[kind] = (stop - start) // 2
+
+    def _give_up_memory(self) -> bool:
+        """Lets graphs and position tables go; whether there were any."""
+        graphs = self._graphs is not None and self._graphs.clear()
+        return self._tables.evict() or graphs
