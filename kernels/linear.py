@@ -190,6 +190,7 @@ def _linear_kernel(
                 )  # fmt: skip
                 acc = tl.dot(a, b.T, acc, input_precision="ieee")
         else:
+            tl.static_assert(CHUNK % BLOCK_K == 0)
             for chunk in range(CHUNKS):
                 part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 for first_k in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, K), BLOCK_K):
@@ -271,7 +272,7 @@ def chunks_of(x: torch.dtype, depth: int) -> tuple[int, int]:
     A function of dtype and depth alone, or a row's sums would depend on its batch.
     """
     chunks = -(-depth // CHUNK) if x == FP8 else 1
-    return chunks, -(-depth // (chunks * 128)) * 128
+    return chunks, -(-depth // (chunks * 256)) * 256  # whole steps of every tile
 
 
 def _cycles(gpu: Gpu, tile: Tile, rows: int, columns: int, row_bytes: int) -> float:

@@ -67,8 +67,12 @@ def slices(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constex
 
 @triton.jit
 def row_sums(sums_ptr, rows, M, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Sum over the parts of (PARTS, M) float32: (BLOCK_M,)."""
-    parts = tl.arange(0, triton.next_power_of_2(PARTS))
-    at = parts.to(tl.int64)[:, None] * M + rows[None, :]
-    mask = (parts < PARTS)[:, None] & (rows < M)[None, :]
-    return tl.sum(tl.load(sums_ptr + at, mask=mask, other=0.0), 0)
+    """Sum over the parts of (PARTS, M) float32: (BLOCK_M,).
+
+    One after another: an order that tl.sum would choose by the shape of the tile.
+    """
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for part in tl.static_range(PARTS):
+        at = rows.to(tl.int64) + part * M.to(tl.int64)
+        total += tl.load(sums_ptr + at, mask=rows < M, other=0.0)
+    return total

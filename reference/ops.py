@@ -104,9 +104,10 @@ def quantize_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x: (B, S, D).
 
     Returns:
-        e4m3 (B, S, D), its largest magnitude in each row 448; and scale (B, S) float32.
+        e4m3 (B, S, D), its largest magnitude in each row 448; and scale (B, S) float32, of float64
+            rows float64.
     """
-    x = x.float()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = x.abs().amax(-1, keepdim=True)
     rms = torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
     quantized = _quantize(x, torch.where(largest > 0, largest / FP8_MAX, 1.0))

@@ -250,17 +250,17 @@ def test_choices_of_one_family_share_rows_and_warps():
 def test_fp8_products(gpu, dtype, rows_scaled, chunked, monkeypatch):
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8")
-    depth = 176  # three steps, the last in part
+    depth = 336  # six steps, the last in part
     if chunked:
-        monkeypatch.setattr(MODULE, "CHUNK", 128)
-        assert chunks_of(launch.FP8, depth) == (2, 128)
+        monkeypatch.setattr(MODULE, "CHUNK", 256)
+        assert chunks_of(launch.FP8, depth) == (2, 256)
     tile = Tile(128, 64, 64, num_warps=8, num_stages=4)
     with launch.tuned_by(Table(linear={("fp8", 72, depth): ((1, tile),)})):
         _fp8_product(gpu, dtype, rows_scaled, depth)
 
 
 def test_deep_fp8_products_are_summed_up_in_chunks():
-    for depth, chunks, chunk in ((80, 1, 128), (2048, 1, 2048), (2064, 2, 1152), (5120, 3, 1792)):
+    for depth, chunks, chunk in ((80, 1, 256), (2048, 1, 2048), (2064, 2, 1280), (5120, 3, 1792)):
         assert chunks_of(launch.FP8, depth) == (chunks, chunk)
         assert chunks_of(torch.bfloat16, depth)[0] == 1
 

@@ -1,7 +1,8 @@
 """Everything that a GPU lent for minutes is asked, in order of importance, each stage bounded.
 
-    python -P benchmarks/gpu/run.py [--stages ceilings encode] [--dry-run] [--minutes 9]
-                                    [--out FOLDER] [--resume FILE | --fresh] [--commit HASH]
+    python -P benchmarks/gpu/run.py [--stages ceilings encode] [--only REGEX] [--dry-run]
+                                    [--minutes 9] [--out FOLDER] [--resume FILE | --fresh]
+                                    [--commit HASH]
 
 Every row is added to the result file when it is there, so a run cut short leaves a true one. The
 same command again goes on with what the file lacks: it finds the newest file of the same device and
@@ -97,9 +98,9 @@ def listing(stages: Sequence[Stage], minutes: float) -> Iterator[str]:
     )
 
 
-def _process(stage: Stage, path: Path, file: BinaryIO, seconds: float) -> int | None:
+def _process(stage: Stage, path: Path, file: BinaryIO, seconds: float, only: str) -> int | None:
     """One process of a stage: its exit status, or None where time was up."""
-    command = [*COMMAND, stage.name, str(path)]
+    command = [*COMMAND, stage.name, str(path), only]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, start_new_session=True)
     try:
         return process.wait(max(0.1, seconds))
@@ -112,13 +113,16 @@ def _process(stage: Stage, path: Path, file: BinaryIO, seconds: float) -> int | 
         process.stdin.close()
 
 
-def run_stage(stage: Stage, path: Path, file: BinaryIO, seconds: float) -> str:
-    """Runs `stage` for `seconds` at most; why it has not finished, or nothing."""
+def run_stage(stage: Stage, path: Path, file: BinaryIO, seconds: float, only: str = "") -> str:
+    """Runs `stage` for `seconds` at most; why it has not finished, or nothing.
+
+    `only` of its rows whose key this expression finds: that is not all of it, and not said to be.
+    """
     end = time.monotonic() + seconds
     for _ in range(1 + MOST_RESTARTS):
         if stage.name in read(path).finished:
             return ""
-        status = _process(stage, path, file, end - time.monotonic())
+        status = _process(stage, path, file, end - time.monotonic(), only)
         result = read(path)
         begun = result.begun
         if begun is not None:
@@ -131,6 +135,8 @@ def run_stage(stage: Stage, path: Path, file: BinaryIO, seconds: float) -> str:
             file.write(lines_of([[late or ended(begun, why)]]))
         if status is None:
             return f"cut off after {seconds:.0f} s"
+        if status == 0 and only:
+            return ""
         if status == 0:
             file.write(lines_of([{"finished": stage.name}]))
             return ""
@@ -142,14 +148,16 @@ def run_stage(stage: Stage, path: Path, file: BinaryIO, seconds: float) -> str:
     return f"given up after {MOST_RESTARTS} restarts"
 
 
-def run(stages: Sequence[Stage], path: Path, file: BinaryIO, minutes: float) -> bool:
+def run(
+    stages: Sequence[Stage], path: Path, file: BinaryIO, minutes: float, only: str = ""
+) -> bool:
     """All of `stages` within `minutes`; whether all of them finished."""
     end, whole = time.monotonic() + 60 * minutes, True
     for stage in stages:
         left = min(stage.seconds, end - time.monotonic())
         why = "no time left; give the same command again to go on"
         if left >= 1:
-            why = run_stage(stage, path, file, left)
+            why = run_stage(stage, path, file, left, only)
         print(f"{stage.name}: {f'not finished: {why}' if why else 'finished'}", flush=True)
         whole &= not why
     return whole
@@ -184,6 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = [stage.name for stage in STAGES]
     parser.add_argument("--stages", nargs="+", choices=known, default=known)
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="rows whose key, model/bBATCH/…, it finds"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the stages and their bounds")
     parser.add_argument("--minutes", type=float, default=MOST_MINUTES)
     parser.add_argument("--out", type=Path, help="folder for the result file, not results/")
@@ -209,7 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
         path = results.going_on(folder, header, options.resume, options.fresh)
         with importable(), results.adding_to(path, header) as file:
             print(f"-> {path}", flush=True)
-            return 0 if run(stages, path, file, options.minutes) else 1
+            done = run(stages, path, file, options.minutes, options.only)
+            return 0 if done else 1
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

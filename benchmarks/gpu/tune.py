@@ -1,7 +1,7 @@
 """Tuning: which tiles are fastest on a GPU, as the launch table that the kernels read.
 
     python -P benchmarks/gpu/run.py --stages environment tune  times them on the GPU at hand
-    python -P benchmarks/gpu/tune.py RESULT                    writes kernels/tuned/sm_XX.json
+    python -P benchmarks/gpu/tune.py RESULT...                 writes kernels/tuned/sm_XX.json
     python -P benchmarks/gpu/tune.py --dry-run [--arch 90]     candidates, with PREDICTED times
 
 Candidates are tiles that the static audit accepts. Of a product only those count that gave bit for
@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +34,7 @@ from audit import run as audit
 from audit.compilation import Compilation, Finding, compile_one
 from harness.budgets import refusal_of_op
 from harness.results import ROOT, Row, read
-from harness.workloads import DTYPES, Case, arguments, cases, op_of
+from harness.workloads import BYTES, DTYPES, Case, arguments, cases, op_of
 from peers.ops import Race
 from stellar_fast.kernels import gpus, launch, tables
 from stellar_fast.kernels.attention import attention_tile
@@ -86,20 +86,22 @@ def heuristic(gpu: gpus.Gpu, case: Case) -> Tile | AttentionTile:
         return linear_tile(gpu, kind, case.rows, first, second)
 
 
-# Rows, columns, warps, stages and programs side by side of what is tried on matrix units that four
-# warps share; two programs side by side overlap the one's finishing with the other's products.
+# What is tried on matrix units that four warps share: rows, columns, how many times the heuristics'
+# depth, warps, stages, programs side by side. Two of those overlap the one's finishing with the
+# other's products; twice the depth halves the waits of a small batch.
 HOPPER = (
-    (128, 256, 8, (3, 4), 1),
-    (256, 128, 8, (3,), 1),
-    (128, 128, 8, (3, 4, 6), 1),
-    (128, 64, 8, (4, 6, 8), 1),
-    (128, 128, 4, (2, 3), 2),
-    (128, 64, 4, (3, 4), 2),
-    (64, 256, 4, (2,), 2),
-    (64, 128, 4, (3, 4), 2),
-    (64, 128, 4, (6, 8), 1),
-    (64, 64, 4, (4, 6), 2),
-    (64, 64, 4, (8, 12), 1),
+    (128, 256, 1, 8, (3, 4), 1),
+    (128, 128, 1, 8, (3, 4, 6), 1),
+    (128, 128, 2, 8, (3,), 1),
+    (128, 128, 1, 4, (2, 3), 2),
+    (128, 64, 1, 4, (3, 4), 2),
+    (64, 128, 1, 4, (3, 4), 2),
+    (64, 128, 2, 4, (2,), 2),
+    (64, 128, 1, 4, (6, 8), 1),
+    (64, 128, 2, 4, (3, 4), 1),
+    (64, 64, 1, 4, (4, 6), 2),
+    (64, 64, 2, 4, (2, 3), 2),
+    (64, 64, 2, 4, (4, 6), 1),
 )
 
 
@@ -114,9 +116,10 @@ def candidates(gpu: gpus.Gpu, case: Case) -> list[Tile | AttentionTile]:
             for stages in (2, 3, 4)
         ]
     elif gpu.shared > 200_000:
+        deep = 128 // BYTES[case.precision]
         found = [
-            Tile(rows, width, own.block_k, warps, stages, min(2, width // 64), residents)
-            for rows, width, warps, depths, residents in HOPPER
+            Tile(rows, width, deep * depth, warps, stages, min(2, width // 64), residents)
+            for rows, width, depth, warps, depths, residents in HOPPER
             for stages in depths
         ]
     else:
@@ -245,6 +248,12 @@ def winner(row: Mapping[str, Any]) -> dict[str, Any]:
     return best["tile"]
 
 
+def _is_current(row: Row) -> bool:
+    """Whether kernels still have tiles like those that were measured."""
+    kind = AttentionTile if row["op"] == "attention" else Tile
+    return set(row[OURS]) == {item.name for item in fields(kind)}
+
+
 def table_of(facts: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
     """The launch table that rows of the stage "tune" speak for, as JSON has it.
 
@@ -253,7 +262,7 @@ def table_of(facts: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
     Raises:
         ValueError: there are none with figures, or they are of several GPUs.
     """
-    rows = [row for row in rows if "tiles" in row and "median" in row]
+    rows = [row for row in rows if "tiles" in row and "median" in row and _is_current(row)]
     archs = {row["arch"] for row in rows}
     if len(archs) != 1:
         raise ValueError(f"rows of the stage 'tune' are of {sorted(archs) or 'no GPU'}")
@@ -313,7 +322,9 @@ def _dry_run(arch: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, nargs="?", help="a result file of gpu/run.py")
+    parser.add_argument(
+        "results", type=Path, nargs="*", help="result files of gpu/run.py, the newest last"
+    )
     parser.add_argument("--out", type=Path, help="the table; by default where kernels read it")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--arch", type=int, default=90, choices=sorted(gpus.GPUS))
@@ -321,13 +332,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         _dry_run(options.arch)
         return 0
-    if options.result is None:
+    if not options.results:
         parser.error("give a result file of gpu/run.py, or --dry-run")
-    try:
-        result = read(options.result)
-        content = table_of(result.facts, result.rows("tune"))
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{options.result}: {error}")
+    rows: dict[str, Row] = {}
+    for path in options.results:
+        try:
+            result = read(path)
+            rows |= {row["key"]: row for row in result.rows("tune")}
+            content = table_of(result.facts, rows.values())
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{path}: {error}")
     out = options.out or ROOT / "kernels" / "tuned" / f"sm_{content['arch']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
@@ -108,10 +109,11 @@ def _end_with_the_command() -> None:
 
 
 def main(jobs: Callable[[str], Iterable[Job]], is_lost: Callable[[], bool]) -> int:
-    """Takes the name of the stage and the file from the command line."""
+    """Takes the stage, the file and an expression for keys from the command line."""
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no row
     threading.Thread(target=_end_with_the_command, daemon=True).start()
-    stage, path = sys.argv[1:]
+    stage, path, only = sys.argv[1:]
     earlier = read(Path(path))
-    return work(stage, jobs(stage), is_lost, earlier, lambda line: os.write(out, lines_of([line])))
+    wanted = (job for job in jobs(stage) if re.search(only, job.key))
+    return work(stage, wanted, is_lost, earlier, lambda line: os.write(out, lines_of([line])))

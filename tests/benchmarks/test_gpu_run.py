@@ -55,6 +55,15 @@ def stage(tmp_path, monkeypatch):
     return go
 
 
+def test_only_the_rows_that_are_asked_for_run_and_the_stage_is_not_finished(stage, tmp_path):
+    stage("raise AssertionError")
+    path = tmp_path / "r.jsonl"
+    with adding_to(path, HEADER) as file:
+        assert run.run_stage(FAKE, path, file, GENEROUS, only="^[bc]$") == ""
+    assert (tmp_path / "log").read_text().split() == ["a", "b", "c", "b"]
+    assert not read(path).finished
+
+
 LOST = "gone.append(1); raise RuntimeError('CUDA error: an illegal access')"
 
 
@@ -185,7 +194,7 @@ def test_a_dry_run_lists_stages_and_the_first_run_holds_what_matters_most(capsys
     most = max(max(found) for found in runs.values())
     assert f"all of its time, {most} of them" in text and "--resume" in text
     assert "a first run then holds environment, warm, smoke, ceilings, encode\n" in text
-    assert [found for _, found in run.schedule(run.STAGES[:3], 2)] == [[1], [1], [1, 2]]
+    assert [found for _, found in run.schedule(run.STAGES[:3], 2)] == [[1], [1, 2], [2, 3]]
     with pytest.raises(SystemExit):
         run.main(["--minutes", "10", "--dry-run"])
 
@@ -202,9 +211,9 @@ def test_the_command_writes_where_it_is_told_and_knows_its_file_again(folder, mo
     monkeypatch.setattr(run, "run", lambda stages, path, *_: seen.append((path, stages)) or True)
     out = folder / "out"
     for _ in range(2):
-        assert run.main(["--out", str(out), "--commit", "abc", "--stages", "ops", "tests"]) == 0
+        assert run.main(["--out", str(out), "--commit", "abc", "--stages", "ops", "tune"]) == 0
     (path, chosen), second = seen
-    assert second[0] == path and [stage.name for stage in chosen] == ["tests", "ops"]
+    assert second[0] == path and [stage.name for stage in chosen] == ["ops", "tune"]
     assert path.parent == out / "nvidia-h200" and len(read(path).runs) == 2
     assert read(path).facts["commit"] == "abc" and read(path).facts["sources"]
     assert run.main(["--resume", str(folder / "none.jsonl")]) == 1
