@@ -42,17 +42,14 @@ WITH_COMPILER = (("stellar-h16", 64), ("stellar-b16", 64), ("stellar-l16", 64), 
 SIDES = (224, 384, 512)
 ORDER = ("stellar-h16", "stellar-b16", "stellar-l16", "stellar-b8", "stellar-b24")
 COMPILE_LIMIT = 280
-# A minute of tests: each precision against float64, graphs, streams, batches.
+# Half a minute of tests: the published outputs, batches, graphs, streams. Every row of "encode"
+# is held to float64 besides.
 SMOKE = [
     f"{path.relative_to(ROOT)}::{name}"
     for path in (ROOT / "tests").rglob("test_gpu_kernels.py")
     for name in (
         "test_encode_meets_the_published_outputs[encode-tiny16]",
         "test_encode_meets_the_published_outputs[encode-tiny14-k8]",
-        "test_encode_error_budget[encode-b16-bf16]",
-        "test_encode_error_budget[encode-b16-fp16]",
-        "test_encode_error_budget[encode-b16-fp32]",
-        "test_fp8_error_budget[encode-b16-False]",
         "test_fp8_error_budget[encode-b16-True]",
         "test_an_image_does_not_see_its_batch[bf16]",
         "test_an_image_does_not_see_its_batch[fp8]",
