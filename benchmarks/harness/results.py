@@ -22,6 +22,7 @@ no shorter with a data frame.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import hashlib
@@ -155,6 +156,25 @@ def newest_of_each_kind(name: str) -> list[Result]:
     for result in found(name):
         kinds.setdefault(kind(result), result)
     return list(kinds.values())
+
+
+def with_older(results: list[Result]) -> Result | None:
+    """The newest of a kind of results, and of the same device what it has no figure for.
+
+    Rows of older files have `of_commit`, theirs.
+    """
+    if not results:
+        return None
+    first = results[0]
+    jobs = dict(first.jobs)
+    for older in results[1:]:
+        if kind(older) != kind(first):
+            continue
+        for job, rows in older.jobs.items():
+            if any(map(problem, jobs.get(job, [{"not_run": ""}]))) and not any(map(problem, rows)):
+                commit = older.facts["commit"]
+                jobs[job] = [{"of_commit": commit, **row} for row in rows]
+    return dataclasses.replace(first, jobs=jobs)
 
 
 def is_ours(row: Row) -> bool:

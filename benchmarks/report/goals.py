@@ -55,6 +55,11 @@ def _figure(row: Row | None, field: str) -> Any:
     return row[field]
 
 
+def _older(row: Row | None) -> str:
+    """Whose figure it is, where an older commit's."""
+    return f" (commit {row['of_commit']})" if row and "of_commit" in row else ""
+
+
 def encoded(result: Result, model: str, batch: int, precision: str) -> Row | None:
     """Our row of `encode`, else of the sweep."""
     key = f"{model}/b{batch}/{precision}"
@@ -62,7 +67,11 @@ def encoded(result: Result, model: str, batch: int, precision: str) -> Row | Non
 
 
 def _encode(model: str, batch: int, precision: str, field: str) -> Callable:
-    return lambda result: (_figure(encoded(result, model, batch, precision), field), "")
+    def find(result: Result) -> tuple[float, str]:
+        row = encoded(result, model, batch, precision)
+        return _figure(row, field), _older(row)
+
+    return find
 
 
 def _compile(model: str, batch: int, precision: str) -> Callable:
@@ -78,7 +87,8 @@ def _milliseconds(model: str, precision: str) -> Callable:
     def find(result: Result) -> tuple[float, str]:
         row = encoded(result, model, 1, precision)
         tail = _figure(row, "latency_p99")
-        return 1e3 * _figure(row, "latency_median"), f" (99th percentile {1e3 * tail:.2f} ms)"
+        words = f" (99th percentile {1e3 * tail:.2f} ms){_older(row)}"
+        return 1e3 * _figure(row, "latency_median"), words
 
     return find
 
@@ -173,7 +183,7 @@ CPU_GOALS = (
 
 def lines(measured: Result, cpu: Result | None) -> Iterator[list[str]]:
     """The table's rows; a figure does not count unless the tests were green at its commit."""
-    (tests,) = measured.rows("tests") or [None]
+    (tests,) = measured.rows("tests") or measured.rows("smoke") or [None]
     counts = ""
     if tests is None:
         counts = "does not count: tests not run"

@@ -1,7 +1,8 @@
 """Tables of what was measured on a GPU, and of what was predicted.
 
-A table takes the newest result file of `gpu/run.py`. What a file lacks is "not measured"; where
-there is no file at all, the table is one sentence that says so.
+A table takes the newest result file of `gpu/run.py`, and what that one lacks from older ones of the
+same device, whose rows name their commit. What none has is "not measured"; where there is no file
+at all, the table is one sentence that says so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from harness.results import (
     problem,
 )  # fmt: skip
 from report import goals
-from report.tables import markdown, named, newest, on_gpu, own, pivot
+from report.tables import markdown, named, newest, newest_on_gpu, on_gpu, own, pivot
 
 NOTHING = "Nothing has been measured on a GPU yet"
 HEAD = (
@@ -33,7 +34,7 @@ def _of_newest(table: Callable[[Result], str], without: str) -> Callable[[], str
     """A table of the newest file with the run's own words below it, or why there is none."""
 
     def make() -> str:
-        result = newest("gpu")
+        result = newest_on_gpu()
         return f"{NOTHING}{without}." if result is None else f"{table(result)}{on_gpu(result)}"
 
     return make
@@ -53,7 +54,8 @@ def _times(job: Row | None, ours: Row | None) -> str:
 
 def _named(row: Row) -> str:
     model, batch, precision, *rest = row["key"].split("/")
-    return " ".join([model, *rest, precision]) + f", batch {batch[1:]}"
+    of = f" ({row['of_commit']})" if "of_commit" in row else ""
+    return " ".join([model, *rest, precision]) + f", batch {batch[1:]}{of}"
 
 
 def _encode_cells(result: Result, row: Row) -> Iterator[str]:
@@ -111,7 +113,9 @@ def _predicted_op(op: str, rows: Sequence[Row]) -> float | None:
         wanted = [row for row in rows if row["op"] in ("sparse_proj", "similarity", "spatial")]
         last = {row["op"]: row["seconds"] for row in wanted}  # the first sparse_proj is a query's
         return sum(last.values()) if len(last) == 3 else None
-    return next((row["seconds"] for row in rows if row["op"] == op), None)
+    # In FP8 the first block's and the last one's are bf16: the kind that most blocks have.
+    kinds = [row for row in rows if row["op"] == op]
+    return max(kinds, key=lambda row: row.get("times", 1))["seconds"] if kinds else None
 
 
 def _kernel_cells(result: Result, row: Row, guess: float | None) -> Iterator[str]:
@@ -208,7 +212,7 @@ def _waterfall(result: Result) -> str:
 
 def predicted() -> str:
     """What the machine code makes of the models on an H200."""
-    found, measured = newest("predicted"), newest("gpu")
+    found, measured = newest("predicted"), newest_on_gpu()
     if found is None:
         return "Nothing has been predicted."
     if measured is not None and "H200" not in measured.facts["device"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from harness.floors import rates
-from harness.results import ROOT, Result, Row, found, is_ours, problem
+from harness.results import ROOT, Result, Row, found, is_ours, problem, with_older
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -51,6 +51,11 @@ def newest(name: str) -> Result | None:
     return next(iter(found(name)), None)
 
 
+def newest_on_gpu() -> Result | None:
+    """The newest result file of a GPU, and what older ones of that GPU have beside it."""
+    return with_older(found("gpu"))
+
+
 def place(result: Result) -> str:
     return f"`{result.path.relative_to(ROOT).as_posix()}`"
 
@@ -76,10 +81,14 @@ def on_gpu(result: Result) -> str:
         f"{name} {rate / 1e9:.0f} GB/s" if name == "copy" else f"{name} {rate / 1e12:.0f}"
         for name, rate in rates(result.rows("ceilings")).items()
     ]
-    (tests,) = result.rows("tests") or [None]
     green = "not run"
-    if tests is not None:
-        green = ("RED: " * ("failed" in tests)) + tests.get("summary", tests.get("failed", ""))
+    for stage in ("tests", "smoke"):
+        rows = [row for row in result.rows(stage) if "of_commit" not in row]
+        if rows:
+            (tests,) = rows
+            green = ("RED: " * ("failed" in tests)) + tests.get("summary", tests.get("failed", ""))
+            green += ", the short ones" * (stage == "smoke")
+            break
     names = [name for name in ("torch", "triton") if name in facts["versions"]]
     packages = ", ".join(f"{name} {facts['versions'][name]}" for name in names)
     return (

@@ -144,3 +144,24 @@ def test_a_result_says_where_and_how_it_was_measured(folder):
     assert found.facts["versions"]["python"] == sys.version.split()[0]
     assert found.facts["processor"]["threads"] > 0
     assert [path.name for path in (folder / "cpu").iterdir()] == [found.path.name]
+
+
+def test_what_the_newest_file_lacks_is_an_older_ones_of_the_same_device(tmp_path):
+    def file(name: str, device: str, *jobs: list) -> results.Result:
+        path = tmp_path / name
+        facts = {"name": "gpu", "date": "2026-01-01", "commit": name, "device": device}
+        path.write_bytes(lines_of([facts, *jobs]))
+        return read(path)
+
+    def job(key: str, **facts: object) -> list[dict]:
+        return [{"stage": "encode", "key": key, "name": "engine", **facts}]
+
+    new = file("new", "x", job("a", median=1.0), job("b", failed="why"))
+    old = file("old", "x", job("a", median=2.0), job("b", median=3.0), job("c", failed="why"))
+    other = file("other", "y", job("c", median=4.0))
+    found = results.with_older([new, old, other])
+    assert found.facts["commit"] == "new"
+    assert found.jobs["encode", "a"] == job("a", median=1.0)
+    assert found.jobs["encode", "b"] == job("b", median=3.0, of_commit="old")
+    assert ("encode", "c") not in found.jobs
+    assert results.with_older([]) is None
