@@ -1,0 +1,342 @@
+"""Extraction on Ray: the same bytes as without it, whoever is killed.
+
+What needs a cluster starts one, with actors that import torch, and is slow; the rest plays Ray in
+this process.
+"""
+
+import functools
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from extracting import SMALL_PARTS, SUPPORT, Wrapped, contents, load_small
+from pictures import photograph
+
+import stellar_fast
+from stellar_fast.errors import MissingExtraError, StellarError
+from stellar_fast.extract import plan, ray_runner, ray_session, run
+from stellar_fast.extract.output.layout import complete, read_plan
+from stellar_fast.extract.stats import Progress, Summary
+
+ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+pytest.importorskip("ray.data", reason="the extra 'ray' is not installed")
+
+PICTURES = 44
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for at in range(PICTURES):
+        path = folder / f"{at:02d}.png"
+        if at % 7 == 3:
+            path.write_bytes(b"no picture")
+        else:
+            photograph(40, 30, seed=at).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder, tmp_path_factory) -> Path:
+    """What one process makes of the pictures."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as an actor has: sums may depend on it
+    try:
+        output = tmp_path_factory.mktemp("plain") / "out"
+        run(plan(folder, output, **SMALL_PARTS), load_small("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    return output
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One session of Ray for all tests, with two cores and so room for two actors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SUPPORT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init(
+            "local",
+            num_cpus=2,
+            object_store_memory=ray_session.OBJECT_STORE,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
+
+
+def on_a_cluster(test):
+    return pytest.mark.slow(pytest.mark.usefixtures("cluster")(test))
+
+
+class Rows:
+    """Ray Data's dataset, whose one actor is in this process."""
+
+    def __init__(self, rows) -> None:
+        self.rows = rows
+
+    def map_batches(self, actor, *, fn_constructor_args, batch_size, compute, **resources):
+        assert batch_size == 1
+        self.actor, self.resources = actor(*fn_constructor_args), resources
+        return self
+
+    def iter_rows(self):
+        for row in self.rows:
+            answer = self.actor({name: [value] for name, value in row.items()})
+            yield {name: value for name, (value,) in answer.items()}
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Ray with one node of two cores, in this process: what was asked of it for each task."""
+    asked = []
+
+    rays = ray.remote
+
+    def remote(*functions, **resources):
+        if functions or "max_calls" not in resources:  # Ray's own
+            return rays(*functions, **resources)
+        asked.append(resources)
+        return lambda function: SimpleNamespace(remote=function)
+
+    def from_items(rows, override_num_blocks):
+        assert override_num_blocks == len(rows)
+        return Rows(rows)
+
+    node = {"Alive": True, "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray.data, "from_items", from_items)
+    return SimpleNamespace(asked=asked, node=node)
+
+
+def load(marks: Path, what: str, device: str | None):
+    """The engine of an actor, which leaves a mark of its process and may be made to misbehave."""
+    assert device is None
+    engine = load_small("cpu")
+    batches = 0
+
+    def encode(images, **named):
+        nonlocal batches
+        batches += len(images) > 0
+        if batches:
+            (marks / f"worked-{os.getpid()}").touch()
+        if batches and what == "both":  # neither goes on before the other has begun
+            patience = time.monotonic() + 300
+            while len(list(marks.glob("worked-*"))) < 2 and time.monotonic() < patience:
+                time.sleep(0.02)
+        if batches == 4 and what == "die":  # in the middle of this actor's second partition
+            try:
+                (marks / "died").touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if batches == 4 and what == "fail":
+            raise StellarError("the disk is full")
+        return engine.encode(images, **named)
+
+    return Wrapped(engine, encode)
+
+
+def extract(folder: Path, output: Path, marks: Path, what: str = "", **options):
+    marks.mkdir(exist_ok=True)
+    job = plan(folder, output, **SMALL_PARTS, **options)
+    return ray_runner.run(job, functools.partial(load, marks, what), actors=2, workers=1)
+
+
+@on_a_cluster
+def test_two_actors_make_the_same_bytes(folder, expected, tmp_path):
+    summary = extract(folder, tmp_path / "out", tmp_path / "marks", "both")
+    assert contents(tmp_path / "out") == contents(expected)
+    assert (summary.images, summary.failed, summary.partitions) == (PICTURES, 6, 6)
+    assert summary.engines == 2
+    assert summary.seconds["encode"] > 0
+    workers = {path.name for path in (tmp_path / "marks").glob("worked-*")}
+    assert len(workers) == 2
+    assert f"worked-{os.getpid()}" not in workers
+    stellar_fast.open_features(tmp_path / "out").verify()
+
+
+@on_a_cluster
+def test_an_actor_killed_in_the_middle_loses_nothing(folder, expected, tmp_path):
+    summary = extract(folder, tmp_path / "out", tmp_path / "marks", "die")
+    assert (tmp_path / "marks" / "died").exists()
+    assert contents(tmp_path / "out") == contents(expected)
+    assert summary.images == PICTURES
+    assert len(list((tmp_path / "marks").glob("worked-*"))) == 3
+    assert list((tmp_path / "out").glob(".part-*")) == []
+
+
+def test_the_bytes_are_those_without_ray(folder, expected, tmp_path, played):
+    summary = extract(folder, tmp_path / "out", tmp_path / "marks")
+    assert contents(tmp_path / "out") == contents(expected)
+    assert (summary.images, summary.failed, summary.partitions) == (PICTURES, 6, 6)
+    assert (summary.engines, summary.workers) == (2, 2)
+    assert summary.seconds["encode"] > 0
+    assert played.asked == [{"num_cpus": 1, "num_gpus": 0, "max_calls": 1}]
+    played.node["Resources"] = {"CPU": 2.0, "GPU": 2.0}
+    extract(folder, tmp_path / "again", tmp_path / "marks")
+    assert played.asked[1] == {"num_cpus": 1, "num_gpus": 1, "max_calls": 1}
+
+
+def test_an_error_of_an_actor_is_the_callers(folder, tmp_path, played):
+    output = tmp_path / "out"
+    with pytest.raises(StellarError, match="the disk is full"):
+        extract(folder, output, tmp_path / "marks", "fail")
+    assert list(complete(output, read_plan(output))) == [0]
+    assert '"outcome": "error: the disk is full"' in (output / "stats.json").read_text()
+    assert list(output.glob(".part-*")) == []
+
+
+@on_a_cluster
+def test_an_error_is_the_callers_and_what_is_complete_stays(folder, expected, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(StellarError, match="the disk is full"):
+        extract(folder, output, tmp_path / "marks", "fail")
+    done = complete(output, read_plan(output))
+    assert 0 < len(done) < 6
+    time.sleep(2)
+    assert complete(output, read_plan(output)) == done, "an actor goes on after the error"
+    assert '"outcome": "error: the disk is full"' in (output / "stats.json").read_text()
+    summary = run(plan(folder, output, **SMALL_PARTS), load_small("cpu"))  # without Ray, for once
+    assert summary.partitions == 6 - len(done)
+    stellar_fast.open_features(output).verify()
+
+
+def test_failures_are_counted_over_all_actors():
+    def answer(failed: int) -> dict:
+        manifest = {"images": 8, "rows": 8 - failed, "failed": failed}
+        return {"manifest": json.dumps(manifest), "seconds": '{"encode": 2.5}', "error": b""}
+
+    summary = Summary()
+    answers = [answer(1), answer(2), answer(0)]
+    ray_runner._count(answers, 3, summary, Progress(24, 60.0))
+    assert (summary.images, summary.failed, summary.partitions) == (24, 3, 3)
+    assert summary.seconds["encode"] == 7.5
+    with pytest.raises(StellarError, match="3 images failed, more than --max-errors 2"):
+        ray_runner._count(answers, 2, Summary(), Progress(24, 60.0))
+    answers.append({"error": pickle.dumps(StellarError("the disk is full"))})
+    with pytest.raises(StellarError, match="the disk is full"):
+        ray_runner._count(answers, 3, Summary(), Progress(24, 60.0))
+
+
+def test_engines_that_differ_are_refused(folder, tmp_path):
+    """As "auto" differs between kinds of GPU."""
+    output = tmp_path / "out"
+    run(plan(folder, output, **SMALL_PARTS), load_small("cpu"))
+    shutil.rmtree(output / "part-00002")
+
+    def load_other(device):
+        engine = load_small("cpu")
+        engine.precision = "bf16"
+        return engine
+
+    with pytest.raises(StellarError, match=r'precision ."fp32" -> "bf16".; give'):
+        raise answer_of(plan(folder, output, **SMALL_PARTS), load_other, 2)
+    assert not (output / "part-00002").exists()
+
+
+def test_failed_images_are_tried_again(folder, tmp_path, played):
+    moved = tmp_path / "photographs"
+    moved.mkdir()
+    for path in folder.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    run(plan(moved, tmp_path / "out", **SMALL_PARTS), load_small("cpu"))
+    photograph(40, 30, seed=3).save(moved / "03.png")
+    summary = extract(moved, tmp_path / "out", tmp_path / "marks", retry_failed=True)
+    assert summary.all_failed == 5
+    features = stellar_fast.open_features(tmp_path / "out")
+    assert len(features) == PICTURES - 5
+    assert "03.png" in features.ids
+
+
+def answer_of(job, load, partition: int) -> Exception | dict:
+    """What an actor that runs in this process answers."""
+    share = ray_runner._Share(actors=1, cpus=1, gpus=0)
+    answer = ray_runner._Actor(ray_runner._Maker(job, load, share))({"partition": [partition]})
+    (error,), (manifest,) = answer["error"], answer["manifest"]
+    return pickle.loads(error) if error else json.loads(manifest)
+
+
+def test_a_repeated_task_reads_what_the_dead_actor_finished(folder, expected):
+    """Without an engine: the manifest is there."""
+    job = plan(folder, expected, **SMALL_PARTS)
+    assert answer_of(job, lambda device: pytest.fail("loaded"), 4)["partition"] == 4
+
+
+def test_an_output_that_the_nodes_do_not_see(folder, tmp_path):
+    with pytest.raises(StellarError, match="not to be seen from a node of the Ray cluster"):
+        raise answer_of(plan(folder, tmp_path / "out", **SMALL_PARTS), load_small, 0)
+
+
+@on_a_cluster
+def test_what_ray_cannot_mend_is_one_line(folder, tmp_path):
+    """Such as a node without this package."""
+
+    class Unknown:
+        def __reduce__(self):
+            return __import__, ("a_module_that_no_node_has",)
+
+    job = plan(folder, tmp_path / "out", **SMALL_PARTS)
+    with pytest.raises(StellarError, match=r"a_module_that_no_node_has.*every node") as caught:
+        ray_runner.run(job, functools.partial(load_small, Unknown()), actors=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "share"),
+    [
+        ([{"CPU": 16, "GPU": 2}, {"CPU": 12, "GPU": 2}], None, (4, 6, 1)),
+        ([{"CPU": 16, "GPU": 2}], 1, (1, 8, 1)),
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 1}], None, (1, 8, 1)),  # the node without GPUs is left out
+        ([{"CPU": 2, "GPU": 8}], None, (8, 0, 1)),
+        ([{"CPU": 8}, {"CPU": 8}], None, (2, 8, 0)),
+        ([{"CPU": 16}, {"CPU": 8}, {}], None, (2, 8, 0)),
+        ([{"CPU": 8}], 3, (3, 2, 0)),
+        ([{"CPU": 2}], 2, (2, 1, 0)),
+    ],
+)
+def test_actors_fit_on_the_nodes(nodes, actors, share, monkeypatch):
+    found = [{"Alive": True, "Resources": node} for node in nodes]
+    dead = {"Alive": False, "Resources": {"CPU": 99, "GPU": 9}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, dead])
+    assert ray_runner._share_out(actors) == ray_runner._Share(*share)
+
+
+def test_more_actors_than_there_is_room_for(folder, tmp_path, played):
+    job = plan(folder, tmp_path / "out", **SMALL_PARTS)
+    with pytest.raises(ValueError, match="3 actors, but the Ray cluster has 2 cores"):
+        ray_runner.run(job, load_small, actors=3)
+    played.node["Resources"] = {"CPU": 8.0, "GPU": 1.0}
+    with pytest.raises(ValueError, match="2 actors, but the Ray cluster has 1 GPUs"):
+        ray_runner.run(job, load_small, actors=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments(folder, tmp_path):
+    job = plan(folder, tmp_path / "out", **SMALL_PARTS)
+    with pytest.raises(ValueError, match="the number of actors must be at least 1, got 0"):
+        ray_runner.run(job, load_small, actors=0)
+    with pytest.raises(ValueError, match="the number of workers must be at least 1, got -1"):
+        ray_runner.run(job, load_small, workers=-1)
+    dummy = plan(folder, tmp_path / "out", dummy_writer=True, **SMALL_PARTS)
+    with pytest.raises(ValueError, match="measures one machine"):
+        ray_runner.run(dummy, load_small)
+
+
+def test_without_ray(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"stellar-fast\[ray\]"):
+        ray_runner.run(plan(folder, tmp_path / "out", **SMALL_PARTS), load_small)
