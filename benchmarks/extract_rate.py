@@ -32,7 +32,8 @@ from PIL import Image
 import stellar_fast
 from stellar_fast import photos
 from stellar_fast.config import BackboneConfig, ModelConfig
-from stellar_fast.extract import Pipeline, identify, plan, prepare, run
+from stellar_fast.extract import decided, plan, prepare, run
+from stellar_fast.extract.run import work
 
 # On a core it encodes an image in about the time that decoding a photograph takes.
 SMALL = ModelConfig("small", BackboneConfig(128, 6, 2, 512, 16, 224), num_sparse_tokens=16)
@@ -114,16 +115,14 @@ def ready_rate(engine: stellar_fast.Engine, images: int) -> float:
 def dummy_rate(engine: stellar_fast.Engine, source: Path) -> float:
     """Images a second of the pipeline with nothing to read or write, from its second batch on."""
     job = plan(source, "nowhere", batch_size=BATCH, dummy_reader=True, dummy_writer=True)
-    made = prepare(job, identify(engine), BATCH)
     times, images = [], []
 
-    def report(count: int, failed: int, seconds: object) -> None:
-        times.append(time.perf_counter())
-        images.append(count)
+    def tell(kind: str, *content: object) -> None:
+        if kind == "report" and content[0]:
+            times.append(time.perf_counter())
+            images.append(content[0])
 
-    items = list(job.items or ())
-    with Pipeline(None, made, engine, job.options, items=lambda part: items, report=report) as line:
-        list(line.run([0]))
+    work(job, prepare(job, decided(job, engine)), engine, {0: None}, tell)
     return sum(images[1:]) / (times[-1] - times[0])
 
 

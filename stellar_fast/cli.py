@@ -282,7 +282,7 @@ def extract(
         names = extraction.device_names(devices)
         if plan_only:
             engine = load(device=names[0])
-            made = extraction.prepare(job, extraction.identify(engine), engine.max_batch, facts)
+            made = extraction.prepare(job, extraction.decided(job, engine), facts)
             typer.echo(f"{output}: {made.images} images in {len(made.partitions)} partitions")
             return
         try:

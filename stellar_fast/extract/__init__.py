@@ -1,12 +1,11 @@
 """Features of many images: what to read, the plan, the pipeline, and what is written."""
 
-from .devices import device_names
 from .input import discover
-from .job import DEFAULT_FEATURES, Job, identify, parse_share, plan, prepare, todo
+from .job import DEFAULT_FEATURES, Job, decided, identify, parse_share, plan, prepare, todo
 from .output.foreign import DTYPES, FEATURES
 from .output.layout import Plan, check_sums, complete, read_manifest, read_plan
 from .records import Item
-from .runner import run, run_devices
+from .run import device_names, run, run_devices
 from .stats import Summary
 from .work.pipeline import Options, Pipeline, Stopped
 
@@ -23,6 +22,7 @@ __all__ = [
     "Summary",
     "check_sums",
     "complete",
+    "decided",
     "device_names",
     "discover",
     "identify",

@@ -29,7 +29,7 @@ from .output.layout import (
     sha256_of,
     write_plan,
 )
-from .work.pipeline import Encoder, Options
+from .work.pipeline import Encoder, Options, Wanted
 from .work.sandbox import DECODE_SECONDS, Limits, memory_for
 from .work.workers import cores
 
@@ -255,6 +255,11 @@ def identify(engine: Encoder) -> dict[str, Any]:
     }
 
 
+def decided(job: Job, engine: Encoder) -> dict[str, Any]:
+    """What an engine decides of the plan's configuration."""
+    return {**identify(engine), "batch_size": job.batch_size or engine.max_batch}
+
+
 def _weights_identity(weights: str) -> str:
     path = Path(weights)
     if not path.is_file():
@@ -268,14 +273,11 @@ def _cached_sha256(path: str, modified: int, size: int) -> str:
     return sha256_of(path)
 
 
-def prepare(
-    job: Job, identity: Mapping[str, Any], batch_size: int, facts: Mapping[str, Any] | None = None
-) -> Plan:
+def prepare(job: Job, engine: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Plan:
     """The plan of a job: written, or the existing one if it is the same.
 
     Args:
-        identity: by `identify`.
-        batch_size: the engine's, where the job names none.
+        engine: by `decided`.
         facts: more to say in the plan, such as the repository of the weights.
 
     Raises:
@@ -283,11 +285,7 @@ def prepare(
         StellarError: another run is writing an output that was to be overwritten; the plan cannot
             be written.
     """
-    configuration = {
-        **identity,
-        **job.configuration,
-        "batch_size": job.batch_size or batch_size,
-    }
+    configuration = {**engine, **job.configuration}
     partitions = _partitions(job.items or (), configuration["partition_size"])
     new = Plan(configuration, tuple(partitions), dict(facts or {}))
     if job.options.dummy_writer:
@@ -308,8 +306,9 @@ def prepare(
     return new
 
 
-def todo(job: Job, made: Plan) -> tuple[list[int], dict[int, dict[str, Any]]]:
-    """The partitions of a job's share that are to be made, and the manifests of the others.
+def todo(job: Job, made: Plan) -> tuple[Wanted, Mapping[int, Mapping[str, Any]]]:
+    """The partitions of a job's share that are to be made, as `Pipeline.run` takes them, and the
+    manifests of the others.
 
     Raises:
         StellarError: a complete partition is damaged or of another plan.
@@ -317,11 +316,11 @@ def todo(job: Job, made: Plan) -> tuple[list[int], dict[int, dict[str, Any]]]:
     k, n = job.share
     mine = range(k - 1, len(made.partitions), n)
     if job.options.dummy_writer:
-        return list(mine), {}
-    done = {index: found for index, found in complete(job.output, made).items() if index in mine}
-    if job.options.retry_failed:
-        done = {index: manifest for index, manifest in done.items() if not manifest["failed"]}
-    return [index for index in mine if index not in done], done
+        return dict.fromkeys(mine), {}
+    found = complete(job.output, made)
+    again = {i for i in found if job.options.retry_failed and found[i]["failed"]}
+    wanted = {i: found.get(i) for i in mine if i not in found or i in again}
+    return wanted, {i: found[i] for i in mine if i not in wanted}
 
 
 def items_of(job: Job, partition: Partition) -> list[Item]:

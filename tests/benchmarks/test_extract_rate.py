@@ -7,7 +7,7 @@ import pytest
 from engines import small_engine
 from extracting import Wrapped, touch
 
-from stellar_fast.extract import Pipeline, Summary, identify, plan, prepare
+from stellar_fast.extract import Pipeline, Summary, decided, plan, prepare
 
 BATCH, SECONDS, BATCHES = 32, 0.08, 20
 PATIENCE = 120  # seconds for what happens at once on a machine that is not busy
@@ -18,7 +18,7 @@ def pipeline_of(tmp_path, engine, **arguments):
     touch(tmp_path, *(f"{number:04}.jpg" for number in range(BATCH * BATCHES)))
     dummies = {"dummy_reader": True, "dummy_writer": True}
     job = plan(tmp_path, "nowhere", batch_size=BATCH, **dummies | arguments)
-    made = prepare(job, identify(engine), BATCH)
+    made = prepare(job, decided(job, engine))
     return job, made
 
 
@@ -49,7 +49,7 @@ def test_the_engine_finds_its_next_batch_when_it_has_done_one(tmp_path):
     engine = device_like(small_engine(), work)
     job, made = pipeline_of(tmp_path, engine)
     with Pipeline(None, made, engine, job.options, items=lambda part: list(job.items)) as pipeline:
-        (manifest,) = pipeline.run([0])
+        (manifest,) = pipeline.run({0: None})
     assert manifest["rows"] == BATCH * BATCHES
     assert len(begun) == BATCHES
     gaps = [next - end for end, next in zip(ended[:-1], begun[1:], strict=True)]
@@ -77,7 +77,7 @@ def test_decoding_and_writing_go_on_while_the_engine_works(tmp_path, monkeypatch
     engine = device_like(small_engine(), work)
     job, made = pipeline_of(tmp_path, engine)
     with Pipeline(None, made, engine, job.options, items=lambda part: list(job.items)) as pipeline:
-        list(pipeline.run([0]))
+        list(pipeline.run({0: None}))
     assert batches == BATCHES
 
 
@@ -111,7 +111,7 @@ def test_a_slow_writer_is_what_limits(tmp_path, monkeypatch):
         items=lambda part: list(job.items)[: 12 * BATCH],
         report=lambda images, failed, seconds: taken.append(seconds),
     ) as pipeline:
-        list(pipeline.run([0]))
+        list(pipeline.run({0: None}))
     summary = Summary()
     for seconds in taken[1:]:  # before the first, processes start
         summary.add(seconds)

@@ -151,13 +151,16 @@ def test_an_interrupted_command_goes_on_from_whole_partitions(extracted, repo, t
     assert 1 <= len(parts(output)) < 7
     done = invoke(*arguments, *sizes)
     assert done.exit_code == cli.SOME_FAILED, done.output
-    assert "images were done before" in done.stdout
+    assert "images were done by earlier or other runs" in done.stdout
     assert index(output)["id"] == index(whole)["id"]
     for name in ("sparse", "cls"):
         np.testing.assert_allclose(feature(output, name), feature(whole, name), atol=1e-4)
     again = invoke("extract", photographs, output, *small(repo))
     assert again.exit_code == cli.SOME_FAILED
-    assert again.stdout == f"{output}: nothing to do, {GOOD + BROKEN} images were done before\n"
+    assert (
+        again.stdout
+        == f"{output}: nothing to do; {GOOD + BROKEN} images were done by earlier or other runs\n"
+    )
 
 
 # extract

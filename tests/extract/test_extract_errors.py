@@ -8,7 +8,7 @@ import pytest
 from extracting import SMALL, Wrapped, contents, parts, scaled, touch
 
 from stellar_fast import StellarError
-from stellar_fast.extract import identify, plan, prepare, run
+from stellar_fast.extract import decided, plan, prepare, run
 from stellar_fast.extract.output import folder
 
 pytestmark = pytest.mark.usefixtures("one_decoding_process")
@@ -16,7 +16,8 @@ pytestmark = pytest.mark.usefixtures("one_decoding_process")
 
 def test_leftovers_of_a_dead_run_are_removed(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
-    prepare(plan(photographs, output, **SMALL), identify(engine), 16)
+    job = plan(photographs, output, **SMALL)
+    prepare(job, decided(job, engine))
     touch(output, ".part-00001.partial-dead/sparse.npy", ".part-00001.partial-x-earlier/a")
     run(plan(photographs, output, **SMALL), engine)
     assert contents(output) == whole
@@ -42,7 +43,8 @@ def test_a_full_disk_in_mid_write_is_one_clear_error_and_the_run_can_go_on(
 ):
     """By a limit on the size of files, which is an error of the system like ENOSPC."""
     output = tmp_path / "out"
-    prepare(plan(photographs, output, **SMALL), identify(engine), 16)
+    job = plan(photographs, output, **SMALL)
+    prepare(job, decided(job, engine))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     batches = []
 
@@ -129,7 +131,7 @@ def test_everything_is_on_disk_before_a_partition_gets_its_name(
     monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(os, "rename", renamed)
     monkeypatch.setattr(os, "replace", replaced)
-    prepare(job, identify(engine), engine.max_batch)
+    prepare(job, decided(job, engine))
     assert [event.split(".")[-1] for event in events] == [
         *("parquet", "replace", "json", "replace", "out")
     ]

@@ -1,6 +1,9 @@
 """Extraction whose processes are killed: nothing lost, nothing doubled, nothing that looks finished
 and is not."""
 
+import errno
+import functools
+import json
 import multiprocessing
 import os
 import random
@@ -25,6 +28,7 @@ from extracting import (
     deadly_work,
     false_start,
     index,
+    load_marking_its_end,
     load_small,
     parts,
 )
@@ -35,13 +39,13 @@ from stellar_fast import StellarError
 from stellar_fast.extract import (
     Pipeline,
     Stopped,
-    devices,
-    identify,
+    decided,
     plan,
     prepare,
     run,
     run_devices,
 )
+from stellar_fast.extract.output import folder
 from stellar_fast.extract.stats import Progress
 from stellar_fast.extract.work import workers
 
@@ -177,7 +181,7 @@ def test_killed_fifty_times_a_run_goes_on_to_the_same_files(photographs, tmp_pat
 def test_killed_decoding_processes_lose_no_image(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
     job = plan(photographs, output, workers=2, **SMALL_PARTS)
-    made = prepare(job, identify(engine), engine.max_batch)
+    made = prepare(job, decided(job, engine))
     killed = []
     encoded = 0
 
@@ -193,7 +197,7 @@ def test_killed_decoding_processes_lose_no_image(photographs, tmp_path, engine, 
 
     pipeline = Pipeline(output, made, Wrapped(engine, encode), job.options)
     with pipeline:
-        manifests = list(pipeline.run(range(len(made.partitions))))
+        manifests = list(pipeline.run(dict.fromkeys(range(len(made.partitions)))))
     assert [manifest["partition"] for manifest in manifests] == list(range(9))
     assert contents(output) == whole
     assert len(killed) == 2
@@ -244,7 +248,7 @@ def test_processes_that_never_start_are_an_error(photographs, tmp_path, engine, 
 def test_a_pipeline_can_be_stopped_from_another_thread(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
     job = plan(photographs, output, **SMALL_PARTS)
-    made = prepare(job, identify(engine), engine.max_batch)
+    made = prepare(job, decided(job, engine))
     first, stopped = threading.Event(), threading.Event()
 
     def encode(images, **arguments):
@@ -260,7 +264,7 @@ def test_a_pipeline_can_be_stopped_from_another_thread(photographs, tmp_path, en
     with Pipeline(output, made, Wrapped(engine, encode), job.options) as pipeline:
         thread = threading.Thread(target=stop)
         thread.start()
-        found = pipeline.run(range(9))
+        found = pipeline.run(dict.fromkeys(range(9)))
         next(found)
         first.set()
         with pytest.raises(Stopped):
@@ -280,25 +284,49 @@ def test_memory_does_not_grow_with_the_number_of_images(photographs, tmp_path, e
             (tmp_path / "many" / str(number)).mkdir(parents=True, exist_ok=True)
             os.link(path, tmp_path / "many" / str(number) / path.name)
     job = plan(tmp_path / "many", tmp_path / "out", partition_size=40, batch_size=8)
-    made = prepare(job, identify(engine), engine.max_batch)
+    made = prepare(job, decided(job, engine))
     used = []
     with Pipeline(job.output, made, engine, job.options) as pipeline:
-        for _ in pipeline.run(range(10)):
+        for _ in pipeline.run(dict.fromkeys(range(10))):
             processes = [os.getpid(), *pipeline.pids]
             used.append([psutil.Process(pid).memory_info().rss for pid in processes])
     for early, late in zip(used[3], used[-1], strict=True):
         assert late < early + 20 * 2**20
 
 
-# One process a device
+# Several processes
+
+
+def test_runs_that_know_nothing_of_each_other_share_the_partitions(
+    photographs, tmp_path, engine, whole
+):
+    output = tmp_path / "out"
+    job = plan(photographs, output, **SMALL_PARTS)
+    prepare(job, decided(job, engine))
+    summaries = []
+
+    def extract():
+        summaries.append(run(job, engine))
+
+    threads = [threading.Thread(target=extract) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert contents(output) == whole
+    assert sum(summary.partitions for summary in summaries) == 9
+    for summary in summaries:
+        assert summary.images + summary.earlier_images + 8 * summary.elsewhere >= 66
 
 
 def test_several_devices_give_the_same_files_as_one(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
-    summary = run_devices(plan(photographs, output, **SMALL_PARTS), load_small, ["cpu", "cpu"])
+    load = functools.partial(load_marking_its_end, tmp_path / "end")
+    summary = run_devices(plan(photographs, output, **SMALL_PARTS), load, ["cpu", "cpu"])
     assert (summary.images, summary.failed, summary.partitions) == (66, 6, 9)
     assert contents(output) == whole
     assert summary.seconds["encode"] > 0
+    assert not (tmp_path / "end").exists(), "threads of libraries may abort an interpreter's end"
 
 
 def test_a_device_that_dies_is_an_error_and_the_run_goes_on_later(
@@ -323,7 +351,7 @@ class Played:
     def __init__(self, part) -> None:
         self.part = part
 
-    def Process(self, *, target, args, name):
+    def Process(self, *, target, args):
         theirs, _, device, *_ = args
         link = Connection(os.dup(theirs.fileno()))  # the crew closes its own
 
@@ -342,10 +370,13 @@ SIGNALS = {
 }
 
 
+run_module = sys.modules[run.__module__]
+
+
 @pytest.fixture
 def play(monkeypatch):
     return lambda part: monkeypatch.setattr(
-        devices.multiprocessing, "get_context", lambda kind: Played(part)
+        run_module.multiprocessing, "get_context", lambda kind: Played(part)
     )
 
 
@@ -355,10 +386,11 @@ def test_too_many_failures_of_all_devices_together_are_an_error(
     failed = {"first": 3, "second": 2}
 
     def part(link, device):
-        link.send(("ready", identify(engine), 16))
+        link.send(decided(job, engine))
         link.recv()
         link.send(("report", 8, failed[device], {"encode": 1.5}))
-        link.send(("done", {"write": 0.5}))
+        link.send(("report", 0, 0, {"write": 0.5}))
+        link.send(None)
         link.recv()
 
     play(part)
@@ -372,49 +404,67 @@ def test_too_many_failures_of_all_devices_together_are_an_error(
 
 def test_engines_of_several_devices_must_be_alike(photographs, tmp_path, engine, play):
     def part(link, device):
-        link.send(("ready", identify(engine) | {"precision": device}, 16))
+        link.send(decided(job, engine) | {"precision": device})
         link.recv()
 
     play(part)
     job = plan(photographs, tmp_path / "out", **SMALL_PARTS)
-    with pytest.raises(StellarError, match="engines differ between bf16 and fp16"):
+    with pytest.raises(StellarError, match=r'on fp16 differs.*precision \("bf16" -> "fp16"\)'):
         run_devices(job, load_small, ["bf16", "fp16"])
     assert not (tmp_path / "out").exists()
 
 
-def test_devices_are_given_the_images_that_no_folder_has(photographs, tmp_path, engine, play):
+def given_to(job, devices, engine, play) -> dict:
+    """What each device is told to make."""
     given = {}
 
     def part(link, device):
-        link.send(("ready", identify(engine), 16))
-        link.recv()
-        while True:
-            link.send(("next",))
-            _, number, items = link.recv()
-            if number is None:
-                break
-            given[number] = items
-        link.send(("done", {}))
+        link.send(decided(job, engine))
+        _, given[device] = link.recv()
+        link.send(None)
         link.recv()
 
     play(part)
-    job = plan(photographs, tmp_path / "none", dummy_writer=True, **SMALL_PARTS)
-    run_devices(job, load_small, ["one", "other"])
-    assert [item for number in range(9) for item in given[number]] == list(job.items)
-    given.clear()
-    run_devices(plan(photographs, tmp_path / "out", **SMALL_PARTS), load_small, ["one", "other"])
-    assert given == dict.fromkeys(range(9))
+    run_devices(job, load_small, devices)
+    return given
+
+
+def test_devices_are_given_everything_where_locks_keep_them_apart(
+    photographs, tmp_path, engine, play, monkeypatch
+):
+    names, everything = ["one", "other"], dict.fromkeys(range(9))
+    halves = {"one": everything.keys() - {1, 3, 5, 7}, "other": {1, 3, 5, 7}}
+    done = tmp_path / "done"
+    run(plan(photographs, done, **SMALL_PARTS), engine)
+    manifests = [json.loads((part / "manifest.json").read_text()) for part in parts(done)]
+
+    def given(output="new", **options):
+        job = plan(photographs, tmp_path / output, **SMALL_PARTS | options)
+        found = given_to(job, names, engine, play)
+        return {name: wanted.keys() for name, wanted in found.items()}
+
+    assert given() == dict.fromkeys(names, everything.keys())
+    assert given(dummy_writer=True) == halves
+    one, other = given("done", retry_failed=True).values()
+    assert one | other == {made["partition"] for made in manifests if made["failed"]}
+    assert one and other and not one & other
+    monkeypatch.setattr(folder.fcntl, "lockf", no_locks)
+    assert given() == halves
+
+
+def no_locks(*arguments) -> None:
+    raise OSError(errno.ENOLCK, "no locks available")
 
 
 def test_an_engine_that_cannot_be_loaded_is_the_callers_error(photographs, tmp_path, play):
     def part(link, device):
-        with pytest.raises(SystemExit):
-            devices._serve(link, load_small, device, job, 1)
+        run_module._serve(link, load_small, device, job, 1)
 
     job = plan(photographs, tmp_path / "out", **SMALL_PARTS)
     play(part)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(devices, "signal", SimpleNamespace(**SIGNALS))  # of the main thread alone
+        # Of the main thread alone.
+        patched.setattr(run_module, "signal", SimpleNamespace(**SIGNALS))
         with pytest.raises(ValueError, match="no such device"):
             run_devices(job, load_small, ["toaster"])
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,17 @@ from extracting import SMALL, Wrapped, contents, parts, touch
 from scenes import write_photographs
 
 from stellar_fast import StellarError
-from stellar_fast.extract import check_sums, complete, identify, plan, prepare, read_plan, run
+from stellar_fast.extract import (
+    Pipeline,
+    check_sums,
+    complete,
+    decided,
+    plan,
+    prepare,
+    read_plan,
+    run,
+    todo,
+)
 from stellar_fast.extract.output.folder import Locks
 
 pytestmark = pytest.mark.usefixtures("one_decoding_process")
@@ -76,7 +87,8 @@ def test_batch_and_partition_sizes_are_the_plans_where_none_are_given(
 def test_a_changed_configuration_is_refused_by_name(
     photographs, tmp_path, engine, changed, message
 ):
-    made = prepare(plan(photographs, tmp_path / "out", **SMALL), identify(engine), 16)
+    job = plan(photographs, tmp_path / "out", **SMALL)
+    made = prepare(job, decided(job, engine))
     with pytest.raises(ValueError, match=rf"{message}; choose another output, or --overwrite"):
         plan(photographs, tmp_path / "out", **SMALL | changed)
     assert read_plan(tmp_path / "out") == made
@@ -88,6 +100,14 @@ def test_another_engine_or_batch_is_refused_by_name(photographs, tmp_path, engin
     other.precision = "bf16"
     with pytest.raises(ValueError, match=r'precision \("fp32" -> "bf16"\)'):
         run(plan(photographs, tmp_path / "out", **SMALL), other)
+    for changes, told in (
+        ({"name": "other", "num_sparse_tokens": 99}, r'changed: model \("golden" -> "other"\);'),
+        ({"num_sparse_tokens": 99}, r"changed: model\.num_sparse_tokens \(\d+ -> 99\);"),
+    ):
+        other = Wrapped(engine, engine.encode)
+        other.config = replace(engine.config, **changes)
+        with pytest.raises(ValueError, match=told):
+            run(plan(photographs, tmp_path / "out", **SMALL), other)
     other = Wrapped(engine, engine.encode)
     (tmp_path / "weights").write_bytes(b"other")
     other.weights = str(tmp_path / "weights")
@@ -100,7 +120,8 @@ def test_another_engine_or_batch_is_refused_by_name(photographs, tmp_path, engin
 def test_a_changed_input_is_refused_and_resume_keeps_to_the_plan(tmp_path, engine, whole):
     photos, output = tmp_path / "photos", tmp_path / "out"
     write_photographs(photos, good=6, broken=2)
-    prepare(plan(photos, output, **SMALL), identify(engine), 16)
+    job = plan(photos, output, **SMALL)
+    prepare(job, decided(job, engine))
     touch(photos, "summer/zz.jpg")
     with pytest.raises(ValueError, match=r"8 images then, 9 now.*part-00002; --resume"):
         plan(photos, output, **SMALL)
@@ -214,21 +235,40 @@ def test_a_partition_without_a_manifest_is_made_again(photographs, tmp_path, eng
 # Two runs
 
 
-def test_two_runs_at_one_partition_are_refused(photographs, tmp_path, engine, whole):
+def test_a_partition_that_another_run_makes_is_left_to_it(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
     job = plan(photographs, output, **SMALL)
+    others = []
 
     def encode(images, **arguments):
-        if len(images):
-            with pytest.raises(StellarError, match="another run is writing part-00000"):
-                run(job, engine)
+        if len(images) and not others:
+            others.append(run(job, engine))
             with pytest.raises(StellarError, match="another run is writing it"):
                 run(plan(photographs, output, overwrite=True), engine)
         return engine.encode(images, **arguments)
 
-    run(plan(photographs, output, share=(1, 3), **SMALL), Wrapped(engine, encode))
-    run(job, engine)
+    first = run(job, Wrapped(engine, encode))
+    (other,) = others
+    # The first has a partition in work, and perhaps others that wait behind it.
+    assert 1 <= other.elsewhere == 3 - other.partitions
+    assert f"other runs are at {other.elsewhere} partitions" in str(other)
+    assert (first.partitions, first.elsewhere) == (3 - other.partitions, 0)
+    assert first.images + first.earlier_images == 8
     assert contents(output) == whole
+
+
+def test_a_partition_that_was_made_meanwhile_is_not_made_again(
+    photographs, tmp_path, engine, whole
+):
+    output = tmp_path / "out"
+    job = plan(photographs, output, **SMALL)
+    made = prepare(job, decided(job, engine))
+    wanted, _ = todo(job, made)
+    run(job, engine)
+    with Pipeline(output, made, engine, job.options) as pipeline:
+        assert list(pipeline.run(wanted)) == []
+    assert contents(output) == whole
+    assert list(output.glob(".part-*")) == []
 
 
 def test_other_processes_see_the_locks(tmp_path):

@@ -13,7 +13,7 @@ from loopback import serving
 from pictures import png
 
 from stellar_fast import StellarError
-from stellar_fast.extract import identify, plan, prepare, read_plan, run, run_devices
+from stellar_fast.extract import decided, plan, prepare, read_plan, run, run_devices
 from stellar_fast.extract.output.folder import Locks
 from stellar_fast.extract.output.layout import PLAN, digest_of, read_items, write_plan
 from stellar_fast.extract.output.partition import Work
@@ -43,7 +43,8 @@ def test_foreign_plans_open_nothing_that_is_not_allowed(tmp_path, engine):
         touch(photos, f"{name}.png")
         (photos / f"{name}.png").write_bytes(png(ord(name)))
     output = tmp_path / "out"
-    prepare(plan(photos, output), identify(engine), 16)
+    job = plan(photos, output)
+    prepare(job, decided(job, engine))
     made = read_plan(output)
     items = read_items(output, made.partitions[0])
     with serving({"/x.json": b"{}", "/x.png": png()}) as server:
@@ -81,7 +82,7 @@ def test_the_digest_covers_all_that_is_read(change, tmp_path, engine):
         member.size = len(png())
         tar.addfile(member, io.BytesIO(png()))
     job = plan(tmp_path / "a.tar", tmp_path / "out")
-    made = prepare(job, identify(engine), 16)
+    made = prepare(job, decided(job, engine))
     write_plan(tmp_path / "out", made, [replace(job.items[0], **change)])
     with pytest.raises(StellarError, match="names other images than"):
         read_items(tmp_path / "out", made.partitions[0])
@@ -90,7 +91,8 @@ def test_the_digest_covers_all_that_is_read(change, tmp_path, engine):
 def test_plans_of_before_are_refused_with_what_to_do(tmp_path, engine):
     touch(tmp_path / "in", "a.png")
     output = tmp_path / "out"
-    prepare(plan(tmp_path / "in", output), identify(engine), 16)
+    job = plan(tmp_path / "in", output)
+    prepare(job, decided(job, engine))
     content = json.loads((output / PLAN).read_text())
     (output / PLAN).write_text(json.dumps(content | {"schema": 1}))
     with pytest.raises(StellarError, match=r"schema 1.*--overwrite"):
@@ -102,7 +104,7 @@ def test_reasons_of_any_text_are_written(tmp_path, engine):
     """Whoever gave them: a decoder, a store, a process that died."""
     touch(tmp_path / "in", "a.png")
     job = plan(tmp_path / "in", tmp_path / "out")
-    made = prepare(job, identify(engine), 16)
+    made = prepare(job, decided(job, engine))
     with Locks(tmp_path / "out") as locks:
         shapes = {"sparse": (8, 64), "cls": (1, 64)}
         work = Work(tmp_path / "out", made, 0, list(job.items), shapes, locks)

@@ -1,5 +1,6 @@
 """What the tests of extraction share."""
 
+import atexit
 import json
 import os
 import signal
@@ -95,6 +96,12 @@ def deadly_work(*arguments) -> None:
 def false_start(*arguments) -> None:
     """A decoding process that ends before it is ready."""
     sys.exit(7)
+
+
+def load_marking_its_end(mark: Path, device: str):
+    """`load_small`, in a process that leaves a mark if its interpreter comes to its end."""
+    atexit.register(mark.touch)
+    return load_small(device)
 
 
 def load_small(device: str):

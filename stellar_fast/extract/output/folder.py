@@ -81,6 +81,20 @@ def clear(output: Path) -> None:
             remove(path)
 
 
+class BusyError(StellarError):
+    """Another process makes a partition at this moment."""
+
+
+def has_locks(output: Path) -> bool:
+    """Whether this folder's file system keeps processes from what another one has locked."""
+    with open_own(output / LOCK) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _PLAN_BYTE)
+        except OSError as error:
+            return error.errno not in _NO_LOCKS
+    return True
+
+
 class Locks:
     """Locks on the partitions of one output, held until they are released or the process dies.
 
@@ -102,7 +116,7 @@ class Locks:
         self._file.close()
 
     def take(self, partition: Partition) -> None:
-        """Raises StellarError if another run has it."""
+        """Raises BusyError if another process has it."""
         taken = (*self._identity, partition.index)
         busy = taken in _TAKEN
         if not busy:
@@ -112,7 +126,7 @@ class Locks:
             except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as POSIX has it
                 busy = True
         if busy:
-            raise StellarError(
+            raise BusyError(
                 f"{self._output}: another run is writing {partition.name} at this moment"
             )
         _TAKEN.add(taken)
@@ -161,7 +175,8 @@ class Staged:
     def __init__(self, output: Path, partition: Partition, locks: Locks) -> None:
         """
         Raises:
-            StellarError: another run is making this partition, or the folder cannot be made.
+            BusyError: another process is making this partition.
+            StellarError: the folder cannot be made.
         """
         self.output, self.partition = output, partition
         self._locks = locks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import StellarError
 from ..input.addresses import Allowed
 from ..input.door import NOTHING_MORE
-from ..output.folder import Locks
+from ..output.folder import BusyError, Locks
 from ..output.layout import Partition, Plan, read_items
 from ..output.partition import Unwritten, Work
 from ..records import Item
@@ -36,6 +36,7 @@ BATCHES_AHEAD = 2
 POLL = 0.2  # seconds between looks at whether another thread has stopped the pipeline
 
 Report = Callable[[int, int, Mapping[str, float]], None]
+Wanted = Mapping[int, Mapping[str, Any] | None]  # see `Pipeline.run`
 
 
 class Encoder(Protocol):
@@ -115,6 +116,7 @@ class Pipeline:
         *,
         items: Callable[[Partition], list[Item]] | None = None,
         report: Report | None = None,
+        stopped: Callable[[], bool] | None = None,
     ) -> None:
         """
         Args:
@@ -122,6 +124,7 @@ class Pipeline:
             items: the images of a partition; those that `output` has for it, if left out.
             report: is called with the images and the failed images finished since its last call,
                 and the seconds of each stage since then.
+            stopped: is asked now and then, by several threads, whether to stop.
 
         Raises:
             StellarError: the output cannot be written, or no process can be started.
@@ -150,6 +153,7 @@ class Pipeline:
         for _ in range(BATCHES_AHEAD + 2 + self._copies.ahead):
             self._buffers.put(self._copies.buffer(self._batch_size, dtype))
         self._stop = threading.Event()
+        self._stopped = stopped
         self._error: BaseException | None = None
         self._made: dict[str, Any] = {
             "device": str(engine.device),
@@ -196,16 +200,21 @@ class Pipeline:
         """Of the decoding processes."""
         return self._workers.pids
 
-    def run(self, indices: Iterable[int]) -> Generator[dict[str, Any], None, None]:
+    def run(self, wanted: Wanted) -> Generator[dict[str, Any], None, None]:
         """Makes partitions, one after another without a pause between them: their manifests.
 
-        A partition that is complete is made again for the images that failed. When this raises, or
-        is closed, partitions that are not complete are dropped, and the pipeline is of no more use.
+        Those that another process has locked, or has made meanwhile, are left to it. When this
+        raises, or is closed, partitions that are not complete are dropped, and the pipeline is of
+        no more use.
+
+        Args:
+            wanted: by partition, its manifest if it is complete, and to be made again for the
+                images that failed.
 
         Raises:
             StellarError: the output cannot be written, a feature does not fit its dtype, or images
                 failed that may not.
-            Stopped: by `stop`.
+            Stopped: by `stop` or `stopped`.
         """
         self._check()
         self._feed: queue.Queue[_Batch | _End | None] = queue.Queue(BATCHES_AHEAD)
@@ -215,7 +224,7 @@ class Pipeline:
         threads = [
             threading.Thread(target=self._guarded, args=(target, *arguments), name=name)
             for name, target, *arguments in (
-                ("feed", self._decode, iter(indices)),
+                ("feed", self._decode, wanted),
                 ("write", self._write),
             )
         ]
@@ -251,8 +260,11 @@ class Pipeline:
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._stop.is_set():
+        if self._is_stopped():
             raise Stopped
+
+    def _is_stopped(self) -> bool:
+        return self._stop.is_set() or (self._stopped is not None and self._stopped())
 
     def _put(self, lane: queue.Queue[Any], thing: Any) -> None:
         while True:
@@ -268,14 +280,14 @@ class Pipeline:
 
     # The thread before the engine
 
-    def _decode(self, indices: Iterator[int]) -> None:
+    def _decode(self, wanted: Wanted) -> None:
         """Puts full batches of good images into `_feed`, and the end of every partition."""
         works: deque[Work | Unwritten] = deque()
 
         def items() -> Iterator[Item]:
-            for index in indices:
-                works.append(self._begin(index))
-                yield from works[-1].items
+            for work in self._claimed(wanted):
+                works.append(work)
+                yield from work.items
 
         buffer: Tensor = self._get(self._buffers)
         ids: list[str] = []
@@ -287,7 +299,7 @@ class Pipeline:
             self._put(self._feed, _Batch(work, ids, buffer, moving, failed))
             buffer, ids, failed = self._get(self._buffers), [], 0
 
-        for outcome in self._workers.decode(items(), self._stop.is_set):
+        for outcome in self._workers.decode(items(), self._is_stopped):
             work = works[0]
             item = work.items[len(work.reasons)]
             work.add(outcome)
@@ -309,13 +321,31 @@ class Pipeline:
         self._buffers.put(buffer)
         self._put(self._feed, None)
 
-    def _begin(self, index: int) -> Work | Unwritten:
-        items = self._items(self._plan.partitions[index])
+    def _claimed(self, wanted: Wanted) -> Iterator[Work | Unwritten]:
+        """The partitions that no other process has: in rounds, until there is none in a round,
+        since one that dies lets go of its own."""
         if self._output is None or self._locks is None:
-            return Unwritten(self._plan, index, items)
-        work = Work(self._output, self._plan, index, items, self._shapes, self._locks)
-        self._open.append(work)
-        return work
+            for index in wanted:
+                yield Unwritten(self._plan, index, self._items(self._plan.partitions[index]))
+            return
+        left = list(wanted)
+        claimed = True
+        while left and claimed:
+            busy, claimed = [], False
+            for index in left:
+                items = self._items(self._plan.partitions[index])
+                try:
+                    work = Work(self._output, self._plan, index, items, self._shapes, self._locks)
+                except BusyError:
+                    busy.append(index)
+                    continue
+                if work.earlier != wanted[index]:  # another process was quicker
+                    work.drop()
+                    continue
+                claimed = True
+                self._open.append(work)
+                yield work
+            left = busy
 
     def _count_failure(self, item: Item, outcome: Outcome) -> None:
         self._failures += 1
