@@ -32,8 +32,9 @@ from PIL import Image
 import stellar_fast
 from stellar_fast import photos
 from stellar_fast.config import BackboneConfig, ModelConfig
-from stellar_fast.extract import decided, plan, prepare, run
-from stellar_fast.extract.run import work
+from stellar_fast.extract import make_job, run
+from stellar_fast.extract.job import decided, make_plan
+from stellar_fast.extract.runner import work
 
 # On a core it encodes an image in about the time that decoding a photograph takes.
 SMALL = ModelConfig("small", BackboneConfig(128, 6, 2, 512, 16, 224), num_sparse_tokens=16)
@@ -114,7 +115,7 @@ def ready_rate(engine: stellar_fast.Engine, images: int) -> float:
 
 def dummy_rate(engine: stellar_fast.Engine, source: Path) -> float:
     """Images a second of the pipeline with nothing to read or write, from its second batch on."""
-    job = plan(source, "nowhere", batch_size=BATCH, dummy_reader=True, dummy_writer=True)
+    job = make_job(source, "nowhere", batch_size=BATCH, dummy_reader=True, dummy_writer=True)
     times, images = [], []
 
     def tell(kind: str, *content: object) -> None:
@@ -122,7 +123,7 @@ def dummy_rate(engine: stellar_fast.Engine, source: Path) -> float:
             times.append(time.perf_counter())
             images.append(content[0])
 
-    work(job, prepare(job, decided(job, engine)), engine, {0: None}, tell)
+    work(job, make_plan(job, decided(job, engine)), engine, {0: None}, tell)
     return sum(images[1:]) / (times[-1] - times[0])
 
 
@@ -139,7 +140,7 @@ def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
         "small", repo=root / "model", weights="synthetic", precision="fp32", device="cpu"
     )
     with Memory() as memory:
-        job = plan(root / "photographs", root / "features", batch_size=BATCH)
+        job = make_job(root / "photographs", root / "features", batch_size=BATCH)
         summary = run(job, engine)
     print(f"{summary}\n{summary.stages}")
     assert summary.rows == images, "every JPEG is whole"

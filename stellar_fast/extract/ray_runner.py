@@ -1,6 +1,6 @@
 """A whole extraction on a Ray cluster: one worker a GPU, or a node without GPUs.
 
-A worker is a task that runs `run.work`, as the processes of one machine do; neither pixels nor
+A worker is a task that runs `runner.work`, as the processes of one machine do; neither pixels nor
 features go through Ray. A worker or a node that dies is Ray's to replace, without end. What it was
 at has no manifest, and is made again; what it had finished has one, and is left alone.
 """
@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..errors import StellarError
-from .job import Job, decided, prepare
+from .job import decided, make_plan
+from .options import Job
 from .output.layout import PLAN, Plan
 from .ray_session import session
-from .run import LOG_SECONDS, Load, Tally, check_engine, portable, shares_of, tallied, work
+from .runner import LOG_SECONDS, Load, Tally, check_engine, portable, shares_of, tallied, work
 from .stats import Summary
 from .work.pipeline import Wanted
 
@@ -46,7 +47,7 @@ def run(
     facts: Mapping[str, Any] | None = None,
     log_seconds: float = LOG_SECONDS,
 ) -> Summary:
-    """`run.run` by engines on a Ray cluster.
+    """`runner.run` by engines on a Ray cluster.
 
     Input and output must be where every node sees them under the same name; the output's file
     system should have locks.
@@ -59,17 +60,17 @@ def run(
         engines: how many; one for each GPU of the cluster if left out, or where there are none, one
             for each node. Without GPUs, they share the cores.
         workers: decoding processes of each engine; as many as it has cores if left out.
-        facts, log_seconds: as for `run.run`.
+        facts, log_seconds: as for `runner.run`.
 
     Raises:
         MissingExtraError: Ray is not installed.
         ValueError: `engines` or `workers` is not positive, the cluster has not so many GPUs or
-            cores, or the job has a dummy writer; and as `run.run`.
+            cores, or the job has a dummy writer; and as `runner.run`.
         StellarError: the engines differ, or one does not see the output; and as
-            `run.run`.
+            `runner.run`.
         ConnectionError: there is no cluster at `address`.
     """
-    if job.options.dummy_writer:
+    if not job.writes:
         raise ValueError("a dummy writer measures one machine; leave Ray out")
     for name, count in (("engines", engines), ("workers", workers)):
         if count is not None and count < 1:
@@ -78,16 +79,16 @@ def run(
         share = _share_out(engines)
         workers = workers or max(1, share.cpus)
         # Without the images: the output folder has them, and these may be millions.
-        theirs = replace(job, items=None, options=replace(job.options, workers=workers))
+        theirs = replace(job, items=None, workers=workers)
         takes = "a GPU" if share.gpus else f"{share.cpus} core{'s' * (share.cpus > 1)}"
         _say(f"waiting for Ray to start a process with {takes}, and to load the model")
-        made = prepare(job, _answer_of(_remote(share, _decided, theirs, load)), facts)
-        told = replace(job, options=replace(job.options, workers=workers * share.engines))
-        with tallied(told, made, log_seconds) as tally:
+        plan = make_plan(job, _answer_of(_remote(share, _decided, theirs, load)), facts)
+        told = replace(job, workers=workers * share.engines)
+        with tallied(told, plan, log_seconds) as tally:
             tally.summary.engines = share.engines
             if tally.wanted:
                 _say(f"waiting for {share.engines} processes to load it")
-                _run(theirs, made, load, share, tally)
+                _run(theirs, plan, load, share, tally)
     return tally.summary
 
 
@@ -164,13 +165,13 @@ def _decided(job: Job, load: Load) -> dict[str, Any]:
     return decided(job, load(device=None))
 
 
-def _run(job: Job, made: Plan, load: Load, share: _Share, tally: Tally) -> None:
+def _run(job: Job, plan: Plan, load: Load, share: _Share, tally: Tally) -> None:
     import ray
     from ray.util.queue import Queue
 
     told = Queue(actor_options={"num_cpus": 0})
     given = shares_of(job, tally.wanted, share.engines)
-    tasks = [_remote(share, _work, job, made, load, wanted, share, told.put) for wanted in given]
+    tasks = [_remote(share, _work, job, plan, load, wanted, share, told.put) for wanted in given]
     left = list(tasks)
     try:
         while left:
@@ -188,7 +189,7 @@ def _run(job: Job, made: Plan, load: Load, share: _Share, tally: Tally) -> None:
 
 def _work(
     job: Job,
-    made: Plan,
+    plan: Plan,
     load: Load,
     wanted: Wanted,
     share: _Share,
@@ -201,7 +202,7 @@ def _work(
             "system that all of them share"
         )
     engine = load(device=None)
-    check_engine(platform.node(), made.configuration, decided(job, engine))
+    check_engine(platform.node(), plan.configuration, decided(job, engine))
     if engine.device.type == "cpu":
         import torch
 
@@ -218,4 +219,4 @@ def _work(
         put(("report", manifest["images"], manifest["failed"], dict(seconds)))
         seconds.clear()
 
-    work(job, made, engine, wanted, tell)
+    work(job, plan, engine, wanted, tell)

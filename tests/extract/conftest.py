@@ -7,7 +7,7 @@ from engines import small_engine
 from extracting import SMALL, contents
 from scenes import write_photographs
 
-from stellar_fast.extract import plan, run
+from stellar_fast.extract import make_job, run
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def photographs(tmp_path_factory) -> Path:
 def whole(photographs, engine, tmp_path_factory) -> dict[str, bytes]:
     """The contents of an output made in one go, with the options of SMALL."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     return contents(output)
 
 

@@ -19,7 +19,7 @@ from pictures import photograph, saved
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 
 from stellar_fast import images
-from stellar_fast.extract import plan, run
+from stellar_fast.extract import make_job, run
 from stellar_fast.extract.records import Item
 from stellar_fast.extract.work import sandbox, workers
 from stellar_fast.extract.work.sandbox import Limits
@@ -40,9 +40,9 @@ def extract(root: Path, engine, attack: str, monkeypatch, content=None, count=1,
         path.write_bytes(content or saved(photograph(60, 50), "PNG"))
     if content is None:
         monkeypatch.setattr(workers, "work", attacked_work)
-    run(plan(root / "in", root / "out", batch_size=16, workers=count, **options), engine)
+    run(make_job(root / "in", root / "out", batch_size=16, workers=count, **options), engine)
     table = index(root / "out")
-    run(plan(root / "honest", root / "alone", batch_size=16, workers=1), engine)
+    run(make_job(root / "honest", root / "alone", batch_size=16, workers=1), engine)
     alone = feature(root / "alone", "cls")
     np.testing.assert_array_equal(feature(root / "out", "cls"), alone)
     shutil.rmtree(root / "alone")
@@ -85,7 +85,7 @@ def test_max_pixels_is_kept_and_images_may_be_tried_again_under_another(
     table = extract(tmp_path, engine, "large", monkeypatch, content, max_pixels=19_999)
     assert reasons(table) == {"200x100 is more than the limit of 19999 pixels"}
     again = {"batch_size": 16, "max_pixels": 20_000, "workers": 1}
-    run(plan(tmp_path / "in", tmp_path / "out", retry_failed=True, **again), engine)
+    run(make_job(tmp_path / "in", tmp_path / "out", retry_failed=True, **again), engine)
     assert reasons(index(tmp_path / "out")) == set()
     (part,) = parts(tmp_path / "out")
     made = json.loads((part / "manifest.json").read_text())["made"]
@@ -298,14 +298,9 @@ if __name__ == "__main__":
 )
 def test_limits_that_cannot_be_are_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name.replace('_', '.')}.*{value}"):
-        plan(tmp_path, tmp_path / "out", **{name: value})
+        make_job(tmp_path, tmp_path / "out", **{name: value})
 
 
-def test_the_command_has_the_same_defaults():
-    import inspect
-
-    from stellar_fast import cli
-
-    command, function = inspect.signature(cli.extract), inspect.signature(plan)
-    for name in ("max_pixels", "decode_seconds", "worker_memory"):
-        assert command.parameters[name].default == function.parameters[name].default
+def test_the_limits_are_those_of_a_process_by_default(tmp_path):
+    (tmp_path / "a.png").write_bytes(saved(photograph(), "PNG"))
+    assert make_job(tmp_path, tmp_path / "out").limits == Limits()

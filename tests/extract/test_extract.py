@@ -14,7 +14,8 @@ from pyarrow import parquet
 from scenes import write_photographs
 
 from stellar_fast import StellarError
-from stellar_fast.extract import check_sums, plan, read_plan, run, stats
+from stellar_fast.extract import make_job, run, stats
+from stellar_fast.extract.output.layout import check_sums, read_plan
 from stellar_fast.extract.stats import Progress
 from stellar_fast.extract.work.workers import Workers
 from stellar_fast.images.presets import load_image
@@ -46,7 +47,7 @@ def test_rows_are_the_engines_features_of_the_good_images_in_order(
     features = ("cls", "sparse", "spatial", "dense")
     arguments = {"features": features, "dtype": dtype, "preset": preset, "batch_size": 7}
     # For "eval" a decoding process imports torch, which takes seconds.
-    job = plan(photographs, tmp_path / "out", workers=1 if preset == "eval" else 2, **arguments)
+    job = make_job(photographs, tmp_path / "out", workers=1 if preset == "eval" else 2, **arguments)
     checks = []
 
     def encode(images, **named):
@@ -77,7 +78,7 @@ def test_partitions_hold_all_images_in_order_and_batches_do_not_cross_them(
         sizes.append(len(images))
         return engine.encode(images, **arguments)
 
-    job = plan(photographs, tmp_path / "out", partition_size=10, batch_size=4, workers=2)
+    job = make_job(photographs, tmp_path / "out", partition_size=10, batch_size=4, workers=2)
     run(job, Wrapped(engine, encode))
     made = read_plan(tmp_path / "out")
     assert [part.images for part in made.partitions] == [10, 10, 4]
@@ -105,7 +106,7 @@ def test_partitions_hold_all_images_in_order_and_batches_do_not_cross_them(
 
 def test_the_index_the_manifest_and_the_plan_say_what_was_done(photographs, tmp_path, engine):
     output = tmp_path / "out"
-    job = plan(photographs, output)
+    job = make_job(photographs, output)
     summary = run(job, engine, facts={"repo": "somewhere"})
     table = parquet.read_table(output / "part-00000" / "index.parquet")
     assert [(field.name, str(field.type)) for field in table.schema] == [
@@ -151,7 +152,7 @@ def test_sizes_are_the_upright_pictures_and_names_may_be_no_utf8(tmp_path, engin
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "a.jpg", exif=turned.getexif())
     os.rename(os.fsencode(tmp_path / "a.jpg"), os.fsencode(tmp_path) + b"/\xe9.jpg")
-    run(plan(tmp_path, tmp_path / "out"), engine)
+    run(make_job(tmp_path, tmp_path / "out"), engine)
     table = index(tmp_path / "out")
     assert (table["id"], table["status"]) == (["\\xe9.jpg"], ["ok"])
     assert (table["width"], table["height"]) == ([30], [50])
@@ -160,7 +161,7 @@ def test_sizes_are_the_upright_pictures_and_names_may_be_no_utf8(tmp_path, engin
 def test_a_listed_file_that_is_not_there_is_a_failed_row(tmp_path, engine):
     photograph(50, 50).save(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text("gone.jpg\na.png\n")
-    run(plan(tmp_path / "list.txt", tmp_path / "out"), engine)
+    run(make_job(tmp_path / "list.txt", tmp_path / "out"), engine)
     table = index(tmp_path / "out")
     assert table["reason"] == ["no such file", None]
     assert table["row"] == [None, 0]
@@ -168,7 +169,7 @@ def test_a_listed_file_that_is_not_there_is_a_failed_row(tmp_path, engine):
 
 def test_all_images_broken_is_an_output_without_rows(tmp_path, engine):
     touch(tmp_path / "in", "a.jpg", "b.jpg")
-    summary = run(plan(tmp_path / "in", tmp_path / "out"), engine)
+    summary = run(make_job(tmp_path / "in", tmp_path / "out"), engine)
     assert (summary.rows, summary.failed) == (0, 2)
     assert feature(tmp_path / "out", "sparse").shape == (0, 8, 64)
     assert index(tmp_path / "out")["row"] == [None, None]
@@ -182,7 +183,7 @@ def test_images_come_out_of_archives_in_stores(tmp_path, engine):
         for name in ("x/a.png", "b.png"):
             with archive.open(name, "w") as file:
                 photograph(50, 40, seed=len(name)).save(file, "PNG")
-    run(plan(f"zip://::file://{tmp_path}/a.zip", tmp_path / "out"), engine)
+    run(make_job(f"zip://::file://{tmp_path}/a.zip", tmp_path / "out"), engine)
     table = index(tmp_path / "out")
     assert (table["id"], table["reason"]) == (["b.png", "x/a.png"], [None, None])
     pixels = load_image(photograph(50, 40, seed=5), "card")[None]
@@ -192,8 +193,8 @@ def test_images_come_out_of_archives_in_stores(tmp_path, engine):
 
 def test_the_parquet_format_has_ids_beside_the_same_rows(photographs, tmp_path, engine):
     arguments = {"partition_size": 10, "batch_size": 4, "dtype": "float16"}
-    run(plan(photographs, tmp_path / "npy", **arguments), engine)
-    run(plan(photographs, tmp_path / "parquet", format="parquet", **arguments), engine)
+    run(make_job(photographs, tmp_path / "npy", **arguments), engine)
+    run(make_job(photographs, tmp_path / "parquet", format="parquet", **arguments), engine)
     table = index(tmp_path / "npy")
     assert index(tmp_path / "parquet") == table
     ids, rows = [], []
@@ -215,7 +216,7 @@ def test_the_parquet_format_has_ids_beside_the_same_rows(photographs, tmp_path, 
 
 
 def test_no_more_images_are_taken_than_there_are_slots(photographs):
-    items = plan(photographs, "nowhere", dummy_writer=True).items * 20
+    items = make_job(photographs, "nowhere", dummy_writer=True).items * 20
     taken = []
     workers = Workers(2, "card", 8)
     room = workers.slots.count
@@ -239,16 +240,16 @@ def test_no_more_images_are_taken_than_there_are_slots(photographs):
 
 def test_shares_make_every_partition_once_and_the_same_files(photographs, tmp_path, engine):
     arguments = {"partition_size": 5, "batch_size": 4}
-    run(plan(photographs, tmp_path / "whole", **arguments), engine)
+    run(make_job(photographs, tmp_path / "whole", **arguments), engine)
     output = tmp_path / "shares"
     made = []
     for k in (3, 1, 2):
-        summary = run(plan(photographs, output, share=(k, 3), **arguments), engine)
+        summary = run(make_job(photographs, output, partitions=f"{k}/3", **arguments), engine)
         made.append(summary.partitions)
         assert (output / f"stats-{k}-of-3.json").is_file()
     assert made == [1, 2, 2]
     assert contents(output) == contents(tmp_path / "whole")
-    assert run(plan(photographs, output, **arguments), engine).images == 0
+    assert run(make_job(photographs, output, **arguments), engine).images == 0
 
 
 def test_failed_images_are_tried_again_when_asked(tmp_path, engine):
@@ -262,11 +263,11 @@ def test_failed_images_are_tried_again_when_asked(tmp_path, engine):
             path.write_bytes(b"")
         output = tmp_path / format
         arguments = {"partition_size": 4, "batch_size": 1, "format": format}
-        summary = run(plan(tmp_path / "list.txt", output, **arguments), engine)
+        summary = run(make_job(tmp_path / "list.txt", output, **arguments), engine)
         assert summary.failed == 4
         before = contents(output)
-        assert run(plan(tmp_path / "list.txt", output, **arguments), engine).all_failed == 4
-        again = plan(tmp_path / "list.txt", output, retry_failed=True, **arguments)
+        assert run(make_job(tmp_path / "list.txt", output, **arguments), engine).all_failed == 4
+        again = make_job(tmp_path / "list.txt", output, retry_failed=True, **arguments)
         assert run(again, engine).all_failed == 4
         assert contents(output) == before
         for path in list(away)[1:]:
@@ -276,7 +277,7 @@ def test_failed_images_are_tried_again_when_asked(tmp_path, engine):
         assert run(again, engine).all_failed == 0
         if format == "npy":
             # One image a batch, so that the batches are the same in a run that never failed.
-            run(plan(tmp_path / "list.txt", tmp_path / "whole", **arguments), engine)
+            run(make_job(tmp_path / "list.txt", tmp_path / "whole", **arguments), engine)
             assert contents(output) == contents(tmp_path / "whole")
         else:
             table = parquet.read_table(output / "part-00000" / "features.parquet")
@@ -293,22 +294,22 @@ def test_the_first_failure_or_one_too_many_stops_a_run_that_can_be_gone_on_with(
     output = tmp_path / "out"
     arguments = {"partition_size": 8, "batch_size": 4}
     with pytest.raises(StellarError, match=r"broken\S+: .*--on-error record"):
-        run(plan(photographs, output, on_error="fail", **arguments), engine)
+        run(make_job(photographs, output, on_error="fail", **arguments), engine)
     with pytest.raises(StellarError, match=r"3 images failed, more than --max-errors 2"):
-        run(plan(photographs, output, max_errors=2, **arguments), engine)
+        run(make_job(photographs, output, max_errors=2, **arguments), engine)
     assert not [name for name in os.listdir(output) if "partial" in name]
     stats = json.loads((output / "stats.json").read_text())
     assert stats["outcome"].startswith("error: 3 images failed")
-    run(plan(photographs, output, max_errors=4, **arguments), engine)
-    run(plan(photographs, tmp_path / "whole", **arguments), engine)
+    run(make_job(photographs, output, max_errors=4, **arguments), engine)
+    run(make_job(photographs, tmp_path / "whole", **arguments), engine)
     assert contents(output) == contents(tmp_path / "whole")
 
 
 def test_dummies_measure_and_write_nothing_or_read_nothing(photographs, tmp_path, engine):
-    summary = run(plan(photographs, tmp_path / "out", dummy_writer=True), engine)
+    summary = run(make_job(photographs, tmp_path / "out", dummy_writer=True), engine)
     assert (summary.images, summary.rows) == (24, 20)
     assert os.listdir(tmp_path) == []
-    summary = run(plan(photographs, tmp_path / "out", dummy_reader=True), engine)
+    summary = run(make_job(photographs, tmp_path / "out", dummy_reader=True), engine)
     assert (summary.images, summary.rows, summary.seconds["read"]) == (24, 24, 0)
     rows = feature(tmp_path / "out", "cls")
     assert len(rows) == 24
@@ -336,14 +337,14 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys, monk
 
 def test_float16_overflow_is_an_error_that_says_float32(photographs, tmp_path, engine):
     with pytest.raises(StellarError, match=r"beyond the largest float16.*--dtype float32"):
-        run(plan(photographs, tmp_path / "out", dtype="float16"), scaled(engine, 1e6))
+        run(make_job(photographs, tmp_path / "out", dtype="float16"), scaled(engine, 1e6))
     assert parts(tmp_path / "out") == []
-    run(plan(photographs, tmp_path / "other", dtype="float32"), scaled(engine, 1e6))
+    run(make_job(photographs, tmp_path / "other", dtype="float32"), scaled(engine, 1e6))
 
 
 def test_nan_from_the_model_is_an_error_and_not_a_row(photographs, tmp_path, engine):
     with pytest.raises(StellarError, match="NaN or infinity in sparse"):
-        run(plan(photographs, tmp_path / "out", dtype="float32"), scaled(engine, float("nan")))
+        run(make_job(photographs, tmp_path / "out", dtype="float32"), scaled(engine, float("nan")))
     assert parts(tmp_path / "out") == []
 
 
@@ -364,23 +365,23 @@ def test_nan_from_the_model_is_an_error_and_not_a_row(photographs, tmp_path, eng
         ({"partition_size": 0}, "partition size"),
         ({"workers": 0}, "workers"),
         ({"max_errors": -1}, "max_errors"),
-        ({"share": (0, 2)}, "0/2"),
-        ({"share": (3, 2)}, "3/2"),
-        ({"share": (1, 2), "overwrite": True}, "starts anew"),
+        ({"partitions": "0/2"}, "0/2"),
+        ({"partitions": "3/2"}, "3/2"),
+        ({"partitions": "1/2", "overwrite": True}, "starts anew"),
         ({"resume": True, "overwrite": True}, "starts anew"),
         ({"resume": True}, "nothing to resume"),
     ],
 )
 def test_arguments_that_cannot_be(photographs, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        plan(photographs, tmp_path / "out", **arguments)
+        make_job(photographs, tmp_path / "out", **arguments)
 
 
 def test_an_output_that_holds_the_input_or_is_elsewhere_is_refused(tmp_path):
     touch(tmp_path, "out/photographs/a.jpg")
     with pytest.raises(ValueError, match="holds the input"):
-        plan(tmp_path / "out" / "photographs", tmp_path / "out", overwrite=True)
+        make_job(tmp_path / "out" / "photographs", tmp_path / "out", overwrite=True)
     with pytest.raises(ValueError, match="holds the input"):
-        plan(tmp_path / "out", tmp_path / "out", overwrite=True)
+        make_job(tmp_path / "out", tmp_path / "out", overwrite=True)
     with pytest.raises(ValueError, match="folder of this machine"):
-        plan(tmp_path / "out" / "photographs", "s3://bucket/out")
+        make_job(tmp_path / "out" / "photographs", "s3://bucket/out")

@@ -18,7 +18,8 @@ from pictures import photograph
 from scenes import write_photographs
 
 import stellar_fast
-from stellar_fast import cli, extract
+from stellar_fast import cli
+from stellar_fast.extract import job, stats
 from stellar_fast.images.presets import load_image
 
 BATCH = 16
@@ -182,11 +183,11 @@ def test_all_good_is_exit_status_0(repo, picture, tmp_path):
 
 def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
     loaded, planned = {}, {}
-    load, plan = stellar_fast.load, extract.plan
+    load, make_job = stellar_fast.load, job.make_job
     monkeypatch.setattr(
         stellar_fast.loading, "load", lambda *a, **k: (loaded.update(k), load(*a, **k))[1]
     )
-    monkeypatch.setattr(extract, "plan", lambda *a, **k: (planned.update(k), plan(*a, **k))[1])
+    monkeypatch.setattr(job, "make_job", lambda *a, **k: (planned.update(k), make_job(*a, **k))[1])
     arguments = "--dtype float16 --batch-size 5 --preset eval --precision bf16 --workers 3"
     flags = "--features cls,dense --overwrite --local-files-only --revision main --device cpu"
     more = "--format parquet --partition-size 9 --on-error record --max-errors 8 --dummy-reader"
@@ -209,7 +210,7 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
         "on_error": "record",
         "max_errors": 8,
         "retry_failed": False,
-        "share": (1, 1),
+        "partitions": "1/1",
         "resume": False,
         "overwrite": True,
         "dummy_reader": True,
@@ -217,8 +218,8 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
         "max_pixels": 1_000_000,
         "decode_seconds": 9.0,
         "worker_memory": 3000,
-        "allow_protocols": ["ftp"],
-        "allow_hosts": ["nas:80", "other"],
+        "allow_protocol": ["ftp"],
+        "allow_host": ["nas:80", "other"],
     }
     assert loaded == {
         "repo": str(repo),
@@ -261,9 +262,9 @@ def test_ray_is_handed_the_job_and_chooses_devices_itself(repo, picture, tmp_pat
 
     told = {}
 
-    def run(job, load, **arguments):
-        told.update(arguments, engine=load(device=None), output=job.output)
-        return Summary(images=2, rows=1, seconds=dict.fromkeys((*extract.stats.STAGES, "total"), 1))
+    def run(given, load, **arguments):
+        told.update(arguments, engine=load(device=None), output=given.output)
+        return Summary(images=2, rows=1, seconds=dict.fromkeys((*stats.STAGES, "total"), 1))
 
     monkeypatch.setattr(ray_runner, "run", run)
     arguments = ("extract", tmp_path, tmp_path / "out", "--repo", repo, "--model", "small")

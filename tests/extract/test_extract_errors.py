@@ -8,7 +8,8 @@ import pytest
 from extracting import SMALL, Wrapped, contents, parts, scaled, touch
 
 from stellar_fast import StellarError
-from stellar_fast.extract import decided, plan, prepare, run
+from stellar_fast.extract import make_job, run
+from stellar_fast.extract.job import decided, make_plan
 from stellar_fast.extract.output import folder
 
 pytestmark = pytest.mark.usefixtures("one_decoding_process")
@@ -16,10 +17,10 @@ pytestmark = pytest.mark.usefixtures("one_decoding_process")
 
 def test_leftovers_of_a_dead_run_are_removed(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
-    job = plan(photographs, output, **SMALL)
-    prepare(job, decided(job, engine))
+    job = make_job(photographs, output, **SMALL)
+    make_plan(job, decided(job, engine))
     touch(output, ".part-00001.partial-dead/sparse.npy", ".part-00001.partial-x-earlier/a")
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     assert contents(output) == whole
 
 
@@ -34,7 +35,7 @@ def test_a_full_disk_at_the_end_is_one_clear_error(photographs, tmp_path, engine
     output = tmp_path / "out"
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StellarError, match=r"sparse\.npy: cannot be written: No space left.*room"):
-        run(plan(photographs, output, **SMALL), engine)
+        run(make_job(photographs, output, **SMALL), engine)
     assert sorted(os.listdir(output)) == [".lock", "inputs.parquet", "plan.json", "stats.json"]
 
 
@@ -43,8 +44,8 @@ def test_a_full_disk_in_mid_write_is_one_clear_error_and_the_run_can_go_on(
 ):
     """By a limit on the size of files, which is an error of the system like ENOSPC."""
     output = tmp_path / "out"
-    job = plan(photographs, output, **SMALL)
-    prepare(job, decided(job, engine))
+    job = make_job(photographs, output, **SMALL)
+    make_plan(job, decided(job, engine))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     batches = []
 
@@ -56,13 +57,13 @@ def test_a_full_disk_in_mid_write_is_one_clear_error_and_the_run_can_go_on(
 
     try:
         with pytest.raises(StellarError, match=r"sparse\.npy: cannot be written: File too large"):
-            run(plan(photographs, output, **SMALL), Wrapped(engine, encode))
+            run(make_job(photographs, output, **SMALL), Wrapped(engine, encode))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert batches[0] == 2
     assert parts(output) == []
     assert not [name for name in os.listdir(output) if "partial" in name]
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     assert contents(output) == whole
 
 
@@ -71,7 +72,7 @@ def test_an_output_that_may_not_be_written_is_told_before_any_work(
 ):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="may be written"):
-        plan(photographs, tmp_path / "out")
+        make_job(photographs, tmp_path / "out")
 
 
 def test_an_output_that_becomes_read_only_is_one_clear_error(
@@ -88,8 +89,8 @@ def test_an_output_that_becomes_read_only_is_one_clear_error(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "mkdir", refuse)
         with pytest.raises(StellarError, match="part-00001: cannot be written: Read-only file"):
-            run(plan(photographs, output, **SMALL), engine)
-    run(plan(photographs, output, **SMALL), engine)
+            run(make_job(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     assert contents(output) == whole
 
 
@@ -100,9 +101,9 @@ def test_a_partition_takes_the_place_of_an_earlier_one(
     if not exchange:
         monkeypatch.setattr(folder, "_exchange", lambda first, second: False)
     output = tmp_path / "out"
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     (output / "part-00000" / "manifest.json").unlink()
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     assert contents(output) == whole
 
 
@@ -112,7 +113,7 @@ def test_everything_is_on_disk_before_a_partition_gets_its_name(
     """The order of what reaches the disk: the images' list, the plan, their folder; then features,
     index, manifest, folder; rename; its parent."""
     output = tmp_path / "out"
-    job = plan(photographs, output)
+    job = make_job(photographs, output)
     events = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
 
@@ -131,7 +132,7 @@ def test_everything_is_on_disk_before_a_partition_gets_its_name(
     monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(os, "rename", renamed)
     monkeypatch.setattr(os, "replace", replaced)
-    prepare(job, decided(job, engine))
+    make_plan(job, decided(job, engine))
     assert [event.split(".")[-1] for event in events] == [
         *("parquet", "replace", "json", "replace", "out")
     ]
@@ -145,7 +146,7 @@ def test_everything_is_on_disk_before_a_partition_gets_its_name(
 
 def test_what_fails_to_fit_leaves_earlier_partitions(photographs, tmp_path, engine):
     output = tmp_path / "out"
-    job = plan(photographs, output, dtype="float16", **SMALL)
+    job = make_job(photographs, output, dtype="float16", **SMALL)
     with pytest.raises(StellarError, match="float32"):
         run(job, scaled(engine, 1e6))
     assert parts(output) == []

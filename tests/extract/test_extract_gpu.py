@@ -7,7 +7,7 @@ from engines import small_engine
 from extracting import feature, index
 from scenes import write_photographs
 
-from stellar_fast.extract import plan, run
+from stellar_fast.extract import make_job, run
 from stellar_fast.images.presets import load_image
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 def test_rows_are_the_engines_features_in_the_same_batches(tmp_path, preset):
     engine = small_engine(device="cuda")
     write_photographs(tmp_path / "photographs", good=60, broken=6)
-    job = plan(
+    job = make_job(
         tmp_path / "photographs", tmp_path / "out", preset=preset, partition_size=33, batch_size=4
     )
     run(job, engine)

@@ -36,18 +36,12 @@ from pictures import photograph
 from scenes import write_photographs
 
 from stellar_fast import StellarError
-from stellar_fast.extract import (
-    Pipeline,
-    Stopped,
-    decided,
-    plan,
-    prepare,
-    run,
-    run_devices,
-)
+from stellar_fast.extract import make_job, run, run_devices
+from stellar_fast.extract.job import decided, make_plan
 from stellar_fast.extract.output import folder
 from stellar_fast.extract.stats import Progress
 from stellar_fast.extract.work import workers
+from stellar_fast.extract.work.pipeline import Pipeline, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +54,7 @@ def photographs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(photographs, engine, tmp_path_factory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole") / "out"
-    run(plan(photographs, output, **SMALL_PARTS), engine)
+    run(make_job(photographs, output, **SMALL_PARTS), engine)
     return contents(output)
 
 
@@ -180,8 +174,8 @@ def test_killed_fifty_times_a_run_goes_on_to_the_same_files(photographs, tmp_pat
 
 def test_killed_decoding_processes_lose_no_image(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
-    job = plan(photographs, output, workers=2, **SMALL_PARTS)
-    made = prepare(job, decided(job, engine))
+    job = make_job(photographs, output, workers=2, **SMALL_PARTS)
+    made = make_plan(job, decided(job, engine))
     killed = []
     encoded = 0
 
@@ -195,7 +189,7 @@ def test_killed_decoding_processes_lose_no_image(photographs, tmp_path, engine, 
         encoded += len(images)
         return engine.encode(images, **arguments)
 
-    pipeline = Pipeline(output, made, Wrapped(engine, encode), job.options)
+    pipeline = Pipeline(job, made, Wrapped(engine, encode))
     with pipeline:
         manifests = list(pipeline.run(dict.fromkeys(range(len(made.partitions)))))
     assert [manifest["partition"] for manifest in manifests] == list(range(9))
@@ -207,7 +201,7 @@ def test_an_image_that_kills_its_process_twice_is_a_failed_row(tmp_path, engine,
     monkeypatch.setattr(workers, "work", deadly_work)
     for name in ("a", "b", "c-deadly", "d", "e-deadly", "f"):
         photograph(60, 50, seed=ord(name[0])).save(tmp_path / f"{name}.png")
-    run(plan(tmp_path, tmp_path / "out", batch_size=8, workers=1), engine)
+    run(make_job(tmp_path, tmp_path / "out", batch_size=8, workers=1), engine)
     table = index(tmp_path / "out")
     reason = "the decoding process died (SIGKILL), twice"
     assert table["reason"] == [None, None, reason, None, reason, None]
@@ -233,7 +227,7 @@ def test_an_image_that_never_ends_is_a_failed_row(tmp_path, engine, monkeypatch)
     monkeypatch.setattr(workers, "work", deadly_work)
     for name in ("a", "b-endless", "c"):
         photograph(60, 50, seed=ord(name[0])).save(tmp_path / f"{name}.png")
-    run(plan(tmp_path, tmp_path / "out", batch_size=8, workers=1), engine)
+    run(make_job(tmp_path, tmp_path / "out", batch_size=8, workers=1), engine)
     table = index(tmp_path / "out")
     assert table["reason"] == [None, "reading took more than 300 s, twice", None]
     assert leaps == 2
@@ -242,13 +236,13 @@ def test_an_image_that_never_ends_is_a_failed_row(tmp_path, engine, monkeypatch)
 def test_processes_that_never_start_are_an_error(photographs, tmp_path, engine, monkeypatch):
     monkeypatch.setattr(workers, "work", false_start)
     with pytest.raises(StellarError, match=r"exit status 7.*before it was ready, 3 times"):
-        run(plan(photographs, tmp_path / "out"), engine)
+        run(make_job(photographs, tmp_path / "out"), engine)
 
 
 def test_a_pipeline_can_be_stopped_from_another_thread(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
-    job = plan(photographs, output, **SMALL_PARTS)
-    made = prepare(job, decided(job, engine))
+    job = make_job(photographs, output, **SMALL_PARTS)
+    made = make_plan(job, decided(job, engine))
     first, stopped = threading.Event(), threading.Event()
 
     def encode(images, **arguments):
@@ -261,7 +255,7 @@ def test_a_pipeline_can_be_stopped_from_another_thread(photographs, tmp_path, en
         pipeline.stop()
         stopped.set()
 
-    with Pipeline(output, made, Wrapped(engine, encode), job.options) as pipeline:
+    with Pipeline(job, made, Wrapped(engine, encode)) as pipeline:
         thread = threading.Thread(target=stop)
         thread.start()
         found = pipeline.run(dict.fromkeys(range(9)))
@@ -283,10 +277,10 @@ def test_memory_does_not_grow_with_the_number_of_images(photographs, tmp_path, e
         for path in paths[:20]:
             (tmp_path / "many" / str(number)).mkdir(parents=True, exist_ok=True)
             os.link(path, tmp_path / "many" / str(number) / path.name)
-    job = plan(tmp_path / "many", tmp_path / "out", partition_size=40, batch_size=8)
-    made = prepare(job, decided(job, engine))
+    job = make_job(tmp_path / "many", tmp_path / "out", partition_size=40, batch_size=8)
+    made = make_plan(job, decided(job, engine))
     used = []
-    with Pipeline(job.output, made, engine, job.options) as pipeline:
+    with Pipeline(job, made, engine) as pipeline:
         for _ in pipeline.run(dict.fromkeys(range(10))):
             processes = [os.getpid(), *pipeline.pids]
             used.append([psutil.Process(pid).memory_info().rss for pid in processes])
@@ -301,8 +295,7 @@ def test_runs_that_know_nothing_of_each_other_share_the_partitions(
     photographs, tmp_path, engine, whole
 ):
     output = tmp_path / "out"
-    job = plan(photographs, output, **SMALL_PARTS)
-    prepare(job, decided(job, engine))
+    job = make_job(photographs, output, **SMALL_PARTS)
     summaries = []
 
     def extract():
@@ -322,7 +315,7 @@ def test_runs_that_know_nothing_of_each_other_share_the_partitions(
 def test_several_devices_give_the_same_files_as_one(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
     load = functools.partial(load_marking_its_end, tmp_path / "end")
-    summary = run_devices(plan(photographs, output, **SMALL_PARTS), load, ["cpu", "cpu"])
+    summary = run_devices(make_job(photographs, output, **SMALL_PARTS), load, ["cpu", "cpu"])
     assert (summary.images, summary.failed, summary.partitions) == (66, 6, 9)
     assert contents(output) == whole
     assert summary.seconds["encode"] > 0
@@ -333,11 +326,11 @@ def test_a_device_that_dies_is_an_error_and_the_run_goes_on_later(
     photographs, tmp_path, engine, whole
 ):
     output = tmp_path / "out"
-    job = plan(photographs, output, **SMALL_PARTS)
+    job = make_job(photographs, output, **SMALL_PARTS)
     with pytest.raises(StellarError, match=r"the process for mortal died \(SIGKILL\)"):
         run_devices(job, load_small, ["mortal"])
     assert parts(output) == []
-    run(plan(photographs, output, **SMALL_PARTS), engine)
+    run(make_job(photographs, output, **SMALL_PARTS), engine)
     assert contents(output) == whole
 
 
@@ -394,10 +387,10 @@ def test_too_many_failures_of_all_devices_together_are_an_error(
         link.recv()
 
     play(part)
-    job = plan(photographs, tmp_path / "out", max_errors=4, **SMALL_PARTS)
+    job = make_job(photographs, tmp_path / "out", max_errors=4, **SMALL_PARTS)
     with pytest.raises(StellarError, match="5 images failed, more than --max-errors 4"):
         run_devices(job, load_small, list(failed))
-    job = plan(photographs, tmp_path / "out", max_errors=5, **SMALL_PARTS)
+    job = make_job(photographs, tmp_path / "out", max_errors=5, **SMALL_PARTS)
     summary = run_devices(job, load_small, list(failed))
     assert (summary.engines, summary.seconds["encode"], summary.seconds["write"]) == (2, 3.0, 1.0)
 
@@ -408,7 +401,7 @@ def test_engines_of_several_devices_must_be_alike(photographs, tmp_path, engine,
         link.recv()
 
     play(part)
-    job = plan(photographs, tmp_path / "out", **SMALL_PARTS)
+    job = make_job(photographs, tmp_path / "out", **SMALL_PARTS)
     with pytest.raises(StellarError, match=r'on fp16 differs.*precision \("bf16" -> "fp16"\)'):
         run_devices(job, load_small, ["bf16", "fp16"])
     assert not (tmp_path / "out").exists()
@@ -435,11 +428,11 @@ def test_devices_are_given_everything_where_locks_keep_them_apart(
     names, everything = ["one", "other"], dict.fromkeys(range(9))
     halves = {"one": everything.keys() - {1, 3, 5, 7}, "other": {1, 3, 5, 7}}
     done = tmp_path / "done"
-    run(plan(photographs, done, **SMALL_PARTS), engine)
+    run(make_job(photographs, done, **SMALL_PARTS), engine)
     manifests = [json.loads((part / "manifest.json").read_text()) for part in parts(done)]
 
     def given(output="new", **options):
-        job = plan(photographs, tmp_path / output, **SMALL_PARTS | options)
+        job = make_job(photographs, tmp_path / output, **SMALL_PARTS | options)
         found = given_to(job, names, engine, play)
         return {name: wanted.keys() for name, wanted in found.items()}
 
@@ -460,7 +453,7 @@ def test_an_engine_that_cannot_be_loaded_is_the_callers_error(photographs, tmp_p
     def part(link, device):
         run_module._serve(link, load_small, device, job, 1)
 
-    job = plan(photographs, tmp_path / "out", **SMALL_PARTS)
+    job = make_job(photographs, tmp_path / "out", **SMALL_PARTS)
     play(part)
     with pytest.MonkeyPatch.context() as patched:
         # Of the main thread alone.
@@ -478,7 +471,7 @@ def test_an_interruption_stops_devices_in_the_middle_of_a_partition(
     monkeypatch.setattr(Progress, "update", interrupt)
     output = tmp_path / "out"
     # Half a minute of work on a device that is slow: had it not stopped, the partition were there.
-    job = plan(photographs, output, batch_size=2)
+    job = make_job(photographs, output, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
         run_devices(job, load_small, ["slow"])
     assert sorted(os.listdir(output)) == [".lock", "inputs.parquet", "plan.json", "stats.json"]

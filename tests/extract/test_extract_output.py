@@ -12,18 +12,11 @@ from extracting import SMALL, Wrapped, contents, parts, touch
 from scenes import write_photographs
 
 from stellar_fast import StellarError
-from stellar_fast.extract import (
-    Pipeline,
-    check_sums,
-    complete,
-    decided,
-    plan,
-    prepare,
-    read_plan,
-    run,
-    todo,
-)
+from stellar_fast.extract import make_job, run
+from stellar_fast.extract.job import decided, make_plan, todo
 from stellar_fast.extract.output.folder import Locks
+from stellar_fast.extract.output.layout import check_sums, complete, read_plan
+from stellar_fast.extract.work.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("one_decoding_process")
 
@@ -49,28 +42,28 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
 ):
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(plan(photographs, output, **SMALL), interrupted(engine, output))
+        run(make_job(photographs, output, **SMALL), interrupted(engine, output))
     assert [path.name for path in parts(output)] == ["part-00000"]
     assert sorted(os.listdir(output)) == [
         *(".lock", "inputs.parquet", "part-00000", "plan.json", "stats.json")
     ]
     assert json.loads((output / "stats.json").read_text())["outcome"] == "interrupted"
     kept = (output / "part-00000" / "sparse.npy").stat().st_mtime_ns
-    summary = run(plan(photographs, output, **SMALL), engine)
+    summary = run(make_job(photographs, output, **SMALL), engine)
     assert (summary.partitions, summary.earlier_images) == (2, 3)
     assert contents(output) == whole
     assert (output / "part-00000" / "sparse.npy").stat().st_mtime_ns == kept
     before = contents(output), (output / "stats.json").read_bytes()
-    assert run(plan(photographs, output, **SMALL), engine).images == 0
+    assert run(make_job(photographs, output, **SMALL), engine).images == 0
     assert (contents(output), (output / "stats.json").read_bytes()) == before
 
 
 def test_batch_and_partition_sizes_are_the_plans_where_none_are_given(
     photographs, tmp_path, engine, whole
 ):
-    run(plan(photographs, tmp_path / "out", **SMALL), engine)
+    run(make_job(photographs, tmp_path / "out", **SMALL), engine)
     shutil.rmtree(tmp_path / "out" / "part-00001")
-    assert run(plan(photographs, tmp_path / "out"), engine).partitions == 1
+    assert run(make_job(photographs, tmp_path / "out"), engine).partitions == 1
     assert contents(tmp_path / "out") == whole
 
 
@@ -87,19 +80,19 @@ def test_batch_and_partition_sizes_are_the_plans_where_none_are_given(
 def test_a_changed_configuration_is_refused_by_name(
     photographs, tmp_path, engine, changed, message
 ):
-    job = plan(photographs, tmp_path / "out", **SMALL)
-    made = prepare(job, decided(job, engine))
+    job = make_job(photographs, tmp_path / "out", **SMALL)
+    made = make_plan(job, decided(job, engine))
     with pytest.raises(ValueError, match=rf"{message}; choose another output, or --overwrite"):
-        plan(photographs, tmp_path / "out", **SMALL | changed)
+        make_job(photographs, tmp_path / "out", **SMALL | changed)
     assert read_plan(tmp_path / "out") == made
 
 
 def test_another_engine_or_batch_is_refused_by_name(photographs, tmp_path, engine):
-    run(plan(photographs, tmp_path / "out", **SMALL), engine)
+    run(make_job(photographs, tmp_path / "out", **SMALL), engine)
     other = Wrapped(engine, engine.encode)
     other.precision = "bf16"
     with pytest.raises(ValueError, match=r'precision \("fp32" -> "bf16"\)'):
-        run(plan(photographs, tmp_path / "out", **SMALL), other)
+        run(make_job(photographs, tmp_path / "out", **SMALL), other)
     for changes, told in (
         ({"name": "other", "num_sparse_tokens": 99}, r'changed: model \("golden" -> "other"\);'),
         ({"num_sparse_tokens": 99}, r"changed: model\.num_sparse_tokens \(\d+ -> 99\);"),
@@ -107,29 +100,29 @@ def test_another_engine_or_batch_is_refused_by_name(photographs, tmp_path, engin
         other = Wrapped(engine, engine.encode)
         other.config = replace(engine.config, **changes)
         with pytest.raises(ValueError, match=told):
-            run(plan(photographs, tmp_path / "out", **SMALL), other)
+            run(make_job(photographs, tmp_path / "out", **SMALL), other)
     other = Wrapped(engine, engine.encode)
     (tmp_path / "weights").write_bytes(b"other")
     other.weights = str(tmp_path / "weights")
     with pytest.raises(ValueError, match=r'weights \("recipe" -> "sha256:d9298a10d1b07358'):
-        run(plan(photographs, tmp_path / "out", **SMALL), other)
+        run(make_job(photographs, tmp_path / "out", **SMALL), other)
     with pytest.raises(ValueError, match=r"batch_size \(2 -> 5\)"):
-        run(plan(photographs, tmp_path / "out", **SMALL | {"batch_size": 5}), engine)
+        run(make_job(photographs, tmp_path / "out", **SMALL | {"batch_size": 5}), engine)
 
 
 def test_a_changed_input_is_refused_and_resume_keeps_to_the_plan(tmp_path, engine, whole):
     photos, output = tmp_path / "photos", tmp_path / "out"
     write_photographs(photos, good=6, broken=2)
-    job = plan(photos, output, **SMALL)
-    prepare(job, decided(job, engine))
+    job = make_job(photos, output, **SMALL)
+    make_plan(job, decided(job, engine))
     touch(photos, "summer/zz.jpg")
     with pytest.raises(ValueError, match=r"8 images then, 9 now.*part-00002; --resume"):
-        plan(photos, output, **SMALL)
+        make_job(photos, output, **SMALL)
     os.rename(photos, tmp_path / "away")
     with pytest.raises(ValueError, match="no such folder"):
-        plan(photos, output, **SMALL)
+        make_job(photos, output, **SMALL)
     os.rename(tmp_path / "away", photos)
-    run(plan(photos, output, resume=True), engine)
+    run(make_job(photos, output, resume=True), engine)
     found = contents(output)
     for name in ("plan.json", "inputs.parquet"):  # these name the folder
         found.pop(name)
@@ -142,13 +135,13 @@ def test_a_changed_input_is_refused_and_resume_keeps_to_the_plan(tmp_path, engin
 def test_an_input_that_vanishes_while_it_is_read_is_rows_with_a_reason(tmp_path, engine):
     photos, output = tmp_path / "photos", tmp_path / "out"
     write_photographs(photos, good=6, broken=0)
-    job = plan(photos, output, **SMALL)
+    job = make_job(photos, output, **SMALL)
     os.rename(photos, tmp_path / "away")
     assert run(job, engine).failed == 6
     with pytest.raises(ValueError, match="no such folder"):
-        plan(photos, output, **SMALL)
+        make_job(photos, output, **SMALL)
     os.rename(tmp_path / "away", photos)
-    assert run(plan(photos, output, retry_failed=True, **SMALL), engine).all_failed == 0
+    assert run(make_job(photos, output, retry_failed=True, **SMALL), engine).all_failed == 0
 
 
 # What is refused, and what is overwritten
@@ -156,11 +149,11 @@ def test_an_input_that_vanishes_while_it_is_read_is_rows_with_a_reason(tmp_path,
 
 def test_an_output_is_overwritten_only_when_asked(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
-    run(plan(photographs, output, features=("spatial",)), engine)
+    run(make_job(photographs, output, features=("spatial",)), engine)
     before = contents(output)
     with pytest.raises(ValueError, match="features"):
-        plan(photographs, output)
-    job = plan(photographs, output, overwrite=True, **SMALL)
+        make_job(photographs, output)
+    job = make_job(photographs, output, overwrite=True, **SMALL)
     assert contents(output) == before
     run(job, engine)
     assert contents(output) == whole
@@ -171,35 +164,35 @@ def test_an_output_is_overwritten_only_when_asked(photographs, tmp_path, engine,
 def test_overwrite_removes_nothing_that_is_not_an_output(photographs, tmp_path, names):
     touch(tmp_path / "out", *names)
     with pytest.raises(ValueError, match="no part of an extraction"):
-        plan(photographs, tmp_path / "out", overwrite=True)
+        make_job(photographs, tmp_path / "out", overwrite=True)
     assert sorted(os.listdir(tmp_path / "out")) == sorted(names)
 
 
 def test_a_folder_of_something_else_is_refused(photographs, tmp_path):
     touch(tmp_path / "out", "thesis.tex")
     with pytest.raises(ValueError, match=r"not empty, and it holds thesis\.tex"):
-        plan(photographs, tmp_path / "out")
+        make_job(photographs, tmp_path / "out")
 
 
 def test_an_empty_folder_is_taken_and_parents_are_made(photographs, tmp_path, engine):
     (tmp_path / "empty").mkdir()
     (tmp_path / "plain").mkdir()
     for output in (tmp_path / "empty", tmp_path / "new" / "deep"):
-        run(plan(photographs, output), engine)
+        run(make_job(photographs, output), engine)
         assert (output / "part-00000").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_file_in_the_way_is_an_error(photographs, tmp_path):
     touch(tmp_path, "out")
     with pytest.raises(ValueError, match="there is a file of this name"):
-        plan(photographs, tmp_path / "out")
+        make_job(photographs, tmp_path / "out")
     with pytest.raises(ValueError, match="not a folder"):
-        plan(photographs, tmp_path / "out" / "below")
+        make_job(photographs, tmp_path / "out" / "below")
 
 
 def test_damage_to_what_is_complete_is_an_error(photographs, tmp_path, engine):
     output = tmp_path / "out"
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     made = read_plan(output)
     assert list(complete(output, made)) == [0, 1, 2]
     path = output / "part-00001" / "cls.npy"
@@ -211,24 +204,24 @@ def test_damage_to_what_is_complete_is_an_error(photographs, tmp_path, engine):
         check_sums(output, made, 1)
     path.write_bytes(content[:-1])
     with pytest.raises(StellarError, match=r"cls\.npy has \d+ bytes, not \d+; remove"):
-        run(plan(photographs, output, **SMALL), engine)
+        run(make_job(photographs, output, **SMALL), engine)
     path.unlink()
     with pytest.raises(StellarError, match=r"cls\.npy is missing; remove"):
-        run(plan(photographs, output, **SMALL), engine)
+        run(make_job(photographs, output, **SMALL), engine)
     shutil.rmtree(output / "part-00001")
     shutil.copytree(output / "part-00000", output / "part-00001")
     with pytest.raises(StellarError, match="part-00001 was made by another plan"):
-        run(plan(photographs, output, **SMALL), engine)
+        run(make_job(photographs, output, **SMALL), engine)
     (output / "plan.json").write_text("{")
     with pytest.raises(StellarError, match=r"plan\.json: cannot be read"):
-        plan(photographs, output, **SMALL)
+        make_job(photographs, output, **SMALL)
 
 
 def test_a_partition_without_a_manifest_is_made_again(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     (output / "part-00001" / "manifest.json").unlink()
-    assert run(plan(photographs, output, **SMALL), engine).partitions == 1
+    assert run(make_job(photographs, output, **SMALL), engine).partitions == 1
     assert contents(output) == whole
 
 
@@ -237,14 +230,14 @@ def test_a_partition_without_a_manifest_is_made_again(photographs, tmp_path, eng
 
 def test_a_partition_that_another_run_makes_is_left_to_it(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
-    job = plan(photographs, output, **SMALL)
+    job = make_job(photographs, output, **SMALL)
     others = []
 
     def encode(images, **arguments):
         if len(images) and not others:
             others.append(run(job, engine))
             with pytest.raises(StellarError, match="another run is writing it"):
-                run(plan(photographs, output, overwrite=True), engine)
+                run(make_job(photographs, output, overwrite=True), engine)
         return engine.encode(images, **arguments)
 
     first = run(job, Wrapped(engine, encode))
@@ -261,11 +254,11 @@ def test_a_partition_that_was_made_meanwhile_is_not_made_again(
     photographs, tmp_path, engine, whole
 ):
     output = tmp_path / "out"
-    job = plan(photographs, output, **SMALL)
-    made = prepare(job, decided(job, engine))
+    job = make_job(photographs, output, **SMALL)
+    made = make_plan(job, decided(job, engine))
     wanted, _ = todo(job, made)
     run(job, engine)
-    with Pipeline(output, made, engine, job.options) as pipeline:
+    with Pipeline(job, made, engine) as pipeline:
         assert list(pipeline.run(wanted)) == []
     assert contents(output) == whole
     assert list(output.glob(".part-*")) == []

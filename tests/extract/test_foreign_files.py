@@ -12,10 +12,11 @@ from pyarrow import parquet
 
 import stellar_fast
 from stellar_fast.errors import StellarError
-from stellar_fast.extract import Item, read_plan
 from stellar_fast.extract.output import readers as opened
 from stellar_fast.extract.output.folder import Locks
+from stellar_fast.extract.output.layout import read_plan
 from stellar_fast.extract.output.partition import Work
+from stellar_fast.extract.records import Item
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from mutants import FORMATS, mutant
 import stellar_fast
 from stellar_fast import images
 from stellar_fast.errors import ImageError
-from stellar_fast.extract import plan, run
+from stellar_fast.extract import make_job, run
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "TIFF": "tif", "BMP": "bmp"}
 
@@ -31,7 +31,7 @@ def check(tmp_path: Path, each: int, first: int, sampled: int) -> None:
     names = write_mutants(tmp_path / "in", each, first)
     engine = small_engine()
     output = tmp_path / "out"
-    summary = run(plan(tmp_path / "in", output, partition_size=64, batch_size=16), engine)
+    summary = run(make_job(tmp_path / "in", output, partition_size=64, batch_size=16), engine)
     assert summary.images == len(names)
     features = stellar_fast.open_features(output)
     features.verify()

@@ -14,8 +14,8 @@ from pictures import png
 from pyarrow import parquet
 
 from stellar_fast import ImageError
-from stellar_fast.extract import discover, plan
-from stellar_fast.extract.input import door, web
+from stellar_fast.extract import make_job
+from stellar_fast.extract.input import discover, door, web
 from stellar_fast.extract.input.addresses import READ, Allowed, check, parse
 from stellar_fast.extract.records import Item
 
@@ -163,7 +163,7 @@ def test_a_protocol_that_is_opened_takes_no_file_from_the_web_unchecked(tmp_path
 @pytest.mark.parametrize("name", ["", "a b", "ftp::x", "://", "f/p"])
 def test_names_that_are_no_protocols_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match="a protocol is a name"):
-        plan(tmp_path, tmp_path / "out", allow_protocols=[name])
+        make_job(tmp_path, tmp_path / "out", allow_protocol=[name])
 
 
 # Local files

@@ -8,8 +8,7 @@ from archived import write_tar, zipped
 from loopback import serving
 
 from stellar_fast import ImageError
-from stellar_fast.extract import discover
-from stellar_fast.extract.input import archives, door
+from stellar_fast.extract.input import archives, discover, door
 from stellar_fast.extract.input.addresses import Allowed
 from stellar_fast.extract.records import Item
 

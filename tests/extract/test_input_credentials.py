@@ -12,8 +12,8 @@ from loopback import head, redirect, serving
 from pictures import png
 
 from stellar_fast import ImageError, StellarError
-from stellar_fast.extract import discover, plan, run
-from stellar_fast.extract.input import door
+from stellar_fast.extract import make_job, run
+from stellar_fast.extract.input import discover, door
 from stellar_fast.extract.input.addresses import Allowed, scrubbed, shown
 from stellar_fast.extract.output.layout import digest_of, read_items, read_plan
 from stellar_fast.extract.records import Item
@@ -38,7 +38,7 @@ def test_no_file_of_an_output_has_them_but_the_one_that_needs_them(tmp_path, eng
         lines += [secret(server, "a.png", "other=s3cr3t")]
         server.answers["/list.txt"] = "\n".join(lines).encode()
         source = secret(server, "list.txt")
-        run(plan(source, tmp_path / "out", partition_size=2), engine)
+        run(make_job(source, tmp_path / "out", partition_size=2), engine)
         basic = f"Basic {base64.b64encode(b'alice:hunter2').decode()}"
         assert {request.headers["authorization"] for request in server.requests} == {basic}
         assert all("s3cr3t" in path and "fr4gment" not in path for path in server.paths)
@@ -59,15 +59,15 @@ def test_an_input_with_them_is_the_same_when_it_is_resumed(tmp_path, engine):
     with serving({"/a.png": png()}) as server:
         server.answers["/list.txt"] = b"a.png\n"
         source = secret(server, "list.txt")
-        run(plan(source, tmp_path / "out"), engine)
+        run(make_job(source, tmp_path / "out"), engine)
         for again in (source, source.replace("hunter2", "other"), source.replace("alice", "bob")):
             for arguments in ({}, {"resume": True}):
-                assert run(plan(again, tmp_path / "out", **arguments), engine).images == 0
+                assert run(make_job(again, tmp_path / "out", **arguments), engine).images == 0
         made = read_plan(tmp_path / "out")
         (item,) = read_items(tmp_path / "out", made.partitions[0])
         assert item.file == f"http://alice:hunter2@{server.host}/a.png"
         with pytest.raises(ValueError, match="another configuration") as caught:
-            plan(source.replace("token", "tokens"), tmp_path / "out")
+            make_job(source.replace("token", "tokens"), tmp_path / "out")
         assert_no_secrets(str(caught.value), "message")
 
 
@@ -203,7 +203,7 @@ def test_an_error_of_the_engine_says_none(tmp_path, engine):
     with serving({"/a.png": b"x"}) as server:
         server.answers["/list.txt"] = f"{secret(server, 'a.png')}\n".encode()
         with pytest.raises(StellarError) as caught:
-            run(plan(secret(server, "list.txt"), tmp_path / "o", on_error="fail"), engine)
+            run(make_job(secret(server, "list.txt"), tmp_path / "o", on_error="fail"), engine)
         assert_no_secrets(str(caught.value), "message")
 
 

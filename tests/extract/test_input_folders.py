@@ -7,8 +7,7 @@ import pytest
 from extracting import touch
 
 from stellar_fast import ImageError
-from stellar_fast.extract import discover
-from stellar_fast.extract.input import door
+from stellar_fast.extract.input import discover, door
 from stellar_fast.printable import printable
 
 

@@ -18,8 +18,7 @@ from pyarrow import parquet
 from tars import GOOD, LIES, header
 
 from stellar_fast import ImageError, StellarError
-from stellar_fast.extract import discover
-from stellar_fast.extract.input import door, web
+from stellar_fast.extract.input import discover, door, web
 from stellar_fast.extract.input.addresses import LOCAL, Allowed, check, is_address, parse
 from stellar_fast.extract.records import Item
 from stellar_fast.printable import printable

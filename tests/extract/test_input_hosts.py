@@ -7,8 +7,7 @@ from loopback import redirect, serving
 from pictures import png
 
 from stellar_fast import ImageError
-from stellar_fast.extract import discover
-from stellar_fast.extract.input import door, web
+from stellar_fast.extract.input import discover, door, web
 from stellar_fast.extract.input.addresses import Allowed
 from stellar_fast.extract.records import Item
 

@@ -15,8 +15,8 @@ from loopback import Server, head, serving
 from pictures import photograph
 from pyarrow import parquet
 
-from stellar_fast.extract import discover, plan, run
-from stellar_fast.extract.input import addresses, door, lists
+from stellar_fast.extract import make_job, run
+from stellar_fast.extract.input import addresses, discover, door, lists
 from stellar_fast.extract.input.door import expand
 
 
@@ -205,7 +205,7 @@ def test_lines_that_are_no_utf8_are_read_and_indexed(tmp_path):
     )
     (tmp_path / "list.txt").write_bytes(lines)
     (tmp_path / "\x1b]0;x\x07.png").write_bytes(b"no picture \xff\x1b[2J")
-    run(plan(tmp_path / "list.txt", tmp_path / "out"), engine)
+    run(make_job(tmp_path / "list.txt", tmp_path / "out"), engine)
     table = index(tmp_path / "out")
     assert table["status"] == ["ok"] + ["failed"] * 5
     assert table["id"][:2] == ["\\xe9.png", "https://\\xe9.invalid/a.png"]

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from tars import END, GOOD, LIES, A, header, member, pax
 
-from stellar_fast.extract import discover
-from stellar_fast.extract.input import archives, door
+from stellar_fast.extract.input import archives, discover, door
 
 
 def put(tmp_path: Path, content: bytes) -> Path:

@@ -11,8 +11,7 @@ from archived import write_tar
 from loopback import Request, head, honest, redirect, serving
 
 from stellar_fast import ImageError
-from stellar_fast.extract import discover
-from stellar_fast.extract.input import archives, door, web
+from stellar_fast.extract.input import archives, discover, door, web
 from stellar_fast.extract.input.addresses import Allowed
 from stellar_fast.extract.records import Item
 

@@ -10,7 +10,7 @@ from scenes import write_photographs
 import stellar_fast.extract.output.folder as folders
 from stellar_fast import files
 from stellar_fast.errors import StellarError
-from stellar_fast.extract import plan, run
+from stellar_fast.extract import make_job, run
 from stellar_fast.extract.output.folder import Locks, Staged
 from stellar_fast.extract.output.layout import Partition, read_manifest, read_plan, write_json
 
@@ -118,25 +118,25 @@ def test_a_guessed_temporary_name_is_not_written_through(output, outside, monkey
 
 
 def test_resuming_does_not_read_through_a_link(photographs, output, outside, engine):
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     made = read_plan(output)
     (output / "part-00000").rename(output.parent / "moved")
     (output / "part-00000").symlink_to(output.parent / "moved")
     with pytest.raises(StellarError, match=r"part-00000.*is a link"):
         read_manifest(output, made, 0)
     with pytest.raises(StellarError, match=r"part-00000.*is a link"):
-        run(plan(photographs, output, **SMALL), engine)
+        run(make_job(photographs, output, **SMALL), engine)
 
 
 def test_overwriting_removes_links_and_not_what_they_lead_to(photographs, output, outside, engine):
-    run(plan(photographs, output, **SMALL), engine)
+    run(make_job(photographs, output, **SMALL), engine)
     for name in ("part-00001", "part-00007", ".part-00000.partial-x", "stats-1-of-2.json"):
         path = output / name
         if path.is_dir():
             path.rename(output.parent / "moved")
         path.symlink_to(outside / ("file" if name.endswith("json") else "deep"))
     (output / "part-00000" / "inner").symlink_to(outside)
-    summary = run(plan(photographs, output, overwrite=True, **SMALL), engine)
+    summary = run(make_job(photographs, output, overwrite=True, **SMALL), engine)
     assert summary.images == 5
     assert not any(path.is_symlink() for path in output.rglob("*"))
     assert not (output / "part-00007").exists()
@@ -147,7 +147,7 @@ def test_the_umask_is_left_alone(photographs, output, engine, monkeypatch):
     before = os.umask(0o027)
     try:
         monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
-        run(plan(photographs, output, **SMALL), engine)
+        run(make_job(photographs, output, **SMALL), engine)
     finally:
         monkeypatch.undo()
         os.umask(before)

@@ -20,7 +20,7 @@ from pictures import photograph
 
 import stellar_fast
 from stellar_fast.errors import MissingExtraError, StellarError
-from stellar_fast.extract import plan, ray_runner, ray_session, run
+from stellar_fast.extract import make_job, ray_runner, ray_session, run
 from stellar_fast.extract.output.layout import complete, read_plan
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
@@ -47,7 +47,7 @@ def expected(folder, tmp_path_factory) -> Path:
     torch.set_num_threads(1)  # as many as an engine has: sums may depend on it
     try:
         output = tmp_path_factory.mktemp("plain") / "out"
-        run(plan(folder, output, **SMALL_PARTS), load_small("cpu"))
+        run(make_job(folder, output, **SMALL_PARTS), load_small("cpu"))
     finally:
         torch.set_num_threads(threads)
     return output
@@ -138,7 +138,7 @@ def load(marks: Path, what: str, device: str | None):
 
 def extract(folder: Path, output: Path, marks: Path, what: str = "", **options):
     marks.mkdir(exist_ok=True)
-    job = plan(folder, output, **SMALL_PARTS, **options)
+    job = make_job(folder, output, **SMALL_PARTS, **options)
     return ray_runner.run(job, functools.partial(load, marks, what), engines=2, workers=1)
 
 
@@ -200,7 +200,7 @@ def test_an_error_is_the_callers_and_what_is_complete_stays(folder, expected, tm
     time.sleep(2)
     assert complete(output, read_plan(output)) == done, "an engine goes on after the error"
     assert '"outcome": "error: the disk is full"' in (output / "stats.json").read_text()
-    summary = run(plan(folder, output, **SMALL_PARTS), load_small("cpu"))  # without Ray, for once
+    summary = run(make_job(folder, output, **SMALL_PARTS), load_small("cpu"))  # without Ray
     assert summary.partitions == 6 - len(done)
     stellar_fast.open_features(output).verify()
 
@@ -214,7 +214,7 @@ def test_failures_are_counted_over_all_engines(folder, tmp_path, played):
 def test_engines_that_differ_are_refused(folder, tmp_path):
     """As "auto" differs between kinds of GPU."""
     output = tmp_path / "out"
-    run(plan(folder, output, **SMALL_PARTS), load_small("cpu"))
+    run(make_job(folder, output, **SMALL_PARTS), load_small("cpu"))
     shutil.rmtree(output / "part-00002")
 
     def load_other(device):
@@ -223,7 +223,7 @@ def test_engines_that_differ_are_refused(folder, tmp_path):
         return engine
 
     with pytest.raises(StellarError, match=r'precision ."fp32" -> "bf16".; give'):
-        work_alone(plan(folder, output, **SMALL_PARTS), load_other)
+        work_alone(make_job(folder, output, **SMALL_PARTS), load_other)
     assert not (output / "part-00002").exists()
 
 
@@ -232,7 +232,7 @@ def test_failed_images_are_tried_again(folder, tmp_path, played):
     moved.mkdir()
     for path in folder.iterdir():
         (moved / path.name).write_bytes(path.read_bytes())
-    run(plan(moved, tmp_path / "out", **SMALL_PARTS), load_small("cpu"))
+    run(make_job(moved, tmp_path / "out", **SMALL_PARTS), load_small("cpu"))
     photograph(40, 30, seed=3).save(moved / "03.png")
     summary = extract(moved, tmp_path / "out", tmp_path / "marks", retry_failed=True)
     assert summary.all_failed == 5
@@ -251,11 +251,11 @@ def work_alone(job, load) -> list:
 
 
 def test_a_repeated_task_leaves_what_the_dead_process_finished(folder, expected):
-    assert work_alone(plan(folder, expected, **SMALL_PARTS), load_small) == []
+    assert work_alone(make_job(folder, expected, **SMALL_PARTS), load_small) == []
 
 
 def test_an_output_that_the_nodes_do_not_see(folder, expected, tmp_path):
-    job = plan(folder, tmp_path / "out", **SMALL_PARTS)
+    job = make_job(folder, tmp_path / "out", **SMALL_PARTS)
     share = ray_runner._Share(engines=1, cpus=1, gpus=0)
     with pytest.raises(StellarError, match="not to be seen from a node of the Ray cluster"):
         ray_runner._work(job, read_plan(expected), load_small, {}, share, print)
@@ -269,7 +269,7 @@ def test_what_ray_cannot_mend_is_one_line(folder, tmp_path):
         def __reduce__(self):
             return __import__, ("a_module_that_no_node_has",)
 
-    job = plan(folder, tmp_path / "out", **SMALL_PARTS)
+    job = make_job(folder, tmp_path / "out", **SMALL_PARTS)
     with pytest.raises(StellarError, match=r"a_module_that_no_node_has.*every node") as caught:
         ray_runner.run(job, functools.partial(load_small, Unknown()), engines=2)
     assert "\n" not in str(caught.value)
@@ -296,7 +296,7 @@ def test_engines_fit_on_the_nodes(nodes, engines, share, monkeypatch):
 
 
 def test_more_engines_than_there_is_room_for(folder, tmp_path, played):
-    job = plan(folder, tmp_path / "out", **SMALL_PARTS)
+    job = make_job(folder, tmp_path / "out", **SMALL_PARTS)
     with pytest.raises(ValueError, match="3 engines, but the Ray cluster has 2 cores"):
         ray_runner.run(job, load_small, engines=3)
     played.node["Resources"] = {"CPU": 8.0, "GPU": 1.0}
@@ -306,12 +306,12 @@ def test_more_engines_than_there_is_room_for(folder, tmp_path, played):
 
 
 def test_arguments(folder, tmp_path):
-    job = plan(folder, tmp_path / "out", **SMALL_PARTS)
+    job = make_job(folder, tmp_path / "out", **SMALL_PARTS)
     with pytest.raises(ValueError, match="the number of engines must be at least 1, got 0"):
         ray_runner.run(job, load_small, engines=0)
     with pytest.raises(ValueError, match="the number of workers must be at least 1, got -1"):
         ray_runner.run(job, load_small, workers=-1)
-    dummy = plan(folder, tmp_path / "out", dummy_writer=True, **SMALL_PARTS)
+    dummy = make_job(folder, tmp_path / "out", dummy_writer=True, **SMALL_PARTS)
     with pytest.raises(ValueError, match="measures one machine"):
         ray_runner.run(dummy, load_small)
 
@@ -319,4 +319,4 @@ def test_arguments(folder, tmp_path):
 def test_without_ray(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"stellar-fast\[ray\]"):
-        ray_runner.run(plan(folder, tmp_path / "out", **SMALL_PARTS), load_small)
+        ray_runner.run(make_job(folder, tmp_path / "out", **SMALL_PARTS), load_small)

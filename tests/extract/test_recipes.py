@@ -12,7 +12,7 @@ from PIL import Image
 import stellar_fast
 from stellar_fast import photos
 from stellar_fast.errors import ImageError, MissingExtraError
-from stellar_fast.extract import plan, run
+from stellar_fast.extract import make_job, run
 from stellar_fast.recipes import probe, search, segment
 from stellar_fast.viz.plots import token_colours
 
@@ -37,7 +37,7 @@ def photographs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def features(photographs, engine, tmp_path_factory):
     output = tmp_path_factory.mktemp("output") / "out"
-    job = plan(photographs, output, features=["sparse", "cls", "spatial"], partition_size=7)
+    job = make_job(photographs, output, features=["sparse", "cls", "spatial"], partition_size=7)
     run(job, engine)
     return stellar_fast.open_features(output)
 
@@ -167,7 +167,7 @@ def test_probe_arguments(features, tmp_path):
 def test_an_image_in_no_folder(photographs, engine, tmp_path):
     (tmp_path / "in").mkdir()
     photos.draw(next(iter(photos.SCENES)), 60, 60, 0).save(tmp_path / "in" / "alone.jpg")
-    run(plan(tmp_path / "in", tmp_path / "out"), engine)
+    run(make_job(tmp_path / "in", tmp_path / "out"), engine)
     with pytest.raises(ValueError, match=r"alone\.jpg: is in no folder"):
         probe.folder_labels(stellar_fast.open_features(tmp_path / "out"))
 

@@ -37,7 +37,7 @@ def extract(output: str, step: int) -> None:
     from engines import small_engine
     from extracting import SMALL_PARTS, Wrapped
 
-    from stellar_fast.extract import plan, run
+    from stellar_fast.extract import make_job, run
 
     engine = small_engine()
 
@@ -47,7 +47,7 @@ def extract(output: str, step: int) -> None:
 
     if step:
         die_at(step)
-    job = plan(sys.argv[1], output, workers=1 if step else None, **SMALL_PARTS)
+    job = make_job(sys.argv[1], output, workers=1 if step else None, **SMALL_PARTS)
     run(job, Wrapped(engine, encode))
 
 

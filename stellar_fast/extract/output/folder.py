@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
 # What this process has locked, as (device, inode, partition): its own locks do not stop it.
 _TAKEN: set[tuple[int, int, int]] = set()
+_PLANNING = threading.Lock()
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -150,14 +152,15 @@ class Locks:
 
     @contextmanager
     def planning(self) -> Iterator[None]:
-        """Waits until no other process makes the plan."""
-        with _without_locks():
-            fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _PLAN_BYTE)
-        try:
-            yield
-        finally:
+        """Waits until no other process, or thread, writes a file that is not a partition's."""
+        with _PLANNING:
             with _without_locks():
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _PLAN_BYTE)
+                fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _PLAN_BYTE)
+            try:
+                yield
+            finally:
+                with _without_locks():
+                    fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _PLAN_BYTE)
 
 
 @contextmanager

@@ -7,21 +7,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import StellarError
-from ..input.addresses import Allowed
-from ..input.door import NOTHING_MORE
+from ..options import Job
 from ..output.folder import BusyError, Locks
-from ..output.layout import Partition, Plan, read_items
+from ..output.layout import Plan, read_items
 from ..output.partition import Unwritten, Work
 from ..records import Item
 from ..stats import Timer
 from .decoding import SHAPE, Outcome, pixels_dtype
-from .sandbox import Limits
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -54,32 +50,6 @@ class Encoder(Protocol):
     ) -> dict[str, Tensor]: ...
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to work; nothing of it changes the features, only which images have any.
-
-    Attributes:
-        workers: processes that decode.
-        on_error: "record" images that cannot be read in the index, or "fail" at the first.
-        max_errors: images that may fail before the run does; None is any number.
-        retry_failed: make complete partitions again for their images that failed.
-        dummy_reader: encode noise instead of the images, to measure everything but reading.
-        dummy_writer: write nothing, to measure everything but writing.
-        allowed: what may be read beyond the defaults; never the plan's, which may be another's.
-        limits: of decoding one image. They are in every manifest, not in the plan: an image that
-            failed by them may be tried again under others.
-    """
-
-    workers: int
-    on_error: str = "record"
-    max_errors: int | None = None
-    retry_failed: bool = False
-    dummy_reader: bool = False
-    dummy_writer: bool = False
-    allowed: Allowed = NOTHING_MORE
-    limits: Limits = field(default_factory=Limits)
-
-
 class Stopped(Exception):
     """The pipeline was stopped by `Pipeline.stop`."""
 
@@ -109,19 +79,16 @@ class Pipeline:
 
     def __init__(
         self,
-        output: Path | None,
+        job: Job,
         plan: Plan,
         engine: Encoder,
-        options: Options,
         *,
-        items: Callable[[Partition], list[Item]] | None = None,
         report: Report | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> None:
         """
         Args:
-            output: the folder that has the plan; None to write nothing.
-            items: the images of a partition; those that `output` has for it, if left out.
+            plan: in the job's output, if it has one.
             report: is called with the images and the failed images finished since its last call,
                 and the seconds of each stage since then.
             stopped: is asked now and then, by several threads, whether to stop.
@@ -133,13 +100,9 @@ class Pipeline:
 
         from .copies import Copies
 
-        if items is None:
-            if output is None:
-                raise ValueError("without an output there must be items")
-            items = partial(read_items, output)
         self.timer = Timer()
-        self._output, self._plan, self._engine = output, plan, engine
-        self._options, self._items, self._report = options, items, report
+        self._job, self._options = job, job.options
+        self._plan, self._engine, self._report = plan, engine, report
         configuration = plan.configuration
         self._batch_size: int = configuration["batch_size"]
         self._features: list[str] = configuration["features"]
@@ -158,18 +121,18 @@ class Pipeline:
         self._made: dict[str, Any] = {
             "device": str(engine.device),
             "backend": engine.backend,
-            "limits": asdict(options.limits),
+            "limits": asdict(job.limits),
         }
         self._failures = 0
-        self._locks = None if output is None else Locks(output)
+        self._locks = Locks(job.output) if job.writes else None
         try:
             self._workers = Workers(
-                options.workers,
+                job.workers,
                 configuration["preset"],
                 self._batch_size,
-                dummy=options.dummy_reader,
-                allowed=options.allowed,
-                limits=options.limits,
+                dummy=job.options.dummy_reader,
+                allowed=job.allowed,
+                limits=job.limits,
             )
         except BaseException:
             self._close_locks()
@@ -324,18 +287,21 @@ class Pipeline:
     def _claimed(self, wanted: Wanted) -> Iterator[Work | Unwritten]:
         """The partitions that no other process has: in rounds, until there is none in a round,
         since one that dies lets go of its own."""
-        if self._output is None or self._locks is None:
+        parts = self._plan.partitions
+        if self._locks is None:
             for index in wanted:
-                yield Unwritten(self._plan, index, self._items(self._plan.partitions[index]))
+                items = self._job.listed(index, parts[index].images)
+                yield Unwritten(self._plan, index, items)
             return
+        output = self._job.output
         left = list(wanted)
         claimed = True
         while left and claimed:
             busy, claimed = [], False
             for index in left:
-                items = self._items(self._plan.partitions[index])
+                items = read_items(output, parts[index])
                 try:
-                    work = Work(self._output, self._plan, index, items, self._shapes, self._locks)
+                    work = Work(output, self._plan, index, items, self._shapes, self._locks)
                 except BusyError:
                     busy.append(index)
                     continue

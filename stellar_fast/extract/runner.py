@@ -24,8 +24,9 @@ from typing import Any
 
 from ..errors import StellarError
 from ..printable import printable
-from .job import Job, decided, items_of, prepare, todo
-from .output.folder import has_locks
+from .job import decided, make_plan, todo
+from .options import Job
+from .output.folder import Locks, has_locks
 from .output.layout import STATS, Plan, difference, read_manifest, write_json
 from .stats import Progress, Summary
 from .work.pipeline import Encoder, Pipeline, Stopped, Wanted
@@ -63,16 +64,16 @@ def run(
             failed that may not. Partitions that are complete stay, and the same call goes on from
             there.
     """
-    made = prepare(job, decided(job, engine), facts)
-    with tallied(job, made, log_seconds) as tally:
+    plan = make_plan(job, decided(job, engine), facts)
+    with tallied(job, plan, log_seconds) as tally:
         if tally.wanted:
-            work(job, made, engine, tally.wanted, tally.told)
+            work(job, plan, engine, tally.wanted, tally.told)
     return tally.summary
 
 
 def work(
     job: Job,
-    made: Plan,
+    plan: Plan,
     engine: Encoder,
     wanted: Wanted,
     tell: Tell,
@@ -89,12 +90,8 @@ def work(
         Stopped: by `stopped`.
         StellarError: as `run`.
     """
-    items = partial(items_of, job) if job.options.dummy_writer else None
-    output = None if job.options.dummy_writer else job.output
     report = partial(tell, "report")
-    with Pipeline(
-        output, made, engine, job.options, items=items, report=report, stopped=stopped
-    ) as pipeline:
+    with Pipeline(job, plan, engine, report=report, stopped=stopped) as pipeline:
         for manifest in pipeline.run(wanted):
             tell("manifest", manifest)
         report(0, 0, pipeline.timer.take())
@@ -103,8 +100,7 @@ def work(
 def shares_of(job: Job, wanted: Wanted, count: int) -> list[Wanted]:
     """What each of `count` processes may make: everything, as they keep out of each other's way by
     locks; or a share, where that is not enough to have each partition made once."""
-    writes = not job.options.dummy_writer
-    if writes and has_locks(job.output) and not job.options.retry_failed:
+    if job.writes and has_locks(job.output) and not job.options.retry_failed:
         return [wanted] * count
     return [dict(list(wanted.items())[first::count]) for first in range(count)]
 
@@ -112,14 +108,14 @@ def shares_of(job: Job, wanted: Wanted, count: int) -> list[Wanted]:
 class Tally:
     """What was made so far, by whichever process."""
 
-    def __init__(self, job: Job, made: Plan, log_seconds: float) -> None:
-        self.wanted, done = todo(job, made)
-        self.summary = Summary(workers=job.options.workers)
+    def __init__(self, job: Job, plan: Plan, log_seconds: float) -> None:
+        self.wanted, done = todo(job, plan)
+        self.summary = Summary(workers=job.workers)
         self.left = set(self.wanted)
         self._most, self._failures = job.options.max_errors, 0
         for manifest in done.values():
             self.earlier(manifest)
-        images = sum(made.partitions[index].images for index in self.wanted)
+        images = sum(plan.partitions[index].images for index in self.wanted)
         self.progress = Progress(images, log_seconds) if images else None
 
     def earlier(self, manifest: Mapping[str, Any]) -> None:
@@ -152,16 +148,16 @@ class Tally:
 
 
 @contextmanager
-def tallied(job: Job, made: Plan, log_seconds: float) -> Iterator[Tally]:
+def tallied(job: Job, plan: Plan, log_seconds: float) -> Iterator[Tally]:
     """Counts what is done in the block; `stats.json` is written whatever happens."""
-    tally = Tally(job, made, log_seconds)
+    tally = Tally(job, plan, log_seconds)
     summary = tally.summary
     start = time.perf_counter()
     outcome = "complete"
     try:
         yield tally
         for index in sorted(tally.left):  # other runs have them
-            manifest = read_manifest(job.output, made, index)
+            manifest = read_manifest(job.output, plan, index)
             if manifest is None:
                 summary.elsewhere += 1
             else:
@@ -176,8 +172,8 @@ def tallied(job: Job, made: Plan, log_seconds: float) -> Iterator[Tally]:
     finally:
         tally.close()
         summary.seconds["total"] = time.perf_counter() - start
-        if not job.options.dummy_writer and (tally.wanted or outcome != "complete"):
-            k, n = job.share
+        if job.writes and (tally.wanted or outcome != "complete"):
+            k, n = job.options.share
             name = STATS if n == 1 else f"stats-{k}-of-{n}.json"
             content = {
                 "outcome": outcome,
@@ -185,7 +181,8 @@ def tallied(job: Job, made: Plan, log_seconds: float) -> Iterator[Tally]:
                 **summary.facts(),
             }
             try:
-                write_json(job.output / name, content)
+                with Locks(job.output) as locks, locks.planning():
+                    write_json(job.output / name, content)
             except Exception:
                 if outcome == "complete":  # or it would hide what went wrong
                     raise
@@ -252,12 +249,12 @@ def run_devices(
         engines = [process.receive() for process in processes]
         for process, engine in zip(processes, engines, strict=True):
             check_engine(process.name, engines[0], engine)
-        made = prepare(job, engines[0], facts)
-        with tallied(job, made, log_seconds) as tally:
+        plan = make_plan(job, engines[0], facts)
+        with tallied(job, plan, log_seconds) as tally:
             tally.summary.engines = len(devices)
             shares = shares_of(job, tally.wanted, len(devices))
             for process, share in zip(processes, shares, strict=True):
-                process.link.send((made, share))
+                process.link.send((plan, share))
             while processes:
                 told = connection.wait([process.link for process in processes])
                 for process in [process for process in processes if process.link in told]:
@@ -299,10 +296,10 @@ class _Process:
 @contextmanager
 def _processes(job: Job, load: Load, devices: Sequence[str | None]) -> Iterator[list[_Process]]:
     context = multiprocessing.get_context("spawn")
-    workers = max(1, job.options.workers // len(devices))
+    workers = max(1, job.workers // len(devices))
     # The images are in the output folder, if there is one, and these may be millions.
-    items = job.items if job.options.dummy_writer else None
-    theirs = replace(job, items=items, options=replace(job.options, workers=workers))
+    items = None if job.writes else job.items
+    theirs = replace(job, items=items, workers=workers)
     threads = max(1, cores() // len(devices))
     started: list[_Process] = []
     try:
@@ -349,9 +346,9 @@ def _serve(link: Connection, load: Load, device: str | None, job: Job, threads: 
 
                 torch.set_num_threads(threads)
             link.send(decided(job, engine))
-            made, wanted = link.recv()
+            plan, wanted = link.recv()
             # Nothing more is sent: what can be read is the end.
-            work(job, made, engine, wanted, tell, stopped=link.poll)
+            work(job, plan, engine, wanted, tell, stopped=link.poll)
             link.send(None)
         except (Stopped, EOFError, BrokenPipeError, ConnectionResetError):
             pass
