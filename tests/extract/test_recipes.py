@@ -91,7 +91,7 @@ def test_what_does_not_belong_together_is_refused(photographs, features, engine,
     index = search.build_index(features)
     engine_of_others = small_engine()
     engine_of_others.weights = "others"
-    with pytest.raises(ValueError, match="made with another weights"):
+    with pytest.raises(ValueError, match="made with another engine: weights"):
         search.search(index, features, engine_of_others, [photographs / features.ids[0]])
     index.add(np.zeros((1, 64), np.float32))
     rows = len(features)
