@@ -54,7 +54,7 @@ def draw(scene: str, width: int, height: int, seed: int) -> Image.Image:
         else:
             side = half * (0.2 if kind == "trunk" else 0.5)
             pen.rectangle([x - side, y - 1.6 * half, x + side, y + half], fill)
-    soft = np.asarray(picture.filter(ImageFilter.GaussianBlur(height / 900)), np.float32)
+    soft = np.asarray(picture.filter(ImageFilter.GaussianBlur(height / 900)), np.float64)
     soft = soft * (1 + 0.12 * _texture(width, height, rng)) + rng.normal(0, 4, soft.shape)
     return Image.fromarray(soft.clip(0, 255).astype(np.uint8))
 
