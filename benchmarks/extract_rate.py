@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
@@ -116,9 +117,10 @@ def ready_rate(engine: stellar_fast.Engine, images: int) -> float:
 def dummy_rate(engine: stellar_fast.Engine, source: Path) -> float:
     """Images a second of the pipeline with nothing to read or write, from its second batch on."""
     job = make_job(source, "nowhere", batch_size=BATCH, dummy_reader=True, dummy_writer=True)
-    times, images = [], []
+    times: list[float] = []
+    images: list[int] = []
 
-    def tell(kind: str, *content: object) -> None:
+    def tell(kind: str, *content: Any) -> None:
         if kind == "report" and content[0]:
             times.append(time.perf_counter())
             images.append(content[0])
@@ -151,11 +153,11 @@ def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
         dummy.append(dummy_rate(engine, root / "round.txt"))
         print(f"ready {ready[-1]:.1f} images/s, dummy reader and writer {dummy[-1]:.1f} images/s")
     ratios = [fed / alone for fed, alone in zip(dummy, ready, strict=True)]
-    job = {"stage": "extract", "key": "extract"}
+    row = {"stage": "extract", "key": "extract"}
     rows = [
-        {**job, "name": "extraction", **summary.facts()},
-        {**job, "name": "engine on ready tensors", "images_per_second": statistics.median(ready)},
-        {**job, "name": "dummy reader and writer", "images_per_second": statistics.median(dummy)},
+        {**row, "name": "extraction", **summary.facts()},
+        {**row, "name": "engine on ready tensors", "images_per_second": statistics.median(ready)},
+        {**row, "name": "dummy reader and writer", "images_per_second": statistics.median(dummy)},
     ]
     header = results.facts(
         "extract",

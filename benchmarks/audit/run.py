@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":  # before Triton is imported; workers inherit it
     os.environ.pop("TRITON_INTERPRET", None)
@@ -96,7 +96,9 @@ def encoder_of(config: ModelConfig, precision: str) -> EncoderWeights:
         weights = pack_encoder(state, config, DTYPES[precision], META)
     if precision == "fp8":
         first, *others = weights.blocks
-        weights = dataclasses.replace(weights, blocks=(first, *map(_fp8, others)))
+        weights = dataclasses.replace(
+            weights, blocks=(first, *map(_fp8, cast(list[Block], others)))
+        )
     return weights
 
 
@@ -129,6 +131,8 @@ def _reconstruct(config: ModelConfig, dtype: torch.dtype) -> None:
             torch.empty(batch, cells**2, config.num_sparse_tokens, device=META),
             torch.empty(batch, config.num_sparse_tokens, width, device=META),
         )
+        x: Tensor
+        sums: Tensor | None
         x, sums = kernels.linear_residual(
             lowrank.to(dtype),
             decode.decoder_proj.weight,

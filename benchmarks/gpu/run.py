@@ -107,7 +107,8 @@ def _process(stage: Stage, path: Path, file: BinaryIO, seconds: float) -> int | 
         with contextlib.suppress(ProcessLookupError):  # compilers that it started, too
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        process.stdin.close()
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 def run_stage(stage: Stage, path: Path, file: BinaryIO, seconds: float) -> str:

@@ -44,7 +44,7 @@ class Switch:
     name: str
     what: str
     instead: str
-    replace: Callable[[ModuleType], Ops] = field(default=lambda ops: {})
+    replace: Callable[[Any], Ops] = field(default=lambda ops: {})
     graphs: bool = True
     precision: str | None = None
     outputs: tuple[str, ...] = OUTPUTS
@@ -219,7 +219,7 @@ def without(switch: Switch, engine: Engine) -> Engine:
     `switch.precision` and `switch.outputs_off` are the caller's to follow: they take another engine
     or another call.
     """
-    base = engine._ops
+    base: Any = engine._ops
     other = Engine(
         engine.config,
         backends.restore(base, engine._encoder),
@@ -233,5 +233,6 @@ def without(switch: Switch, engine: Engine) -> Engine:
         cuda_graphs=engine.cuda_graphs and switch.graphs,
     )
     ops = {name: op for name, op in vars(base).items() if callable(op)}
-    other._ops = SimpleNamespace(**ops | switch.replace(base))
+    changed: Any = SimpleNamespace(**{**ops, **switch.replace(base)})
+    other._ops = changed
     return other

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,8 +201,11 @@ def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], list[Row
                 pending[item.key] = compiling(item, gpu)
         return measure(case, gpu, pending[case.key], torch.device("cuda"))
 
+    def rows_of(case: Case) -> list[Row]:
+        return [row(case)]
+
     for case in chosen:
-        yield case.key, lambda case=case: [row(case)], 60.0
+        yield case.key, partial(rows_of, case), 60.0
 
 
 def winner(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +229,8 @@ def table_of(facts: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
     archs = {row["arch"] for row in rows}
     if len(archs) != 1:
         raise ValueError(f"rows of the stage 'tune' are of {sorted(archs) or 'no GPU'}")
-    attention, by_shape = [], {}
+    attention: list[Any] = []
+    by_shape: dict[Any, Any] = {}
     for row in rows:
         if row["op"] == "attention":
             found = by_shape.setdefault(("attention", *row["shape"]), {})

@@ -76,10 +76,10 @@ def on_gpu(result: Result) -> str:
         f"{name} {rate / 1e9:.0f} GB/s" if name == "copy" else f"{name} {rate / 1e12:.0f}"
         for name, rate in rates(result.rows("ceilings")).items()
     ]
-    (tests,) = result.rows("tests") or [None]
+    tests = next(iter(result.rows("tests")), None)
     green = "not run"
     if tests is not None:
-        green = ("RED: " * ("failed" in tests)) + tests.get("summary", tests.get("failed", ""))
+        green = f"{'RED: ' * ('failed' in tests)}{tests.get('summary', tests.get('failed', ''))}"
     names = [name for name in ("torch", "triton") if name in facts["versions"]]
     packages = ", ".join(f"{name} {facts['versions'][name]}" for name in names)
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 psutil = pytest.importorskip("psutil")
-pytest.importorskip("ray.data", reason="the extra 'ray' is not installed")
+pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
