@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def attacked_work(*arguments) -> None:
         name, root = items[-1].id, Path(items[-1].file).parent.parent
         if "mark" in name:
             (root / "marked").touch()
-        eaten = []
+        eaten: list[object] = []
         # All of these end at last, and the picture is decoded: the failure of a missing limit.
         if "hang" in name:
             time.sleep(60)
@@ -46,5 +47,6 @@ def attacked_work(*arguments) -> None:
             os.abort()
         return decode(content, **options)
 
-    decoding.read_item, decoding.decode = read, attack
+    patched: Any = decoding
+    patched.read_item, patched.decode = read, attack
     decoding.work(*arguments)

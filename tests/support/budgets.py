@@ -111,7 +111,8 @@ class _Rounding(TorchDispatchMode):
         super().__init__()
         self.half_step = torch.finfo(dtype).eps / 2
         self.accumulated = rounding(torch.promote_types(dtype, torch.float32))
-        self.seed, self.generators = seed, {}
+        self.seed = seed
+        self.generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stellar_fast.config import BackboneConfig, ModelConfig
 from stellar_fast.weights.names import Shapes, published_shapes, vqgan_shapes
 
+Model = TypeVar("Model", bound=nn.Module)
 GOLDEN = Path(__file__).parents[1] / "golden"
 # part of a block's name in the published spelling -> in the renamed one
 RENAMED = {
@@ -70,7 +71,7 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(path), {key: json.loads(value) for key, value in meta.items()}
 
 
-def filled(model: nn.Module, seed: int) -> nn.Module:
+def filled(model: Model, seed: int) -> Model:
     """`model`, made on any device (meta: nothing to initialise), with the golden recipe's weights.
 
     A tokenizer in it keeps its own.

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from checkpoints import write_checkpoint, write_vqgan
 from engines import SMALL
@@ -14,7 +15,7 @@ from stellar_fast import cli
 def write_models(root: Path, *, tokenizer: bool = True) -> Path:
     """A local folder in the published layout: two small models, and the tokenizer, whose 54 million
     numbers take a second."""
-    geometry = {"backbone": SMALL, "num_sparse_tokens": 8, "num_decoder_layers": 1}
+    geometry: dict[str, Any] = {"backbone": SMALL, "num_sparse_tokens": 8, "num_decoder_layers": 1}
     write_checkpoint(root, "small", **geometry)
     write_checkpoint(root, "pixel", pixel_head=True, **geometry)
     if tokenizer:

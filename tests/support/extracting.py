@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pyarrow import parquet
@@ -56,7 +57,14 @@ def touch(root: Path, *names: str) -> None:
 class Wrapped:
     """An engine with another `encode`."""
 
-    def __init__(self, engine, encode) -> None:
+    config: Any
+    device: Any
+    precision: Any
+    backend: Any
+    weights: Any
+    max_batch: Any
+
+    def __init__(self, engine, encode: Any) -> None:
         for name in ("config", "device", "precision", "backend", "weights", "max_batch"):
             setattr(self, name, getattr(engine, name))
         self.encode = encode
@@ -89,7 +97,8 @@ def deadly_work(*arguments) -> None:
             time.sleep(3600)
         return read_item(item, allowed)
 
-    decoding.read_item = read
+    patched: Any = decoding
+    patched.read_item = read
     decoding.work(*arguments)
 
 

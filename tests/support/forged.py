@@ -17,7 +17,7 @@ from outputs import made_up, write_output
 import stellar_fast
 from stellar_fast.errors import StellarError
 
-WEIRD = (
+WEIRD: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 5, 2**31, 2**63, 10**30, 1.5, 1e308, float("nan")),
     *("", "..", "../x", "/dev/zero", "sparse", "npy", "a" * 5000, "\ud800", "0" * 64),
     *([], {}, [[]], [5, 4, 6], {"": None}, [[[[[]]]]]),

@@ -96,8 +96,9 @@ def _write_partition(
 
 
 def _outcome(number: int, bad: bool) -> Outcome:
-    size = (None, None) if bad else (640, 480)
-    return Outcome(number, 0, "was made to fail" if bad else None, *size, 0.0, 0.0)
+    if bad:
+        return Outcome(number, 0, "was made to fail")
+    return Outcome(number, 0, width=640, height=480)
 
 
 def made_up(rows: int, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from checkpoints import filled, images
 from stellar_fast.reference import STELLARModel
@@ -13,10 +15,10 @@ TINY = BackboneConfig(32, 2, 2, 64, 16, image_size=64)
 GRID = 4
 
 
-def tiny_model(seed: int = 1, **arguments: object) -> STELLARModel:
+def tiny_model(seed: int = 1, **arguments: Any) -> STELLARModel:
     """A training model with the golden recipe's weights: pixel head, 4 tokens, 24 clusters, nothing
     random unless asked for."""
-    defaults: dict[str, object] = {
+    defaults: dict[str, Any] = {
         "num_sparse_tokens": 4,
         "num_decoder_layers": 1,
         "num_clusters": 24,
@@ -28,7 +30,7 @@ def tiny_model(seed: int = 1, **arguments: object) -> STELLARModel:
         "num_local_crops": 2,
         "vit_pretrained": TINY,
     }
-    return filled(STELLARModel(**(defaults | arguments)), seed).train()  # type: ignore[arg-type]
+    return filled(STELLARModel(**(defaults | arguments)), seed).train()
 
 
 def tiny_inputs(batch: int = 3, views: int = 2, crops: int = 2, seed: int = 2) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def write_photographs(root: Path, good: int, broken: int) -> list[str]:
         The names of the broken files, relative to `root`, with forward slashes.
     """
     rng = np.random.default_rng(5)
-    names = []
+    names: list[str] = []
     step = max(1, good // broken) if broken else good + 1
     for index in range(good):
         folder = root / ("", "summer", "summer/sea", "ünïcode")[index % 4]

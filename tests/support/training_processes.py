@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ def teacher_of_differing_students(rank: int) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if key.startswith("teacher_")}
 
 
-def training_step(rank: int, processes: int, **arguments: object) -> dict[str, Tensor]:
+def training_step(rank: int, processes: int, **arguments: Any) -> dict[str, Tensor]:
     """Gradients, and what was not averaged of the losses, of this process's part of a batch."""
     model = tiny_model(**arguments)
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
