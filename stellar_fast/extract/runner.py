@@ -252,18 +252,25 @@ def run_devices(
         plan = make_plan(job, engines[0], facts)
         with tallied(job, plan, log_seconds) as tally:
             tally.summary.engines = len(devices)
-            shares = shares_of(job, tally.wanted, len(devices))
-            for process, share in zip(processes, shares, strict=True):
-                process.link.send((plan, share))
-            while processes:
-                told = connection.wait([process.link for process in processes])
-                for process in [process for process in processes if process.link in told]:
-                    message = process.receive()
-                    if message is None:
-                        processes.remove(process)
-                    else:
-                        tally.told(*message)
+            if tally.wanted:
+                shares = shares_of(job, tally.wanted, len(devices))
+                for process, share in zip(processes, shares, strict=True):
+                    process.link.send((plan, share))
+                _follow(processes, tally)
     return tally.summary
+
+
+def _follow(processes: Sequence[_Process], tally: Tally) -> None:
+    """Counts what the processes tell, until all are done."""
+    working = list(processes)
+    while working:
+        ready = connection.wait([process.link for process in working])
+        for process in [process for process in working if process.link in ready]:
+            message = process.receive()
+            if message is None:
+                working.remove(process)
+            else:
+                tally.told(*message)
 
 
 @dataclass
@@ -310,7 +317,7 @@ def _processes(job: Job, load: Load, devices: Sequence[str | None]) -> Iterator[
                 process.start()
             link.close()
             started.append(_Process(str(device), process, mine))
-        yield list(started)
+        yield started
     finally:
         for one in started:
             one.link.close()  # which stops it

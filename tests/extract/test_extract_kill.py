@@ -438,6 +438,7 @@ def test_devices_are_given_everything_where_locks_keep_them_apart(
 
     assert given() == dict.fromkeys(names, everything.keys())
     assert given(dummy_writer=True) == halves
+    assert given("done") == {}, "nothing is left to start decoding processes for"
     one, other = given("done", retry_failed=True).values()
     assert one | other == {made["partition"] for made in manifests if made["failed"]}
     assert one and other and not one & other
