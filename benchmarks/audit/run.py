@@ -32,8 +32,6 @@ sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 import torch
 from audit.compilation import Compilation, Finding, compile_one
 from harness.workloads import DTYPES
-from stellar_fast.kernels import gpus, launch
-from stellar_fast.kernels.reassemble import MAX_TOKENS
 from torch import Tensor
 
 from stellar_fast import kernels
@@ -41,6 +39,8 @@ from stellar_fast.config import MODELS, ModelConfig
 from stellar_fast.engine import encoder
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.engine.graphs import bucket
+from stellar_fast.kernels import gpus, launch
+from stellar_fast.kernels.reassemble import MAX_TOKENS
 from stellar_fast.weights import names
 from stellar_fast.weights.pack import pack_decoder, pack_encoder
 from stellar_fast.weights.packed import (

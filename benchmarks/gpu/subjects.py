@@ -24,14 +24,14 @@ from harness.timing import Call
 from harness.workloads import BATCHES, flops_per_image
 from peers.footprint import plain_model, synthetic
 from peers.models import Subject
-from stellar_fast.reference import STELLARModel
-from stellar_fast.reference import ops as oracles
 from torch import Tensor
 
 import stellar_fast
 from stellar_fast.config import MODELS
 from stellar_fast.engine import encoder, torch_ops
 from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.reference import STELLARModel
+from stellar_fast.reference import ops as oracles
 from stellar_fast.weights.packed import map_nodes
 
 CHECKED = 4  # images on which the error budget is held

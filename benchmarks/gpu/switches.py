@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stellar_fast.reference import ops as oracles
 from torch import Tensor
 
 from stellar_fast.engine import backends, torch_ops
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.engine.engine import Engine
+from stellar_fast.reference import ops as oracles
 
 Ops = Mapping[str, Callable[..., Any]]
 FEW = ("sparse", "cls")  # outputs for which the last block runs on 1 + K rows

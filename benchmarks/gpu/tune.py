@@ -35,13 +35,13 @@ from harness.budgets import refusal_of_op
 from harness.results import ROOT, Row, read
 from harness.workloads import DTYPES, Case, arguments, cases, op_of
 from peers.ops import Race
+
+from stellar_fast import kernels
+from stellar_fast.config import MODELS
 from stellar_fast.kernels import gpus, launch, tables
 from stellar_fast.kernels.attention import attention_tile
 from stellar_fast.kernels.linear import linear_tile
 from stellar_fast.kernels.tables import AttentionTile, Table, Tile
-
-from stellar_fast import kernels
-from stellar_fast.config import MODELS
 
 OPS = ("qkv", "proj", "fc1", "fc2", "attention")
 POINTS = [(m, b) for b in (64, 1, 8, 256) for m in ("stellar-h16", "stellar-l16", "stellar-b16")]

@@ -30,13 +30,13 @@ from harness import workloads
 from harness.budgets import Encode, Outputs
 from harness.results import BASELINES, ROOT
 from peers.footprint import plain_model, synthetic, write_config
-from stellar_fast.reference import STELLARModel
 from torch import Tensor, nn
 
 import stellar_fast
 from stellar_fast.config import ModelConfig
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.loading import SYNTHETIC_SEED
+from stellar_fast.reference import STELLARModel
 
 BASELINE = BASELINES["encode"]
 DTYPES = {"fp64": torch.float64, **workloads.DTYPES}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from audit.compilation import _matrix_faults, _offset_faults
+
 from stellar_fast.kernels import gpus
 
 ROOT = Path(__file__).parents[2]

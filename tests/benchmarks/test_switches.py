@@ -8,11 +8,11 @@ from engines import SMALL, image, small_engine
 from gpu.switches import FEW, SWITCHES, without
 from kernel_checks import DEVICE, assert_budget
 from references import reference_of
-from stellar_fast.kernels import launch
-from stellar_fast.reference import ops as oracles
 
 from stellar_fast.engine import encoder
 from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.kernels import launch
+from stellar_fast.reference import ops as oracles
 from stellar_fast.weights.packed import map_nodes
 
 pytestmark = [pytest.mark.kernels, pytest.mark.numerical]

@@ -12,14 +12,14 @@ from audit.compilation import Finding
 from gpu import tune
 from harness.results import lines_of
 from harness.workloads import arguments, cases
-from stellar_fast.kernels import gpus, launch, tables
-from stellar_fast.kernels.attention import attention_tile
-from stellar_fast.kernels.linear import linear_tile
-from stellar_fast.kernels.tables import AttentionTile, Table
 from tuning import FACTS, KEPT, LOOPED, OTHER, OWN, THIRD, row, sound, timing
 
 from stellar_fast import kernels
 from stellar_fast.config import MODELS
+from stellar_fast.kernels import gpus, launch, tables
+from stellar_fast.kernels.attention import attention_tile
+from stellar_fast.kernels.linear import linear_tile
+from stellar_fast.kernels.tables import AttentionTile, Table
 
 pytestmark = pytest.mark.numerical  # the budgets that a candidate must meet
 HOPPER = gpus.GPUS[90]

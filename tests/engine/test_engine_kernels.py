@@ -12,12 +12,12 @@ from checkpoints import golden, images, relative_error
 from engines import SMALL, SMALL_META, config_of, engine_of, image, small_engine
 from kernel_checks import DEVICE, GPUS, ON_GPU, assert_budget, on_gpu, shaken
 from references import reference_of
-from stellar_fast.kernels import launch
-from stellar_fast.reference import ops as oracles
 
 from stellar_fast import kernels
 from stellar_fast.engine import decoder, encoder
 from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.kernels import launch
+from stellar_fast.reference import ops as oracles
 from stellar_fast.weights.packed import Fp8Block, map_nodes, position_code
 
 pytestmark = [pytest.mark.kernels, pytest.mark.numerical]

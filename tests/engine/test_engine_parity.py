@@ -16,10 +16,10 @@ from goldens import (
     slow,
 )
 from references import reference_of, vqgan_of
-from stellar_fast.reference.vqgan import VQGAN
 
 from stellar_fast.engine import decoder
 from stellar_fast.engine.vqgan import decode_codes
+from stellar_fast.reference.vqgan import VQGAN
 from stellar_fast.weights.pack import pack_vqgan
 
 pytestmark = pytest.mark.numerical

@@ -14,12 +14,12 @@ from checkpoints import golden, images
 from engines import engine_of, image, small_engine
 from goldens import ENCODE, assert_encodes_as_published
 from references import reference_of
-from stellar_fast.reference import ops as oracles
 
 import stellar_fast
 from stellar_fast.engine import encoder
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.precision import DTYPES
+from stellar_fast.reference import ops as oracles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32")]
 HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)

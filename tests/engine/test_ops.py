@@ -4,9 +4,9 @@ import budgets
 import pytest
 import torch
 from budgets import entitlement
-from stellar_fast.reference import ops
 
 from stellar_fast.engine import torch_ops
+from stellar_fast.reference import ops
 from stellar_fast.weights.packed import Linear
 
 pytestmark = pytest.mark.numerical

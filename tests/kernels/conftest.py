@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from stellar_fast.kernels.launch import is_interpreted
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from stellar_fast.kernels.launch import is_interpreted
 
 
 class _Watch:

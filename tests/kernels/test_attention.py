@@ -19,6 +19,7 @@ from kernel_checks import (
     rounding,
     strided,
 )
+
 from stellar_fast.kernels import attention, gpus, launch
 from stellar_fast.kernels.attention import attention_tile
 

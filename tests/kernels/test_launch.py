@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from kernel_checks import draw
+
 from stellar_fast.kernels import gpus, launch, linear
 from stellar_fast.kernels.attention import attention_tile
 from stellar_fast.kernels.linear import linear_tile

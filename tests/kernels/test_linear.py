@@ -21,6 +21,7 @@ from kernel_checks import (
     shaken,
     strided,
 )
+
 from stellar_fast.kernels import gpus, launch, linear, linear_residual
 from stellar_fast.kernels.linear import linear_tile
 from stellar_fast.kernels.tables import Table, Tile

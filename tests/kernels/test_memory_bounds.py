@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from stellar_fast.kernels.launch import is_interpreted, launch
 
 pytestmark = pytest.mark.skipif(

@@ -14,6 +14,7 @@ from kernel_checks import (
     shaken,
     strided,
 )
+
 from stellar_fast.kernels.launch import FP8, FP8_MAX
 from stellar_fast.kernels.norm import norm, quantize_rows
 from stellar_fast.reference import ops as oracles

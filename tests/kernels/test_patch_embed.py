@@ -12,6 +12,7 @@ from kernel_checks import (
     rounding,
     shaken,
 )
+
 from stellar_fast.kernels.launch import SUM_BLOCK
 from stellar_fast.kernels.patch_embed import patch_embed
 from stellar_fast.reference import ops as oracles

@@ -12,6 +12,7 @@ from kernel_checks import (
     shaken,
     strided,
 )
+
 from stellar_fast.kernels.reassemble import reassemble
 from stellar_fast.kernels.spatial_map import spatial_map
 from stellar_fast.reference import ops as oracles

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from stellar_fast.kernels import tables
 from tuning import LOOPED, sound
+
+from stellar_fast.kernels import tables
 
 DAMAGE = {
     "arch": (lambda c: c.update(arch=100), "it was tuned on sm_100"),

@@ -10,10 +10,11 @@ from budgets import GRADIENT, LOSS, TEACHER, TENSOR
 from checkpoints import filled, golden, images, relative_error
 from goldens import golden_image
 from references import reference_of, vqgan_of
+from torch import Tensor
+
 from stellar_fast.reference import STELLARModel
 from stellar_fast.reference.pretrain.losses import reconstruction_predictions, training_loss
 from stellar_fast.reference.vqgan import VQGAN
-from torch import Tensor
 
 pytestmark = pytest.mark.numerical
 GOLDENS = [

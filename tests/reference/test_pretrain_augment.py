@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 from checkpoints import images
-from stellar_fast.reference.pretrain import augment
 
 from stellar_fast.errors import MissingExtraError
+from stellar_fast.reference.pretrain import augment
 
 pytestmark = pytest.mark.numerical
 

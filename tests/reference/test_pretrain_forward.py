@@ -8,12 +8,12 @@ import torch
 from budgets import LOSS
 from checkpoints import relative_error
 from pretraining import GRID, TINY, tiny_inputs, tiny_model
+
+from stellar_fast.errors import MissingExtraError
 from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp, soft_cross_entropy
 from stellar_fast.reference.pretrain.koleo import koleo_loss
 from stellar_fast.reference.pretrain.losses import training_loss
 from stellar_fast.reference.vqgan import VQGAN
-
-from stellar_fast.errors import MissingExtraError
 
 pytestmark = pytest.mark.numerical
 FEATURES = {"sparse", "spatial", "dense", "lowrank", "cls", "concat", "peak_dist"}

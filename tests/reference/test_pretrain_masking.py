@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from budgets import FLOAT64
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stellar_fast.reference.pretrain.masking import block_focus, gaussian_focus, random_keep
 
 pytestmark = pytest.mark.numerical

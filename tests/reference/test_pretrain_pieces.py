@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from budgets import FLOAT64, TENSOR
 from checkpoints import golden, relative_error
+
+from stellar_fast.config import MODELS
 from stellar_fast.reference.pretrain.clustering import (
     ClusteringHead,
     sinkhorn_knopp,
@@ -14,8 +16,6 @@ from stellar_fast.reference.pretrain.clustering import (
 )
 from stellar_fast.reference.pretrain.koleo import koleo_loss
 from stellar_fast.reference.pretrain.matching import match
-
-from stellar_fast.config import MODELS
 from stellar_fast.weights.names import cluster_head_shapes
 
 pytestmark = pytest.mark.numerical

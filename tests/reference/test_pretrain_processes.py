@@ -14,6 +14,7 @@ import training_processes
 from budgets import GRADIENT, LOSS, TENSOR
 from checkpoints import relative_error
 from pretraining import tiny_inputs, tiny_model
+
 from stellar_fast.reference.pretrain import clustering, teacher
 from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp
 from stellar_fast.reference.pretrain.losses import training_loss

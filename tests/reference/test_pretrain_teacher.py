@@ -8,6 +8,7 @@ import torch
 from budgets import TEACHER, TENSOR
 from checkpoints import relative_error
 from pretraining import TINY, tiny_inputs, tiny_model
+
 from stellar_fast.reference import STELLARModel
 from stellar_fast.reference.pretrain.teacher import encode_with_teacher, update_teacher
 

@@ -9,9 +9,9 @@ from budgets import FLOAT64, TENSOR, assert_same_features, assert_within_budget,
 from checkpoints import filled, golden, images, relative_error
 from goldens import REAL_ENCODE, TINY_ENCODE, assert_encodes_as_published, slow
 from references import reference_of
-from stellar_fast.reference import STELLARModel
 
 from stellar_fast.config import BackboneConfig
+from stellar_fast.reference import STELLARModel
 
 pytestmark = pytest.mark.numerical
 TINY = BackboneConfig(64, 2, 4, 128, 16, image_size=96)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from checkpoints import images, respell, synthetic, write_vqgan
 from safetensors.torch import save_file
-from stellar_fast.reference import STELLARModel
-from stellar_fast.reference.vqgan import VQGAN
 from torch import nn
 
 from stellar_fast.config import BackboneConfig, ModelConfig
 from stellar_fast.errors import CheckpointError
+from stellar_fast.reference import STELLARModel
+from stellar_fast.reference.vqgan import VQGAN
 from stellar_fast.weights import names
 
 TINY = BackboneConfig(64, 2, 4, 128, 16, image_size=64)

@@ -15,11 +15,11 @@ from goldens import (
     golden_image,
 )
 from references import reference_of, vqgan_of
+
+from stellar_fast.config import BackboneConfig
 from stellar_fast.reference import STELLARModel
 from stellar_fast.reference.position import RandomFourierPosition
 from stellar_fast.reference.vqgan import VQGAN
-
-from stellar_fast.config import BackboneConfig
 
 pytestmark = pytest.mark.numerical
 TINY = BackboneConfig(64, 1, 4, 128, 16, image_size=64)

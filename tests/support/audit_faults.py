@@ -15,6 +15,7 @@ import triton.language as tl
 from audit.compilation import Compilation, Finding, compile_one
 from audit.run import collect, families
 from jit_keys import compared
+
 from stellar_fast.kernels.gpus import GPUS
 from stellar_fast.kernels.launch import tuned_by
 from stellar_fast.kernels.tables import Table, Tile

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import interpreter_arithmetic
 import torch
+
 from stellar_fast.kernels import gpus, launch
 from stellar_fast.reference import ops as oracles
 

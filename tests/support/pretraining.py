@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from checkpoints import filled, images
-from stellar_fast.reference import STELLARModel
 from torch import Tensor
 
 from stellar_fast.config import BackboneConfig
+from stellar_fast.reference import STELLARModel
 
 TINY = BackboneConfig(32, 2, 2, 64, 16, image_size=64)
 GRID = 4

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from checkpoints import filled, synthetic
+
 from stellar_fast.reference import STELLARModel
 from stellar_fast.reference.vqgan import VQGAN
-
 from stellar_fast.weights.names import vqgan_shapes
 
 

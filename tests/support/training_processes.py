@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pretraining import tiny_inputs, tiny_model
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
 from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp
 from stellar_fast.reference.pretrain.losses import training_loss
 from stellar_fast.reference.pretrain.teacher import update_teacher
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 BATCH = 4
 ROWS = 24

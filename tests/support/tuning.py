@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 
 from gpu import tune
+
 from stellar_fast.kernels.tables import AttentionTile, Tile
 
 FACTS = {

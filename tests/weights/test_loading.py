@@ -7,11 +7,11 @@ import pytest
 import torch
 from checkpoints import images, relative_error, write_checkpoint, write_vqgan
 from safetensors.torch import load_file, save_file
-from stellar_fast.reference import STELLARModel
 
 import stellar_fast
 from stellar_fast import CheckpointError, DownloadError, Engine
 from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.reference import STELLARModel
 
 GEOMETRIES = {
     "narrow": ({"width": (64, 4), "layers": 2, "mlp": 160, "patch": 16}, 8, 0.06),

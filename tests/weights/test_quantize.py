@@ -5,9 +5,9 @@ import torch
 from budgets import FLOAT64, rounding
 from checkpoints import images, relative_error, synthetic
 from engines import SMALL, config_of
-from stellar_fast.reference import ops
 
 from stellar_fast.engine import encoder
+from stellar_fast.reference import ops
 from stellar_fast.weights import names
 from stellar_fast.weights import pack as weights
 from stellar_fast.weights.packed import Fp8Block, Linear

@@ -6,10 +6,10 @@ from budgets import FLOAT64, entitlement
 from checkpoints import images, relative_error, synthetic
 from engines import SMALL, config_of
 from references import reference_of, vqgan_of
-from stellar_fast.reference import ops
 
 from stellar_fast.engine import encoder
 from stellar_fast.engine.vqgan import decode_codes
+from stellar_fast.reference import ops
 from stellar_fast.weights import pack as weights
 from stellar_fast.weights.names import canonical_name, encode_shapes, reconstruct_shapes
 from stellar_fast.weights.packed import PIXEL_CENTRE_UINT8, map_nodes, position_code
