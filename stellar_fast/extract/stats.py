@@ -121,7 +121,7 @@ class Summary:
         if self.earlier_images:
             told.append(f"{self.earlier_images} images were done by earlier or other runs")
         if self.elsewhere:
-            told.append(f"other runs are at {self.elsewhere} partitions, which are not whole yet")
+            told.append(f"partitions that other runs are still at: {self.elsewhere}")
         return "; ".join(told)
 
     @property

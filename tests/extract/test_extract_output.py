@@ -244,7 +244,7 @@ def test_a_partition_that_another_run_makes_is_left_to_it(photographs, tmp_path,
     (other,) = others
     # The first has a partition in work, and perhaps others that wait behind it.
     assert 1 <= other.elsewhere == 3 - other.partitions
-    assert f"other runs are at {other.elsewhere} partitions" in str(other)
+    assert f"partitions that other runs are still at: {other.elsewhere}" in str(other)
     assert (first.partitions, first.elsewhere) == (3 - other.partitions, 0)
     assert first.images + first.earlier_images == 8
     assert contents(output) == whole
