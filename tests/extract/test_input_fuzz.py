@@ -1,6 +1,7 @@
 """Damaged tars and lists: each is one clear error or right, and opens nothing else.
 
-`python tests/extract/test_input_fuzz.py FIRST LAST` prints what became of those seeds.
+`PYTHONPATH=tests/support python tests/extract/test_input_fuzz.py FIRST LAST` prints what became of
+those seeds.
 """
 
 import io
