@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
@@ -32,7 +33,9 @@ from PIL import Image
 import stellar_fast
 from stellar_fast import photos
 from stellar_fast.config import BackboneConfig, ModelConfig
-from stellar_fast.extract import Pipeline, identify, plan, prepare, run
+from stellar_fast.extract import make_job, run
+from stellar_fast.extract.job import decided, make_plan
+from stellar_fast.extract.runner import work
 
 # On a core it encodes an image in about the time that decoding a photograph takes.
 SMALL = ModelConfig("small", BackboneConfig(128, 6, 2, 512, 16, 224), num_sparse_tokens=16)
@@ -113,17 +116,16 @@ def ready_rate(engine: stellar_fast.Engine, images: int) -> float:
 
 def dummy_rate(engine: stellar_fast.Engine, source: Path) -> float:
     """Images a second of the pipeline with nothing to read or write, from its second batch on."""
-    job = plan(source, "nowhere", batch_size=BATCH, dummy_reader=True, dummy_writer=True)
-    made = prepare(job, identify(engine), BATCH)
-    times, images = [], []
+    job = make_job(source, "nowhere", batch_size=BATCH, dummy_reader=True, dummy_writer=True)
+    times: list[float] = []
+    images: list[int] = []
 
-    def report(count: int, failed: int, seconds: object) -> None:
-        times.append(time.perf_counter())
-        images.append(count)
+    def tell(kind: str, *content: Any) -> None:
+        if kind == "report" and content[0]:
+            times.append(time.perf_counter())
+            images.append(content[0])
 
-    items = list(job.items or ())
-    with Pipeline(None, made, engine, job.options, items=lambda part: items, report=report) as line:
-        list(line.run([0]))
+    work(job, make_plan(job, decided(job, engine)), engine, {0: None}, tell)
     return sum(images[1:]) / (times[-1] - times[0])
 
 
@@ -140,7 +142,7 @@ def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
         "small", repo=root / "model", weights="synthetic", precision="fp32", device="cpu"
     )
     with Memory() as memory:
-        job = plan(root / "photographs", root / "features", batch_size=BATCH)
+        job = make_job(root / "photographs", root / "features", batch_size=BATCH)
         summary = run(job, engine)
     print(f"{summary}\n{summary.stages}")
     assert summary.rows == images, "every JPEG is whole"
@@ -151,11 +153,11 @@ def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
         dummy.append(dummy_rate(engine, root / "round.txt"))
         print(f"ready {ready[-1]:.1f} images/s, dummy reader and writer {dummy[-1]:.1f} images/s")
     ratios = [fed / alone for fed, alone in zip(dummy, ready, strict=True)]
-    job = {"stage": "extract", "key": "extract"}
+    row = {"stage": "extract", "key": "extract"}
     rows = [
-        {**job, "name": "extraction", **summary.facts()},
-        {**job, "name": "engine on ready tensors", "images_per_second": statistics.median(ready)},
-        {**job, "name": "dummy reader and writer", "images_per_second": statistics.median(dummy)},
+        {**row, "name": "extraction", **summary.facts()},
+        {**row, "name": "engine on ready tensors", "images_per_second": statistics.median(ready)},
+        {**row, "name": "dummy reader and writer", "images_per_second": statistics.median(dummy)},
     ]
     header = results.facts(
         "extract",

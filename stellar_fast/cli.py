@@ -8,17 +8,20 @@ torch and all that needs it are imported inside the commands, so that help is qu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from .config import MODELS
 from .errors import StellarError
+from .extract.options import Options
 from .printable import printable
 
 if TYPE_CHECKING:
@@ -125,7 +128,47 @@ def models() -> None:
         typer.echo("  ".join(cells).rstrip())
 
 
+# What stands for the value of an option of `extract`, if not its type.
+METAVARS = {
+    "worker_memory": "MIB",
+    "partitions": "K/N",
+    "allow_protocol": "NAME",
+    "allow_host": "HOST[:PORT]",
+}
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the fields of `Options` as flags, in place of its `**options`.
+
+    A collection is given by a flag that may be repeated; `features` by names with commas.
+    """
+    hints = get_type_hints(Options, include_extras=True)
+    (*parameters, _) = signature(command, eval_str=True).parameters.values()
+    for option in dataclasses.fields(Options):
+        kind, text = get_args(hints[option.name])
+        default: Any = option.default
+        if option.name == "features":
+            kind, default = str, ",".join(default)
+        elif kind == Collection[str]:
+            kind, default = list[str], list(default)
+        flag = f"--{option.name.replace('_', '-')}"  # of a switch, without its opposite
+        info = typer.Option(flag, help=text, metavar=METAVARS.get(option.name))
+        hint: Any = Annotated[kind, info]
+        parameters.append(
+            Parameter(option.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+        )
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        command(**given)
+
+    wrapped.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {found.name: found.annotation for found in parameters}
+    return wrapped
+
+
 @app.command()
+@_with_options
 def extract(
     source: Annotated[
         str,
@@ -141,25 +184,6 @@ def extract(
     model: Model = "stellar-b16",
     repo: Repo = None,
     weights: Weights = "pretrained",
-    features: Annotated[
-        str, typer.Option(help="Some of sparse,cls,spatial,dense, with commas.")
-    ] = "sparse,cls",
-    dtype: Annotated[
-        str, typer.Option(help="Of the files: float32; or float16, half the space.")
-    ] = "float32",
-    format: Annotated[
-        str, typer.Option("--format", help="npy; or parquet, with an id beside each row.")
-    ] = "npy",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images encoded at once; 16 on a CPU, 256 on a GPU.")
-    ] = None,
-    partition_size: Annotated[
-        int | None, typer.Option(help="Images in each part of the output; 4096.")
-    ] = None,
-    column: Annotated[
-        str | None, typer.Option(help="Of a table of paths: the only one, path, url or file.")
-    ] = None,
-    preset: Preset = "card",
     precision: Precision = "auto",
     devices: Annotated[
         str | None,
@@ -175,60 +199,16 @@ def extract(
             metavar="ADDRESS", help="Of a Ray cluster; local is this machine (extra ray)."
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that decode; one for each core.")
-    ] = None,
-    max_pixels: Annotated[
-        int, typer.Option(help="Width times height of an image; a larger one has failed.")
-    ] = 50_000_000,
-    decode_seconds: Annotated[
-        float, typer.Option(help="To decode an image in; one that takes longer has failed.")
-    ] = 30.0,
-    worker_memory: Annotated[
-        int | None,
-        typer.Option(
-            metavar="MIB", help="For a process to decode in; 2048, or more for more --max-pixels."
-        ),
-    ] = None,
-    on_error: Annotated[
-        str, typer.Option(help="record images that cannot be read; or fail at the first.")
-    ] = "record",
-    max_errors: Annotated[
-        int | None, typer.Option(help="Stop when more images than this have failed.")
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try images that failed before once more.")
-    ] = False,
-    partitions: Annotated[
-        str, typer.Option(metavar="K/N", help="Make the K-th of N shares, for job arrays.")
-    ] = "1/1",
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="List the input, write the plan, and stop.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on by the plan; do not list the input again.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove an earlier output and start anew.")
-    ] = False,
-    dummy_reader: Annotated[
-        bool, typer.Option("--dummy-reader", help="Encode noise, to measure all but reading.")
-    ] = False,
-    dummy_writer: Annotated[
-        bool, typer.Option("--dummy-writer", help="Write nothing, to measure all but writing.")
-    ] = False,
-    allow_protocol: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Read NAME:// addresses too.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="HOST[:PORT]", help="Read a private network's host.")
-    ] = None,
     log_seconds: Annotated[
         float, typer.Option(help="Between lines of progress where there is no terminal.")
     ] = 30.0,
     revision: Revision = None,
     local_files_only: LocalOnly = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Features of many images: one .npy for each feature in every part, and index.parquet.
 
@@ -236,36 +216,15 @@ def extract(
     An image that cannot be read is a line with a reason, and the exit status is then 3.
 
     Parts appear when they are whole. A run that was stopped, however, goes on when the same command
-    is given again.
+    is given again; given more than once at a time, the runs share the work.
     """
     with _reported(debug):
-        from . import extract as extraction
+        from .extract import job as jobs
+        from .extract import runner
 
-        job = extraction.plan(
-            source,
-            output,
-            features=[name.strip() for name in features.split(",") if name.strip()],
-            dtype=dtype,
-            preset=preset,
-            format=format,
-            batch_size=batch_size,
-            partition_size=partition_size,
-            column=column,
-            workers=workers,
-            max_pixels=max_pixels,
-            decode_seconds=decode_seconds,
-            worker_memory=worker_memory,
-            on_error=on_error,
-            max_errors=max_errors,
-            retry_failed=retry_failed,
-            share=extraction.parse_share(partitions),
-            resume=resume,
-            overwrite=overwrite,
-            dummy_reader=dummy_reader,
-            dummy_writer=dummy_writer,
-            allow_protocols=allow_protocol or (),
-            allow_hosts=allow_host or (),
-        )
+        names = options.pop("features").split(",")
+        features = [name.strip() for name in names if name.strip()]
+        job = jobs.make_job(source, output, features=features, **options)
         load = functools.partial(
             _load,
             model,
@@ -278,27 +237,24 @@ def extract(
         )
         facts = {"repo": repo, "revision": revision} if weights != "synthetic" else {}
         if ray is not None and devices is not None:
-            raise ValueError("--ray gives each actor its device; leave --devices out")
-        names = extraction.device_names(devices)
+            raise ValueError("--ray gives each engine its device; leave --devices out")
+        names = runner.device_names(devices)
         if plan_only:
-            engine = load(device=names[0])
-            made = extraction.prepare(job, extraction.identify(engine), engine.max_batch, facts)
-            typer.echo(f"{output}: {made.images} images in {len(made.partitions)} partitions")
+            plan = jobs.make_plan(job, jobs.decided(job, load(device=names[0])), facts)
+            typer.echo(f"{output}: {plan.images} images in {len(plan.partitions)} partitions")
             return
+        told: dict[str, Any] = {"facts": facts, "log_seconds": log_seconds}
         try:
             if ray is not None:
                 from .extract import ray_runner
 
                 summary = ray_runner.run(
-                    job, load, address=ray, workers=workers, facts=facts, log_seconds=log_seconds
+                    job, load, address=ray, workers=job.options.workers, **told
                 )
             elif len(names) == 1:
-                engine = load(device=names[0])
-                summary = extraction.run(job, engine, facts=facts, log_seconds=log_seconds)
+                summary = runner.run(job, load(device=names[0]), **told)
             else:
-                summary = extraction.run_devices(
-                    job, load, names, facts=facts, log_seconds=log_seconds
-                )
+                summary = runner.run_devices(job, load, names, **told)
         except KeyboardInterrupt:
             typer.echo("complete parts stay: the same command goes on from there", err=True)
             raise

@@ -186,5 +186,5 @@ MODELS = {
 
 
 def list_models() -> list[str]:
-    """Names of the five published models."""
+    """Names of the published models."""
     return list(MODELS)

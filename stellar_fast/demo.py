@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import photos
-from .extract import plan, run
+from .extract import make_job, run
 from .extract.output.folder import check_output
 from .files import writing
 from .images.reader import decode
@@ -45,11 +45,11 @@ def demo(out: Path, model: str, say: Callable[[str], None]) -> None:
         files = photos.write(out / "photographs", PHOTOGRAPHS)
     say(f"  photographs  {_since(start)}  {len(files)} drawn, JPEG")
 
-    job = plan(out / "photographs", out / "features")
+    job = make_job(out / "photographs", out / "features")
     summary = run(job, engine)
     seconds = summary.seconds["total"]
     parts = sorted(path.name for path in job.output.glob("part-*"))
-    say(f"  features     {seconds:6.2f} s  {', '.join(job.features)} of {summary}")
+    say(f"  features     {seconds:6.2f} s  {', '.join(job.configuration['features'])} of {summary}")
 
     start = time.perf_counter()
     if has_viz():

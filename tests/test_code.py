@@ -25,15 +25,21 @@ def test_lint():
 
 
 def test_types(tmp_path):
-    """mypy over the package as it installs, since it knows nothing of setuptools' package-dir."""
+    """mypy over the package as it installs, since it knows nothing of setuptools' package-dir; and
+    over the benchmarks and what the tests share, which are no packages."""
     package = tmp_path / "stellar_fast"
     package.mkdir()
     for item in (ROOT / "stellar_fast").iterdir():
         (package / item.name).symlink_to(item)
     for name in ("kernels", "reference"):
         (package / name).symlink_to(ROOT / name)
+    folders = [ROOT / "benchmarks", ROOT / "tests" / "support"]
+    found = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    modules = [str(path) for path in found if not path.name.startswith("test_")]
     # What it knows of torch, most of its work, is kept for the next time.
     cache = str(ROOT / ".mypy_cache")
     config = str(ROOT / "pyproject.toml")
-    arguments = ("--config-file", config, "--cache-dir", cache)
-    check("mypy", *arguments, cwd=tmp_path, MYPYPATH=str(tmp_path))
+    arguments = ("--config-file", config, "--cache-dir", cache, "--explicit-package-bases")
+    path = os.pathsep.join(map(str, (tmp_path, *folders)))
+    for targets in (("-p", "stellar_fast"), modules):
+        check("mypy", *arguments, *targets, cwd=tmp_path, MYPYPATH=path)

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import importlib.util
 import inspect
 import os
@@ -92,32 +93,29 @@ def test_only_the_pretraining_loader_takes_the_reference_model():
     assert users == {"loading.py"}
 
 
-def test_the_backends_have_the_oracles_names_and_signatures():
-    from stellar_fast.reference import ops
+@pytest.mark.parametrize(
+    ("module", "contract"),
+    [("reference.ops", "Fp8Ops"), ("kernels", "Fp8Ops"), ("engine.torch_ops", "Ops")],
+)
+def test_namespaces_of_ops_keep_the_contract(module, contract):
+    """Names, kinds, defaults and types of all arguments; what is returned may be narrower."""
+    from stellar_fast.engine import ops
 
-    from stellar_fast.engine import torch_ops
-
-    def public(module) -> dict[str, inspect.Signature]:
-        return {
-            name: inspect.signature(function)
-            for name, function in vars(module).items()
-            if inspect.isfunction(function)
-            and function.__module__ == module.__name__
-            and not name.startswith("_")
-        }
-
-    def without_fp8(signature: inspect.Signature) -> list[tuple]:
-        return [
-            (parameter.name, parameter.kind, parameter.default)
-            for parameter in signature.parameters.values()
-            if parameter.name not in ("x_scale", "weight_scale", "out_scale")
-        ]
-
-    oracles, backend = public(ops), public(torch_ops)
-    del oracles["quantize_rows"], backend["prepare"], backend["restore"]
-    assert {name: without_fp8(found) for name, found in backend.items()} == {
-        name: without_fp8(found) for name, found in oracles.items()
+    namespace = importlib.import_module(f"stellar_fast.{module}")
+    protocol = getattr(ops, contract)
+    names = [name for name in dir(protocol) if not name.startswith("_")]
+    assert "linear" in names
+    for name in names:
+        _, *expected = inspect.signature(getattr(protocol, name)).parameters.values()
+        found = inspect.signature(getattr(namespace, name)).parameters.values()
+        assert list(found) == expected, name
+    functions = {
+        name
+        for name, found in vars(namespace).items()
+        if inspect.isfunction(found) and found.__module__.startswith(namespace.__name__)
     }
+    more = {"prepare", "restore"} if module == "engine.torch_ops" else set()
+    assert {name for name in functions if not name.startswith("_")} - more == set(names)
 
 
 def test_tests_are_no_package():

@@ -107,9 +107,10 @@ def compiled(item: Compilation) -> Any:
     The very compilation of a launch on a GPU, under the same key of Triton's cache.
     """
     import triton
-    from stellar_fast.kernels.launch import TRITON
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from stellar_fast.kernels.launch import TRITON
 
     function = jit_function(item.kernel)
     names = function.arg_names

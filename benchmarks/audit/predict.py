@@ -30,10 +30,10 @@ from audit import run as audit
 from audit.compilation import Compilation, Finding
 from harness import results
 from harness.results import Row
-from stellar_fast.kernels import launch
 from torch import Tensor
 
 from stellar_fast.config import MODELS, ModelConfig
+from stellar_fast.kernels import launch
 
 START = 1.2e-6  # seconds between dependent launches of a CUDA graph, an assumption
 FILL = 1.0e-6  # seconds from a program's start to its first product, an assumption

@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":  # before Triton is imported; workers inherit it
     os.environ.pop("TRITON_INTERPRET", None)
@@ -32,8 +32,6 @@ sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 import torch
 from audit.compilation import Compilation, Finding, compile_one
 from harness.workloads import DTYPES
-from stellar_fast.kernels import gpus, launch
-from stellar_fast.kernels.reassemble import MAX_TOKENS
 from torch import Tensor
 
 from stellar_fast import kernels
@@ -41,6 +39,8 @@ from stellar_fast.config import MODELS, ModelConfig
 from stellar_fast.engine import encoder
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.engine.graphs import bucket
+from stellar_fast.kernels import gpus, launch
+from stellar_fast.kernels.reassemble import MAX_TOKENS
 from stellar_fast.weights import names
 from stellar_fast.weights.pack import pack_decoder, pack_encoder
 from stellar_fast.weights.packed import (
@@ -96,7 +96,9 @@ def encoder_of(config: ModelConfig, precision: str) -> EncoderWeights:
         weights = pack_encoder(state, config, DTYPES[precision], META)
     if precision == "fp8":
         first, *others = weights.blocks
-        weights = dataclasses.replace(weights, blocks=(first, *map(_fp8, others)))
+        weights = dataclasses.replace(
+            weights, blocks=(first, *map(_fp8, cast(list[Block], others)))
+        )
     return weights
 
 
@@ -129,6 +131,8 @@ def _reconstruct(config: ModelConfig, dtype: torch.dtype) -> None:
             torch.empty(batch, cells**2, config.num_sparse_tokens, device=META),
             torch.empty(batch, config.num_sparse_tokens, width, device=META),
         )
+        x: Tensor
+        sums: Tensor | None
         x, sums = kernels.linear_residual(
             lowrank.to(dtype),
             decode.decoder_proj.weight,

@@ -110,7 +110,8 @@ def _process(stage: Stage, path: Path, file: BinaryIO, seconds: float, only: str
         with contextlib.suppress(ProcessLookupError):  # compilers that it started, too
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        process.stdin.close()
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 def run_stage(stage: Stage, path: Path, file: BinaryIO, seconds: float, only: str = "") -> str:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from harness.timing import Call
 from harness.workloads import BATCHES, flops_per_image
 from peers.footprint import plain_model, synthetic
 from peers.models import Subject
-from stellar_fast.reference import STELLARModel
-from stellar_fast.reference import ops as oracles
 from torch import Tensor
 
 import stellar_fast
 from stellar_fast.config import MODELS
 from stellar_fast.engine import encoder, torch_ops
 from stellar_fast.engine.encoder import OUTPUTS
+from stellar_fast.reference import STELLARModel
+from stellar_fast.reference import ops as oracles
 from stellar_fast.weights.packed import map_nodes
 
 CHECKED = 4  # images on which the error budget is held
@@ -45,7 +46,9 @@ class Kept:
     """What was made last; it is dropped before another is made, since both may not fit."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
-        self._make, self._key, self._value = make, None, None
+        self._make = make
+        self._key: tuple[Any, ...] | None = None
+        self._value: Any = None
 
     def __call__(self, *key: Any) -> Any:
         if key != self._key:
@@ -170,21 +173,29 @@ def facts(model: str, batch: int, precision: str, side: int, engine: stellar_fas
 
 def encode_calls(engine: stellar_fast.Engine, sets: list[Tensor], **options: Any) -> list[Call]:
     """`engine.encode` on each set."""
-    return [lambda x=x: engine.encode(x, check_range=False, **options) for x in sets]
+    return [partial(engine.encode, x, check_range=False, **options) for x in sets]
 
 
 def _eager(model: str, dtype: torch.dtype, sets: list[Tensor]) -> list[Call]:
     plain = reference(model)
     if dtype != torch.float32:
         plain = copy.deepcopy(plain).to(dtype)
-    return [lambda x=x: plain.encode(x.to(dtype) / 255) for x in sets]
+
+    def encode(x: Tensor) -> object:
+        return plain.encode(x.to(dtype) / 255)
+
+    return [partial(encode, x) for x in sets]
 
 
 def _vit(model: str, sets: list[Tensor]) -> list[Call]:
     """transformers' ViTModel in bfloat16: the backbone alone, so it does less."""
     with tempfile.TemporaryDirectory() as folder:
         vit = Subject(MODELS[model], Path(folder)).vit("bf16").to(DEVICE)
-    return [lambda x=x: vit(x.bfloat16() / 255).last_hidden_state for x in sets]
+
+    def encode(x: Tensor) -> object:
+        return vit(x.bfloat16() / 255).last_hidden_state
+
+    return [partial(encode, x) for x in sets]
 
 
 def compiled_calls(model: str, sets: list[Tensor]) -> list[Call]:
@@ -194,7 +205,7 @@ def compiled_calls(model: str, sets: list[Tensor]) -> list[Call]:
     encode = torch.compile(
         lambda x: half.encode(x.bfloat16() / 255), mode=COMPILE_MODE, dynamic=False
     )
-    return [lambda x=x: encode(x) for x in sets]
+    return [partial(encode, x) for x in sets]
 
 
 def rivals(model: str, sets: list[Tensor], names: Collection[str]) -> dict[str, Maker]:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stellar_fast.reference import ops as oracles
 from torch import Tensor
 
 from stellar_fast.engine import backends, torch_ops
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.engine.engine import Engine
+from stellar_fast.reference import ops as oracles
 
 Ops = Mapping[str, Callable[..., Any]]
 FEW = ("sparse", "cls")  # outputs for which the last block runs on 1 + K rows
@@ -44,7 +44,7 @@ class Switch:
     name: str
     what: str
     instead: str
-    replace: Callable[[ModuleType], Ops] = field(default=lambda ops: {})
+    replace: Callable[[Any], Ops] = field(default=lambda ops: {})
     graphs: bool = True
     precision: str | None = None
     outputs: tuple[str, ...] = OUTPUTS
@@ -219,7 +219,7 @@ def without(switch: Switch, engine: Engine) -> Engine:
     `switch.precision` and `switch.outputs_off` are the caller's to follow: they take another engine
     or another call.
     """
-    base = engine._ops
+    base: Any = engine._ops
     other = Engine(
         engine.config,
         backends.restore(base, engine._encoder),
@@ -233,5 +233,6 @@ def without(switch: Switch, engine: Engine) -> Engine:
         cuda_graphs=engine.cuda_graphs and switch.graphs,
     )
     ops = {name: op for name, op in vars(base).items() if callable(op)}
-    other._ops = SimpleNamespace(**ops | switch.replace(base))
+    changed: Any = SimpleNamespace(**{**ops, **switch.replace(base)})
+    other._ops = changed
     return other

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +36,13 @@ from harness.budgets import refusal_of_op
 from harness.results import ROOT, Row, read
 from harness.workloads import BYTES, DTYPES, Case, arguments, cases, op_of
 from peers.ops import Race
+
+from stellar_fast import kernels
+from stellar_fast.config import MODELS
 from stellar_fast.kernels import gpus, launch, tables
 from stellar_fast.kernels.attention import attention_tile
 from stellar_fast.kernels.linear import linear_tile
 from stellar_fast.kernels.tables import AttentionTile, Table, Tile
-
-from stellar_fast import kernels
-from stellar_fast.config import MODELS
 
 OPS = ("qkv", "proj", "fc1", "fc2", "attention")
 POINTS = [(m, b) for b in (64, 1, 8, 256) for m in ("stellar-h16", "stellar-b16", "stellar-l16")]
@@ -235,8 +235,11 @@ def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], list[Row
                 pending[item.key] = compiling(item, gpu)
         return measure(case, gpu, pending[case.key], torch.device("cuda"))
 
+    def rows_of(case: Case) -> list[Row]:
+        return [row(case)]
+
     for case in chosen:
-        yield case.key, lambda case=case: [row(case)], 60.0
+        yield case.key, partial(rows_of, case), 60.0
 
 
 def winner(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from gpu import encode
 from gpu.subjects import encode_calls, engines, inputs, load, refusal
@@ -52,5 +53,5 @@ def jobs(precisions: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], list[R
                 if precision in switch.precisions:
                     yield (
                         f"{MODEL}/b{batch}/{precision}/{switch.name}",
-                        lambda b=batch, p=precision, s=switch: measure(MODEL, b, p, s),
+                        partial(measure, MODEL, batch, precision, switch),
                     )

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from harness.workloads import Case, op_of
-from stellar_fast.reference import ops as oracles
 from torch import Tensor
+
+from stellar_fast.reference import ops as oracles
 
 Outputs = Mapping[str, Tensor]
 Encode = Callable[[Tensor], Outputs]

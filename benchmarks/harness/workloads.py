@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from stellar_fast.reference import ops as oracles
 from torch import Tensor
 
 from stellar_fast.config import LAYER_NORM_EPS, MODELS, ModelConfig
+from stellar_fast.reference import ops as oracles
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}

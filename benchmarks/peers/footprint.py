@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from stellar_fast.reference import STELLARModel
 from torch import Tensor
 
 import stellar_fast
 from stellar_fast.config import ModelConfig
 from stellar_fast.loading import SYNTHETIC_SEED
+from stellar_fast.reference import STELLARModel
 from stellar_fast.weights.hub import locate
 from stellar_fast.weights.names import encode_shapes
 from stellar_fast.weights.synthetic import synthetic_state

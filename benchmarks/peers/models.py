@@ -30,13 +30,13 @@ from harness import workloads
 from harness.budgets import Encode, Outputs
 from harness.results import BASELINES, ROOT
 from peers.footprint import plain_model, synthetic, write_config
-from stellar_fast.reference import STELLARModel
 from torch import Tensor, nn
 
 import stellar_fast
 from stellar_fast.config import ModelConfig
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.loading import SYNTHETIC_SEED
+from stellar_fast.reference import STELLARModel
 
 BASELINE = BASELINES["encode"]
 DTYPES = {"fp64": torch.float64, **workloads.DTYPES}
@@ -314,7 +314,7 @@ class _Worker:
 
     name: str
     subject: Subject
-    local: Local | None = None
+    local: Local
 
     @classmethod
     def start(cls, name: str, config: ModelConfig, folder: Path, threads: int) -> None:
@@ -326,7 +326,8 @@ class _Worker:
 
     @classmethod
     def prepare(cls, example: Any) -> float:
-        cls.local = None  # frees the one of another shape first
+        if hasattr(cls, "local"):
+            del cls.local  # of another shape, before there are two
         start = time.perf_counter()
         cls.local = local(cls.subject, cls.name, torch.from_numpy(example))
         cls.load(example)
@@ -348,5 +349,6 @@ class _Worker:
 
     @classmethod
     def exact(cls, images: Any) -> dict[str, Any]:
-        found = _vit(cls.subject, None, "fp64")(torch.from_numpy(images))
+        example = torch.from_numpy(images)
+        found = _vit(cls.subject, example, "fp64")(example)
         return {name: value.numpy() for name, value in found.items()}

@@ -25,12 +25,12 @@ from harness.timing import (
     sets_beyond_cache,
 )  # fmt: skip
 from harness.workloads import Case, arguments, cases, op_of
-from stellar_fast.reference import ops as oracles
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stellar_fast.config import MODELS
 from stellar_fast.engine import torch_ops
+from stellar_fast.reference import ops as oracles
 from stellar_fast.weights.packed import Linear
 
 CPU_CACHE = 4 << 20  # bytes that the inputs of a round exceed: a core's own cache, twice

@@ -85,6 +85,7 @@ def _encode(result: Result) -> str:
     lines, notes = [], []
     for key, job in jobs.items():
         row = own(result, "encode", key)
+        assert row is not None  # a job has ours, or one that says why there is none
         name = _named(row)
         if why := problem(row):
             lines.append([name, why.split(":")[0], *[""] * (len(HEAD) - 2)])
@@ -136,8 +137,8 @@ def _kernel_cells(result: Result, row: Row, guess: float | None) -> Iterator[str
 
 def _kernels(result: Result) -> str:
     """Each kernel beside its floor, its prediction and its rivals."""
-    rows = [own(result, *job) for job in result.jobs if job[0] == "ops"]
-    rows = [row for row in rows if row and not row["key"].endswith("/compile")]
+    found = (own(result, *job) for job in result.jobs if job[0] == "ops")
+    rows = [row for row in found if row and not row["key"].endswith("/compile")]
     if not rows:
         return "No kernel was timed in this run. "
     predictions = newest("predicted") if "H200" in result.facts["device"] else None
@@ -149,8 +150,7 @@ def _kernels(result: Result) -> str:
         guess = None
         if predictions is not None:
             same = {name: row[name] for name in ("model", "batch", "precision")}
-            found = predictions.rows("predicted", arch=90, **same)
-            guess = _predicted_op(row["op"], found)
+            guess = _predicted_op(row["op"], predictions.rows("predicted", arch=90, **same))
         lines.append([_named(row), *_kernel_cells(result, row, guess)])
     modes = sorted({r["compile_mode"] for r in result.rows("ops") if "compile_mode" in r})
     note = f"torch.compile in mode {', '.join(modes)}. " if modes else ""

@@ -17,6 +17,7 @@ from harness.results import (
 from harness.workloads import flops_per_image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from report.gpu import switched_off
 from report.tables import newest
 
@@ -30,8 +31,8 @@ COLOURS = {"bf16": OURS, "fp8": OTHERS[0], "fp16": OTHERS[1], "fp32": OTHERS[3]}
 
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches, with a canvas and no part in pyplot's state."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(width, height), layout=spaced)
     FigureCanvasAgg(figure)
     return figure
 
@@ -254,7 +255,9 @@ def figures() -> Iterator[tuple[str, Figure]]:
         ("gpu", "gpu", (throughput, roofline, waterfall, curves)),
     ):
         result = newest(name)
-        for plot in plots if result is not None else ():
+        if result is None:
+            continue
+        for plot in plots:
             figure = plot(result)
             if figure is not None:
                 yield f"{device}-{plot.__name__}", figure

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import torch_ops
+from .ops import Ops
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -95,7 +95,7 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def ops_of(backend: str) -> ModuleType:
+def ops_of(backend: str) -> Ops:
     """The ops namespace of a resolved backend."""
     if backend == "torch":
         return torch_ops
@@ -104,11 +104,11 @@ def ops_of(backend: str) -> ModuleType:
     return kernels
 
 
-def prepare(ops: ModuleType, weights: Any, rows: int) -> Any:
+def prepare(ops: Ops, weights: Any, rows: int) -> Any:
     """`weights` laid out as `ops` read them; `rows` a product will typically have."""
     return torch_ops.prepare(weights, rows) if ops is torch_ops else weights
 
 
-def restore(ops: ModuleType, weights: Any) -> Any:
+def restore(ops: Ops, weights: Any) -> Any:
     """`weights` as they were before `prepare`."""
     return torch_ops.restore(weights) if ops is torch_ops else weights

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import LAYER_NORM_EPS, ModelConfig
 from ..weights.packed import DecoderWeights
 from .encoder import run_block
+from .ops import Ops
 from .vqgan import decode_codes
 
 
@@ -31,7 +32,7 @@ def square_grid(patches: int) -> int:
 
 
 def reconstruct(
-    ops, weights: DecoderWeights, config: ModelConfig, lowrank: Tensor, code: Tensor
+    ops: Ops, weights: DecoderWeights, config: ModelConfig, lowrank: Tensor, code: Tensor
 ) -> dict[str, Tensor]:
     """Pixels from low-rank features.
 

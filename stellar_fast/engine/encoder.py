@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..weights.packed import (
     Fp8Block,
     LastBlock,
 )
+from .ops import Fp8Ops, Ops
 
 OUTPUTS = ("sparse", "spatial", "dense", "lowrank", "cls")
 
@@ -34,7 +36,7 @@ def wanted_rows(outputs: Collection[str], patches: int, tokens: int) -> dict[str
 
 
 def run_block(
-    ops, block: Block, x: Tensor, sums: Tensor | None, num_heads: int
+    ops: Ops, block: Block, x: Tensor, sums: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor | None]:
     """One ViT block: x (B, S, D) and the sums of squares of its rows -> the same."""
     width = x.shape[-1]
@@ -47,7 +49,9 @@ def run_block(
     return ops.linear_residual(h, block.fc2.weight, block.fc2.bias, x)
 
 
-def run_fp8_block(ops, block: Fp8Block, x: Tensor, num_heads: int) -> tuple[Tensor, Tensor | None]:
+def run_fp8_block(
+    ops: Fp8Ops, block: Fp8Block, x: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor | None]:
     """`run_block` with FP8 products: rows are quantized behind each norm, what attention and GELU
     give by the block's static scales."""
     width = x.shape[-1]
@@ -72,7 +76,7 @@ def run_fp8_block(ops, block: Fp8Block, x: Tensor, num_heads: int) -> tuple[Tens
 
 
 def run_last_block(
-    ops,
+    ops: Ops,
     block: LastBlock,
     x: Tensor,
     sums: Tensor | None,
@@ -98,7 +102,7 @@ def run_last_block(
 
 
 def encode(
-    ops,
+    ops: Ops,
     weights: EncoderWeights,
     config: ModelConfig,
     images: Tensor,
@@ -131,7 +135,8 @@ def encode(
     )
     for block in weights.blocks:
         if isinstance(block, Fp8Block):
-            x, sums = run_fp8_block(ops, block, x, heads)
+            # Such weights are packed for a namespace alone that computes in FP8: `resolve_backend`.
+            x, sums = run_fp8_block(cast(Fp8Ops, ops), block, x, heads)
         else:
             x, sums = run_block(ops, block, x, sums, heads)
     x = run_last_block(ops, weights.last, x, sums, rows.values(), heads)
@@ -139,7 +144,7 @@ def encode(
     lengths = [part.stop - part.start for part in rows.values()]
     norm = weights.norm
     parts = ops.norm(x, norm.weight, norm.bias, LAYER_NORM_EPS, lengths, out_dtype)
-    features = dict(zip(rows, parts, strict=True))
+    features: dict[str, Any] = dict(zip(rows, parts, strict=True))
     if "spatial" in outputs or "lowrank" in outputs:
         features["spatial"], features["lowrank"] = ops.spatial_map(
             features["dense"],

@@ -6,15 +6,15 @@ import functools
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import StellarError
 from ..images.presets import check_preset
-from ..images.reader import MAX_PIXELS
 from .input import discover
 from .input.addresses import Allowed, is_address, localized, shown
+from .options import Job, Options
 from .output.folder import Locks, check_output, clear
 from .output.foreign import DTYPES, FEATURES, FORMATS
 from .output.layout import (
@@ -29,171 +29,96 @@ from .output.layout import (
     sha256_of,
     write_plan,
 )
-from .work.pipeline import Encoder, Options
-from .work.sandbox import DECODE_SECONDS, Limits, memory_for
+from .work.pipeline import Encoder, Wanted
+from .work.sandbox import Limits, memory_for
 from .work.workers import cores
 
-DEFAULT_FEATURES = ("sparse", "cls")
 # At 10 images/s seven minutes of work are in a partition's hands, at 3,000 a file of features is
 # 200 MB every second or two. Full batches of any power of two up to this.
 PARTITION_SIZE = 4096
 MOST_SECONDS = 86_400  # to decode one image in: timers do not take just any number
 
 
-@dataclass(frozen=True)
-class Job:
-    """A checked extraction, made by `plan`.
-
-    Attributes:
-        configuration: the plan's, but for what the engine decides.
-        items: the images; None where those of an existing plan are taken as they are.
-        batch_size: None is the existing plan's, or else the engine's `max_batch`.
-        share: (k, n): only every n-th partition, from the k-th on; k is from 1 to n.
-    """
-
-    output: Path
-    configuration: Mapping[str, Any]
-    items: Sequence[Item] | None
-    batch_size: int | None
-    options: Options
-    share: tuple[int, int]
-    overwrite: bool
-
-    @property
-    def features(self) -> list[str]:
-        return self.configuration["features"]
-
-
-def plan(
-    source: PathLike,
-    output: PathLike,
-    *,
-    features: Collection[str] = DEFAULT_FEATURES,
-    dtype: str = "float32",
-    preset: str = "card",
-    format: str = "npy",
-    batch_size: int | None = None,
-    partition_size: int | None = None,
-    column: str | None = None,
-    workers: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    decode_seconds: float = DECODE_SECONDS,
-    worker_memory: int | None = None,
-    on_error: str = "record",
-    max_errors: int | None = None,
-    retry_failed: bool = False,
-    share: tuple[int, int] = (1, 1),
-    resume: bool = False,
-    overwrite: bool = False,
-    dummy_reader: bool = False,
-    dummy_writer: bool = False,
-    allow_protocols: Collection[str] = (),
-    allow_hosts: Collection[str] = (),
-) -> Job:
+def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
     """Checks an extraction before any model is loaded, and lists its input.
 
     Args:
         source: a folder, lists or tars of images, see `input.discover`.
         output: a local folder: a new one; or one that the same extraction was begun in, to go on
             with; or with `overwrite` any earlier output, which is then removed.
-        features: of sparse, cls, spatial, dense.
-        dtype: of the files: "float32", as `Engine.encode` gives them, or "float16", half the space
-            and three decimal digits; whatever the engine's precision.
-        format: "npy", or "parquet" with an id beside each row.
-        batch_size: images in one call of the engine.
-        partition_size: images in one partition; `PARTITION_SIZE` if left out.
-        column: of a table, the one with the paths.
-        workers: processes that decode; None is one for each core.
-        max_pixels: the largest width times height of an image.
-        decode_seconds: to decode one image in.
-        worker_memory: MiB that a process may take to decode, beyond what it has at its start; if
-            left out, 2048, or what `max_pixels` may need if that is more.
-        resume: do not look at the input again, and take the images of the existing plan.
-        on_error, max_errors, retry_failed, dummy_reader, dummy_writer: see `Options`.
-        allow_protocols: of addresses that are read beside the usual ones, such as "ftp".
-        allow_hosts: HOST or HOST:PORT, which are read from though they are in a private network;
-            the host that `source` names is one of them.
+        options: the fields of `Options`.
 
     Raises:
+        TypeError: an option that there is not.
         ValueError: an argument that cannot be right; no images; an output that may not be written,
             or that was begun with another configuration or other images.
         StellarError: the existing plan cannot be read.
     """
-    chosen = _check_features(features)
-    for name, value, known in (
-        ("dtype", dtype, DTYPES),
-        ("format", format, FORMATS),
-        ("on_error", on_error, ("record", "fail")),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-    check_preset(preset)
-    workers = cores() if workers is None else workers
-    for name, number, least in (
-        ("the batch size", batch_size, 1),
-        ("the partition size", partition_size, 1),
-        ("the number of workers", workers, 1),
-        ("max_pixels", max_pixels, 1),
-        ("the worker memory in MiB", worker_memory, 1),
-        ("max_errors", max_errors, 0),
-    ):
-        if number is not None and number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
-    if not 0 < decode_seconds <= MOST_SECONDS:  # not a number is none
-        raise ValueError(
-            f"decode_seconds must be more than 0 and at most {MOST_SECONDS}, got {decode_seconds}"
-        )
-    if not 1 <= share[0] <= share[1]:
-        raise ValueError(
-            f"of n shares the first is 1/n and the last n/n, got {share[0]}/{share[1]}"
-        )
-    if overwrite and (resume or retry_failed or share[1] > 1):
-        raise ValueError(
-            "overwriting starts anew: it goes neither with resuming, nor with retrying, nor with a "
-            "share of the partitions (overwrite with --plan-only, then start the shares)"
-        )
+    chosen = Options(**options)
+    configuration = _check(chosen)
     target = _check_place(source, output)
     existing = None
-    if not dummy_writer and check_output(target, overwrite):
+    if not chosen.dummy_writer and check_output(target, chosen.overwrite):
         existing = read_plan(target)
-    if resume and existing is None:
+    if chosen.resume and existing is None:
         raise ValueError(f"{output}: there is nothing to resume, as it has no plan")
     known_size = existing.configuration["partition_size"] if existing is not None else None
-    size: int = partition_size or known_size or PARTITION_SIZE
-    configuration = {
-        "input": shown(localized(os.fspath(source))),
-        "column": column,
-        "preset": preset,
-        "features": chosen,
-        "dtype": dtype,
-        "format": format,
-        "partition_size": size,
-    }
-    allowed = Allowed.of(os.fspath(source), allow_protocols, allow_hosts)
-    items = None if resume else discover(source, column, allowed)
+    size: int = chosen.partition_size or known_size or PARTITION_SIZE
+    configuration |= {"input": shown(localized(os.fspath(source))), "partition_size": size}
+    allowed = Allowed.of(os.fspath(source), chosen.allow_protocol, chosen.allow_host)
+    items = None if chosen.resume else discover(source, chosen.column, allowed)
+    batch_size = chosen.batch_size
     if existing is not None:
         _check_same(target, existing.configuration, configuration)
         if batch_size is None:
             batch_size = existing.configuration["batch_size"]
         if items is not None:
             _check_images(target, existing, _partitions(items, size))
-    limits = Limits(max_pixels, decode_seconds, worker_memory or memory_for(max_pixels))
-    options = Options(
-        workers, on_error, max_errors, retry_failed, dummy_reader, dummy_writer, allowed, limits
-    )
-    return Job(target, configuration, items, batch_size, options, share, overwrite)
+    most = chosen.max_pixels
+    limits = Limits(most, chosen.decode_seconds, chosen.worker_memory or memory_for(most))
+    workers = chosen.workers or cores()
+    return Job(target, configuration, items, batch_size, workers, chosen, allowed, limits)
 
 
-def parse_share(text: str) -> tuple[int, int]:
-    """The `share` that "K/N" names.
-
-    Raises:
-        ValueError: it is not of this form.
-    """
-    k, slash, n = text.partition("/")
-    if not (slash and k.isdecimal() and n.isdecimal()):
-        raise ValueError(f"a share is K/N, such as 1/8 for the first of 8, got {text!r}")
-    return int(k), int(n)
+def _check(options: Options) -> dict[str, Any]:
+    """What options are of the plan's configuration; raises ValueError where one is wrong."""
+    features = _check_features(options.features)
+    for name, known in (
+        ("dtype", DTYPES),
+        ("format", FORMATS),
+        ("on_error", ("record", "fail")),
+    ):
+        if (value := getattr(options, name)) not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    check_preset(options.preset)
+    for what, number, least in (
+        ("the batch size", options.batch_size, 1),
+        ("the partition size", options.partition_size, 1),
+        ("the number of workers", options.workers, 1),
+        ("max_pixels", options.max_pixels, 1),
+        ("the worker memory in MiB", options.worker_memory, 1),
+        ("max_errors", options.max_errors, 0),
+    ):
+        if number is not None and number < least:
+            raise ValueError(f"{what} must be at least {least}, got {number}")
+    if not 0 < options.decode_seconds <= MOST_SECONDS:  # not a number is none
+        raise ValueError(
+            f"decode_seconds must be more than 0 and at most {MOST_SECONDS}, got "
+            f"{options.decode_seconds}"
+        )
+    _, shares = options.share
+    if options.overwrite and (options.resume or options.retry_failed or shares > 1):
+        raise ValueError(
+            "overwriting starts anew: it goes neither with resuming, nor with retrying, nor with a "
+            "share of the partitions (overwrite with --plan-only, then start the shares)"
+        )
+    return {
+        "column": options.column,
+        "preset": options.preset,
+        "features": features,
+        "dtype": options.dtype,
+        "format": options.format,
+    }
 
 
 def _check_features(features: Collection[str]) -> list[str]:
@@ -255,6 +180,11 @@ def identify(engine: Encoder) -> dict[str, Any]:
     }
 
 
+def decided(job: Job, engine: Encoder) -> dict[str, Any]:
+    """What an engine decides of the plan's configuration."""
+    return {**identify(engine), "batch_size": job.batch_size or engine.max_batch}
+
+
 def _weights_identity(weights: str) -> str:
     path = Path(weights)
     if not path.is_file():
@@ -268,14 +198,11 @@ def _cached_sha256(path: str, modified: int, size: int) -> str:
     return sha256_of(path)
 
 
-def prepare(
-    job: Job, identity: Mapping[str, Any], batch_size: int, facts: Mapping[str, Any] | None = None
-) -> Plan:
+def make_plan(job: Job, engine: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Plan:
     """The plan of a job: written, or the existing one if it is the same.
 
     Args:
-        identity: by `identify`.
-        batch_size: the engine's, where the job names none.
+        engine: by `decided`.
         facts: more to say in the plan, such as the repository of the weights.
 
     Raises:
@@ -283,17 +210,13 @@ def prepare(
         StellarError: another run is writing an output that was to be overwritten; the plan cannot
             be written.
     """
-    configuration = {
-        **identity,
-        **job.configuration,
-        "batch_size": job.batch_size or batch_size,
-    }
+    configuration = {**engine, **job.configuration}
     partitions = _partitions(job.items or (), configuration["partition_size"])
     new = Plan(configuration, tuple(partitions), dict(facts or {}))
-    if job.options.dummy_writer:
+    if not job.writes:
         return new
     with Locks(job.output) as locks, locks.planning():
-        if job.overwrite and check_output(job.output, overwrite=False):
+        if job.options.overwrite and check_output(job.output, overwrite=False):
             locks.check_free()
             clear(job.output)
         if check_output(job.output, overwrite=False):
@@ -308,24 +231,18 @@ def prepare(
     return new
 
 
-def todo(job: Job, made: Plan) -> tuple[list[int], dict[int, dict[str, Any]]]:
-    """The partitions of a job's share that are to be made, and the manifests of the others.
+def todo(job: Job, plan: Plan) -> tuple[Wanted, Mapping[int, Mapping[str, Any]]]:
+    """The partitions of a job's share that are to be made, as `Pipeline.run` takes them, and the
+    manifests of the others.
 
     Raises:
         StellarError: a complete partition is damaged or of another plan.
     """
-    k, n = job.share
-    mine = range(k - 1, len(made.partitions), n)
-    if job.options.dummy_writer:
-        return list(mine), {}
-    done = {index: found for index, found in complete(job.output, made).items() if index in mine}
-    if job.options.retry_failed:
-        done = {index: manifest for index, manifest in done.items() if not manifest["failed"]}
-    return [index for index in mine if index not in done], done
-
-
-def items_of(job: Job, partition: Partition) -> list[Item]:
-    """The images of a partition, of a job that listed them."""
-    assert job.items is not None
-    start = partition.index * job.configuration["partition_size"]
-    return list(job.items[start : start + partition.images])
+    k, n = job.options.share
+    mine = range(k - 1, len(plan.partitions), n)
+    if not job.writes:
+        return dict.fromkeys(mine), {}
+    found = complete(job.output, plan)
+    again = {i for i in found if job.options.retry_failed and found[i]["failed"]}
+    wanted = {i: found.get(i) for i in mine if i not in found or i in again}
+    return wanted, {i: found[i] for i in mine if i not in wanted}

@@ -31,7 +31,6 @@ def session(address: str | None) -> Iterator[None]:
     """
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise MissingExtraError("extraction on a Ray cluster", "ray") from error
     if ray.is_initialized():

@@ -52,7 +52,9 @@ class Summary:
             writers' time. total: the wall clock.
         engines: processes that encoded.
         workers: decoding processes of all engines.
-        earlier_images, earlier_failed: of the partitions that were complete before.
+        earlier_images, earlier_failed: of the partitions that other runs completed, before this
+            one or meanwhile.
+        elsewhere: partitions that other runs were making at the end of this one.
     """
 
     images: int = 0
@@ -62,6 +64,7 @@ class Summary:
     workers: int = 1
     earlier_images: int = 0
     earlier_failed: int = 0
+    elsewhere: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
@@ -99,6 +102,7 @@ class Summary:
             "rows": self.rows,
             "failed": self.failed,
             "partitions": self.partitions,
+            "partitions_elsewhere": self.elsewhere,
             "engines": self.engines,
             "workers": self.workers,
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
@@ -108,14 +112,17 @@ class Summary:
 
     def __str__(self) -> str:
         total = self.seconds.get("total", 0.0)
-        earlier = f"{self.earlier_images} images were done before" if self.earlier_images else ""
-        if not self.images:
-            return f"nothing to do, {earlier}"
-        text = (
-            f"{self.images} images, {self.rows} rows, {self.failed} failed, {total:.2f} s, "
-            f"{self.images / total:.1f} images/s"
-        )
-        return f"{text}; {earlier}" if earlier else text
+        told = ["nothing to do"]
+        if self.images:
+            told = [
+                f"{self.images} images, {self.rows} rows, {self.failed} failed, {total:.2f} s, "
+                f"{self.images / total:.1f} images/s"
+            ]
+        if self.earlier_images:
+            told.append(f"{self.earlier_images} images were done by earlier or other runs")
+        if self.elsewhere:
+            told.append(f"partitions that other runs are still at: {self.elsewhere}")
+        return "; ".join(told)
 
     @property
     def stages(self) -> str:

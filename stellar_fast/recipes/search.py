@@ -103,15 +103,12 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def check_engine(features: Features, engine: Engine) -> None:
     """Raises ValueError where an engine's features are not comparable with stored ones. Another
     precision is: it differs by rounding."""
-    from ..extract import identify
+    from ..extract.job import identify
+    from ..extract.output.layout import difference
 
-    found = identify(engine)
-    for name in ("model", "weights"):
-        if found[name] != features.configuration[name]:
-            raise ValueError(
-                f"the features were made with another {name} than this engine's: "
-                f"{features.configuration[name]}, not {found[name]}"
-            )
+    changed = difference(features.configuration, identify(engine), ("model", "weights"))
+    if changed:
+        raise ValueError(f"the features were made with another engine: {', '.join(changed)}")
 
 
 def _sample(feature: Feature, most: int, seed: int) -> np.ndarray:

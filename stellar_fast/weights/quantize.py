@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def _rescaled(block: Fp8Block, attended: float, hidden: float) -> Fp8Block:
 
 
 def calibrated(
-    ops: ModuleType, weights: EncoderWeights, run: Callable[[Any, EncoderWeights], object]
+    ops: Any, weights: EncoderWeights, run: Callable[[Any, EncoderWeights], object]
 ) -> EncoderWeights:
     """`weights` with the static scales that the largest activations of a run ask for.
 

@@ -2,12 +2,15 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from engines import small_engine
 from extracting import Wrapped, touch
 
-from stellar_fast.extract import Pipeline, Summary, identify, plan, prepare
+from stellar_fast.extract import Summary, make_job
+from stellar_fast.extract.job import decided, make_plan
+from stellar_fast.extract.work.pipeline import Pipeline
 
 BATCH, SECONDS, BATCHES = 32, 0.08, 20
 PATIENCE = 120  # seconds for what happens at once on a machine that is not busy
@@ -17,8 +20,8 @@ def pipeline_of(tmp_path, engine, **arguments):
     """A pipeline that reads and writes nothing, and the images of its one partition."""
     touch(tmp_path, *(f"{number:04}.jpg" for number in range(BATCH * BATCHES)))
     dummies = {"dummy_reader": True, "dummy_writer": True}
-    job = plan(tmp_path, "nowhere", batch_size=BATCH, **dummies | arguments)
-    made = prepare(job, identify(engine), BATCH)
+    job = make_job(tmp_path, "nowhere", batch_size=BATCH, **dummies | arguments)
+    made = make_plan(job, decided(job, engine))
     return job, made
 
 
@@ -48,8 +51,8 @@ def test_the_engine_finds_its_next_batch_when_it_has_done_one(tmp_path):
 
     engine = device_like(small_engine(), work)
     job, made = pipeline_of(tmp_path, engine)
-    with Pipeline(None, made, engine, job.options, items=lambda part: list(job.items)) as pipeline:
-        (manifest,) = pipeline.run([0])
+    with Pipeline(job, made, engine) as pipeline:
+        (manifest,) = pipeline.run({0: None})
     assert manifest["rows"] == BATCH * BATCHES
     assert len(begun) == BATCHES
     gaps = [next - end for end, next in zip(ended[:-1], begun[1:], strict=True)]
@@ -76,8 +79,8 @@ def test_decoding_and_writing_go_on_while_the_engine_works(tmp_path, monkeypatch
 
     engine = device_like(small_engine(), work)
     job, made = pipeline_of(tmp_path, engine)
-    with Pipeline(None, made, engine, job.options, items=lambda part: list(job.items)) as pipeline:
-        list(pipeline.run([0]))
+    with Pipeline(job, made, engine) as pipeline:
+        list(pipeline.run({0: None}))
     assert batches == BATCHES
 
 
@@ -103,15 +106,11 @@ def test_a_slow_writer_is_what_limits(tmp_path, monkeypatch):
     engine = device_like(small_engine(), lambda: None)
     job, made = pipeline_of(tmp_path, engine)
     taken = []
+    few = replace(job, items=job.items[: 12 * BATCH])
     with Pipeline(
-        None,
-        made,
-        engine,
-        job.options,
-        items=lambda part: list(job.items)[: 12 * BATCH],
-        report=lambda images, failed, seconds: taken.append(seconds),
+        few, made, engine, report=lambda images, failed, seconds: taken.append(seconds)
     ) as pipeline:
-        list(pipeline.run([0]))
+        list(pipeline.run({0: None}))
     summary = Summary()
     for seconds in taken[1:]:  # before the first, processes start
         summary.add(seconds)

@@ -10,10 +10,10 @@ from harness.budgets import refusal_of_op, tensors_of
 from harness.results import ROOT
 from harness.workloads import arguments, cases, flops_per_image, op_of
 from peers import ops
-from stellar_fast.reference import ops as oracles
 
 from stellar_fast.config import MODELS
 from stellar_fast.engine import torch_ops
+from stellar_fast.reference import ops as oracles
 
 CPU = torch.device("cpu")
 NAMES = ["qkv", "attention", "proj", "fc1", "fc2", "patch_embed", "norm", "spatial_map"]

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
 # What this process has locked, as (device, inode, partition): its own locks do not stop it.
 _TAKEN: set[tuple[int, int, int]] = set()
+_PLANNING = threading.Lock()
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -81,6 +83,20 @@ def clear(output: Path) -> None:
             remove(path)
 
 
+class BusyError(StellarError):
+    """Another process makes a partition at this moment."""
+
+
+def has_locks(output: Path) -> bool:
+    """Whether this folder's file system keeps processes from what another one has locked."""
+    with open_own(output / LOCK) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _PLAN_BYTE)
+        except OSError as error:
+            return error.errno not in _NO_LOCKS
+    return True
+
+
 class Locks:
     """Locks on the partitions of one output, held until they are released or the process dies.
 
@@ -102,7 +118,7 @@ class Locks:
         self._file.close()
 
     def take(self, partition: Partition) -> None:
-        """Raises StellarError if another run has it."""
+        """Raises BusyError if another process has it."""
         taken = (*self._identity, partition.index)
         busy = taken in _TAKEN
         if not busy:
@@ -112,7 +128,7 @@ class Locks:
             except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as POSIX has it
                 busy = True
         if busy:
-            raise StellarError(
+            raise BusyError(
                 f"{self._output}: another run is writing {partition.name} at this moment"
             )
         _TAKEN.add(taken)
@@ -136,14 +152,15 @@ class Locks:
 
     @contextmanager
     def planning(self) -> Iterator[None]:
-        """Waits until no other process makes the plan."""
-        with _without_locks():
-            fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _PLAN_BYTE)
-        try:
-            yield
-        finally:
+        """Waits until no other process, or thread, writes a file that is not a partition's."""
+        with _PLANNING:
             with _without_locks():
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _PLAN_BYTE)
+                fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _PLAN_BYTE)
+            try:
+                yield
+            finally:
+                with _without_locks():
+                    fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _PLAN_BYTE)
 
 
 @contextmanager
@@ -161,7 +178,8 @@ class Staged:
     def __init__(self, output: Path, partition: Partition, locks: Locks) -> None:
         """
         Raises:
-            StellarError: another run is making this partition, or the folder cannot be made.
+            BusyError: another process is making this partition.
+            StellarError: the folder cannot be made.
         """
         self.output, self.partition = output, partition
         self._locks = locks

@@ -305,12 +305,23 @@ def sha256_of(path: PathLike) -> str:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """What differs between two configurations, of the fields in `known`: "field (old -> new)"."""
-    return [
-        f"{name} ({json.dumps(old.get(name))} -> {json.dumps(new.get(name))})"
-        for name in known
-        if old.get(name) != new.get(name)
-    ]
+    """What differs between two configurations, of the fields in `known`: "field (old -> new)".
+
+    A field that has fields of its own is told by those; by its name alone, if that differs.
+    """
+    found = []
+    for field in known:
+        first, second = old.get(field), new.get(field)
+        if isinstance(first, Mapping) and isinstance(second, Mapping):
+            if first.get("name") != second.get("name"):
+                first, second = first.get("name"), second.get("name")
+            else:
+                inner = difference(first, second, {**first, **second})
+                found += [f"{field}.{told}" for told in inner]
+                continue
+        if first != second:
+            found.append(f"{field} ({json.dumps(first)} -> {json.dumps(second)})")
+    return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ class Work:
     Attributes:
         items: the images to read: all of the partition, or where it is complete already, those
             that failed.
+        earlier: its manifest, where it is complete already.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class Work:
     ) -> None:
         """
         Raises:
-            StellarError: another run is making this partition, or it cannot be written.
+            BusyError: another process is making this partition.
+            StellarError: it cannot be written.
         """
         self.partition = plan.partitions[index]
         self.items = items
@@ -55,10 +57,10 @@ class Work:
         self._staged = Staged(output, self.partition, locks)
         self._files: FeatureFiles | None = None
         try:
-            self._earlier = read_manifest(output, plan, index)
+            self.earlier = read_manifest(output, plan, index)
             self._all = [item.id for item in items]
-            if self._earlier is not None:
-                self._index = self._read_earlier(self._earlier)
+            if self.earlier is not None:
+                self._index = self._read_earlier(self.earlier)
                 failed = {
                     id
                     for id, row in zip(self._index["id"], self._index["row"], strict=True)
@@ -83,7 +85,7 @@ class Work:
         return index
 
     def _new_files(self) -> FeatureFiles:
-        if self._earlier is None:
+        if self.earlier is None:
             kind, folder = self._plan.configuration["format"], self._staged.folder
         else:  # to be put together with the earlier rows
             kind, folder = "npy", self._staged.folder / "new"
@@ -117,12 +119,12 @@ class Work:
     def _finish(self, made: Mapping[str, Any]) -> dict[str, Any]:
         assert self._files is not None and len(self.reasons) == len(self.items)
         assert self._files.rows == self.reasons.count(None)
-        if self._earlier is not None and not self._files.rows:
-            return self._earlier  # every image failed again
+        if self.earlier is not None and not self._files.rows:
+            return self.earlier  # every image failed again
         folder = self._staged.folder
         paths = self._files.finish()
-        if self._earlier is not None:
-            paths = self._merge(self._earlier)
+        if self.earlier is not None:
+            paths = self._merge(self.earlier)
         rows = self.reasons.count(None)
         paths.append(write_index(folder, self._all, self.reasons, self.sizes))
         manifest = {

@@ -5,23 +5,19 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import StellarError
-from ..input.addresses import Allowed
-from ..input.door import NOTHING_MORE
-from ..output.folder import Locks
-from ..output.layout import Partition, Plan, read_items
+from ..options import Job
+from ..output.folder import BusyError, Locks
+from ..output.layout import Plan, read_items
 from ..output.partition import Unwritten, Work
 from ..records import Item
 from ..stats import Timer
 from .decoding import SHAPE, Outcome, pixels_dtype
-from .sandbox import Limits
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -36,6 +32,7 @@ BATCHES_AHEAD = 2
 POLL = 0.2  # seconds between looks at whether another thread has stopped the pipeline
 
 Report = Callable[[int, int, Mapping[str, float]], None]
+Wanted = Mapping[int, Mapping[str, Any] | None]  # see `Pipeline.run`
 
 
 class Encoder(Protocol):
@@ -51,32 +48,6 @@ class Encoder(Protocol):
     def encode(
         self, images: Any, *, outputs: Collection[str] | None = ..., check_range: bool = ...
     ) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to work; nothing of it changes the features, only which images have any.
-
-    Attributes:
-        workers: processes that decode.
-        on_error: "record" images that cannot be read in the index, or "fail" at the first.
-        max_errors: images that may fail before the run does; None is any number.
-        retry_failed: make complete partitions again for their images that failed.
-        dummy_reader: encode noise instead of the images, to measure everything but reading.
-        dummy_writer: write nothing, to measure everything but writing.
-        allowed: what may be read beyond the defaults; never the plan's, which may be another's.
-        limits: of decoding one image. They are in every manifest, not in the plan: an image that
-            failed by them may be tried again under others.
-    """
-
-    workers: int
-    on_error: str = "record"
-    max_errors: int | None = None
-    retry_failed: bool = False
-    dummy_reader: bool = False
-    dummy_writer: bool = False
-    allowed: Allowed = NOTHING_MORE
-    limits: Limits = field(default_factory=Limits)
 
 
 class Stopped(Exception):
@@ -108,20 +79,19 @@ class Pipeline:
 
     def __init__(
         self,
-        output: Path | None,
+        job: Job,
         plan: Plan,
         engine: Encoder,
-        options: Options,
         *,
-        items: Callable[[Partition], list[Item]] | None = None,
         report: Report | None = None,
+        stopped: Callable[[], bool] | None = None,
     ) -> None:
         """
         Args:
-            output: the folder that has the plan; None to write nothing.
-            items: the images of a partition; those that `output` has for it, if left out.
+            plan: in the job's output, if it has one.
             report: is called with the images and the failed images finished since its last call,
                 and the seconds of each stage since then.
+            stopped: is asked now and then, by several threads, whether to stop.
 
         Raises:
             StellarError: the output cannot be written, or no process can be started.
@@ -130,13 +100,9 @@ class Pipeline:
 
         from .copies import Copies
 
-        if items is None:
-            if output is None:
-                raise ValueError("without an output there must be items")
-            items = partial(read_items, output)
         self.timer = Timer()
-        self._output, self._plan, self._engine = output, plan, engine
-        self._options, self._items, self._report = options, items, report
+        self._job, self._options = job, job.options
+        self._plan, self._engine, self._report = plan, engine, report
         configuration = plan.configuration
         self._batch_size: int = configuration["batch_size"]
         self._features: list[str] = configuration["features"]
@@ -150,22 +116,23 @@ class Pipeline:
         for _ in range(BATCHES_AHEAD + 2 + self._copies.ahead):
             self._buffers.put(self._copies.buffer(self._batch_size, dtype))
         self._stop = threading.Event()
+        self._stopped = stopped
         self._error: BaseException | None = None
         self._made: dict[str, Any] = {
             "device": str(engine.device),
             "backend": engine.backend,
-            "limits": asdict(options.limits),
+            "limits": asdict(job.limits),
         }
         self._failures = 0
-        self._locks = None if output is None else Locks(output)
+        self._locks = Locks(job.output) if job.writes else None
         try:
             self._workers = Workers(
-                options.workers,
+                job.workers,
                 configuration["preset"],
                 self._batch_size,
-                dummy=options.dummy_reader,
-                allowed=options.allowed,
-                limits=options.limits,
+                dummy=job.options.dummy_reader,
+                allowed=job.allowed,
+                limits=job.limits,
             )
         except BaseException:
             self._close_locks()
@@ -196,16 +163,21 @@ class Pipeline:
         """Of the decoding processes."""
         return self._workers.pids
 
-    def run(self, indices: Iterable[int]) -> Generator[dict[str, Any], None, None]:
+    def run(self, wanted: Wanted) -> Generator[dict[str, Any], None, None]:
         """Makes partitions, one after another without a pause between them: their manifests.
 
-        A partition that is complete is made again for the images that failed. When this raises, or
-        is closed, partitions that are not complete are dropped, and the pipeline is of no more use.
+        Those that another process has locked, or has made meanwhile, are left to it. When this
+        raises, or is closed, partitions that are not complete are dropped, and the pipeline is of
+        no more use.
+
+        Args:
+            wanted: by partition, its manifest if it is complete, and to be made again for the
+                images that failed.
 
         Raises:
             StellarError: the output cannot be written, a feature does not fit its dtype, or images
                 failed that may not.
-            Stopped: by `stop`.
+            Stopped: by `stop` or `stopped`.
         """
         self._check()
         self._feed: queue.Queue[_Batch | _End | None] = queue.Queue(BATCHES_AHEAD)
@@ -215,7 +187,7 @@ class Pipeline:
         threads = [
             threading.Thread(target=self._guarded, args=(target, *arguments), name=name)
             for name, target, *arguments in (
-                ("feed", self._decode, iter(indices)),
+                ("feed", self._decode, wanted),
                 ("write", self._write),
             )
         ]
@@ -251,8 +223,11 @@ class Pipeline:
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._stop.is_set():
+        if self._is_stopped():
             raise Stopped
+
+    def _is_stopped(self) -> bool:
+        return self._stop.is_set() or (self._stopped is not None and self._stopped())
 
     def _put(self, lane: queue.Queue[Any], thing: Any) -> None:
         while True:
@@ -268,14 +243,14 @@ class Pipeline:
 
     # The thread before the engine
 
-    def _decode(self, indices: Iterator[int]) -> None:
+    def _decode(self, wanted: Wanted) -> None:
         """Puts full batches of good images into `_feed`, and the end of every partition."""
         works: deque[Work | Unwritten] = deque()
 
         def items() -> Iterator[Item]:
-            for index in indices:
-                works.append(self._begin(index))
-                yield from works[-1].items
+            for work in self._claimed(wanted):
+                works.append(work)
+                yield from work.items
 
         buffer: Tensor = self._get(self._buffers)
         ids: list[str] = []
@@ -287,7 +262,7 @@ class Pipeline:
             self._put(self._feed, _Batch(work, ids, buffer, moving, failed))
             buffer, ids, failed = self._get(self._buffers), [], 0
 
-        for outcome in self._workers.decode(items(), self._stop.is_set):
+        for outcome in self._workers.decode(items(), self._is_stopped):
             work = works[0]
             item = work.items[len(work.reasons)]
             work.add(outcome)
@@ -309,13 +284,34 @@ class Pipeline:
         self._buffers.put(buffer)
         self._put(self._feed, None)
 
-    def _begin(self, index: int) -> Work | Unwritten:
-        items = self._items(self._plan.partitions[index])
-        if self._output is None or self._locks is None:
-            return Unwritten(self._plan, index, items)
-        work = Work(self._output, self._plan, index, items, self._shapes, self._locks)
-        self._open.append(work)
-        return work
+    def _claimed(self, wanted: Wanted) -> Iterator[Work | Unwritten]:
+        """The partitions that no other process has: in rounds, until there is none in a round,
+        since one that dies lets go of its own."""
+        parts = self._plan.partitions
+        if self._locks is None:
+            for index in wanted:
+                items = self._job.listed(index, parts[index].images)
+                yield Unwritten(self._plan, index, items)
+            return
+        output = self._job.output
+        left = list(wanted)
+        claimed = True
+        while left and claimed:
+            busy, claimed = [], False
+            for index in left:
+                items = read_items(output, parts[index])
+                try:
+                    work = Work(output, self._plan, index, items, self._shapes, self._locks)
+                except BusyError:
+                    busy.append(index)
+                    continue
+                if work.earlier != wanted[index]:  # another process was quicker
+                    work.drop()
+                    continue
+                claimed = True
+                self._open.append(work)
+                yield work
+            left = busy
 
     def _count_failure(self, item: Item, outcome: Outcome) -> None:
         self._failures += 1

@@ -1,0 +1,128 @@
+"""The training forward against the published losses, gradients and teacher."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budgets import GRADIENT, LOSS, TEACHER, TENSOR
+from checkpoints import filled, golden, images, relative_error
+from goldens import golden_image
+from references import reference_of, vqgan_of
+from torch import Tensor
+
+from stellar_fast.reference import STELLARModel
+from stellar_fast.reference.pretrain.losses import reconstruction_predictions, training_loss
+from stellar_fast.reference.vqgan import VQGAN
+
+pytestmark = pytest.mark.numerical
+GOLDENS = [
+    "pretrain-tiny16",
+    "pretrain-tiny16-pixel-nokoleo-nomatch",
+    "pretrain-tiny16-teacher",
+]
+
+
+@functools.cache
+def codes_of(image_seed: int, batch: int) -> Tensor:
+    """The tokenizer's codes of a file's images, (batch, 196): the same in every dtype, since
+    test_reference_reconstruct.py finds them decided."""
+    return vqgan_of().encode(images(batch, 224, 224, image_seed))
+
+
+def golden_model(meta: dict[str, Any], dtype: torch.dtype) -> STELLARModel:
+    tokenizer = None
+    if meta["vq_weights_seed"] is not None:
+        with torch.device("meta"):
+            tokenizer = VQGAN()
+        codes = codes_of(meta["image_seed"], meta["batch"])
+        tokenizer.encode = lambda images: codes
+    with torch.device("meta"):
+        model = STELLARModel(
+            vq_model=tokenizer, vit_pretrained=meta["backbone"], **meta["arguments"]
+        )
+    return filled(model, meta["weights_seed"]).to(dtype).train()
+
+
+def golden_inputs(meta: dict[str, Any]) -> dict[str, Tensor]:
+    batch = meta["batch"]
+    count = {
+        "global": meta["arguments"]["num_masks"],
+        "local": meta["arguments"]["num_local_crops"],
+    }
+    views = images(batch * count["global"], 224, 224, meta["global_views_seed"])
+    crops = images(batch * count["local"], 96, 96, meta["local_views_seed"])
+    return {
+        "image": images(batch, 224, 224, meta["image_seed"]),
+        "labels": torch.arange(batch),
+        "global_views": views.unflatten(0, (batch, count["global"])),
+        "local_views": crops.unflatten(0, (batch, count["local"])),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden(name, dtype):
+    """Float64 too: a bound that the model itself does not meet is one of the rounding it had."""
+    expected, meta = golden(name)
+    model = golden_model(meta, dtype)
+    inputs = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in golden_inputs(meta).items()
+    }
+    predictions = model(inputs)["predictions"]
+
+    losses = {key for key, value in predictions.items() if value.requires_grad and not value.ndim}
+    assert losses == set(meta["order_of_losses"])
+    total = training_loss(predictions)
+    for key in meta["order_of_losses"]:
+        error = relative_error(predictions[key].reshape(1), expected[f"loss.{key}"])
+        assert error < LOSS, key
+    assert relative_error(total.reshape(1), expected["total"]) < LOSS
+
+    total.backward()
+    gradients = {
+        key: value.grad for key, value in model.named_parameters() if value.grad is not None
+    }
+    norms = {key.removeprefix("gradnorm.") for key in expected if key.startswith("gradnorm.")}
+    assert gradients.keys() == norms  # none for tokenizer, teacher and what is never used
+    for key in norms:
+        if key.endswith("attention.key.bias"):
+            continue  # softmax does not see it: the true gradient is 0
+        error = relative_error(gradients[key].norm().reshape(1), expected[f"gradnorm.{key}"])
+        assert error < GRADIENT, key
+    state = model.state_dict()
+    for key, value in expected.items():
+        kind, _, parameter = key.partition(".")
+        if kind == "grad":
+            assert relative_error(gradients[parameter], value) < GRADIENT, key
+        elif kind == "after":
+            assert relative_error(state[parameter], value) < TEACHER, key
+
+
+@pytest.mark.parametrize("name", ["reconstruct-tiny16", "reconstruct-tiny14"])
+def test_code_loss_golden(name):
+    expected, meta = golden(name)
+    asked = []
+
+    class Codes(VQGAN):
+        def encode(self, images):
+            asked.append(images)
+            return expected["target_tokens"].long()
+
+    with torch.device("meta"):
+        tokenizer = Codes()
+    model = reference_of(meta, "reconstruct", torch.float32, tokenizer)
+    image = golden_image(meta)
+    found = reconstruction_predictions(model, model.encode(image)["lowrank"], image)
+    assert relative_error(found["VQ-CE"].reshape(1), expected["vq_ce"]) < LOSS
+    stride = meta["patch_stride_of_decoder_output_and_logits"]
+    assert relative_error(found["x_hat"][:, ::stride], expected["logits"]) < TENSOR
+    assert found["x_original"] is asked[0]
+    assert found["x_original"].shape == expected["reconstruction"].shape
+    if meta["backbone"]["patch_size"] == 16:
+        assert found["x_original"] is image
+    else:
+        of_cells = F.interpolate(image, size=(256, 256), mode="bicubic", align_corners=False)
+        assert relative_error(found["x_original"], of_cells) < TENSOR
