@@ -21,8 +21,8 @@ def pipeline_of(tmp_path, engine, **arguments):
     touch(tmp_path, *(f"{number:04}.jpg" for number in range(BATCH * BATCHES)))
     dummies = {"dummy_reader": True, "dummy_writer": True}
     job = make_job(tmp_path, "nowhere", batch_size=BATCH, **dummies | arguments)
-    made = make_plan(job, decided(job, engine))
-    return job, made
+    plan = make_plan(job, decided(job, engine))
+    return job, plan
 
 
 def device_like(engine, work):
@@ -50,8 +50,8 @@ def test_the_engine_finds_its_next_batch_when_it_has_done_one(tmp_path):
         ended.append(time.perf_counter())
 
     engine = device_like(small_engine(), work)
-    job, made = pipeline_of(tmp_path, engine)
-    with Pipeline(job, made, engine) as pipeline:
+    job, plan = pipeline_of(tmp_path, engine)
+    with Pipeline(job, plan, engine) as pipeline:
         (manifest,) = pipeline.run({0: None})
     assert manifest["rows"] == BATCH * BATCHES
     assert len(begun) == BATCHES
@@ -78,8 +78,8 @@ def test_decoding_and_writing_go_on_while_the_engine_works(tmp_path, monkeypatch
             assert written.acquire(timeout=PATIENCE), "nothing is written while the engine works"
 
     engine = device_like(small_engine(), work)
-    job, made = pipeline_of(tmp_path, engine)
-    with Pipeline(job, made, engine) as pipeline:
+    job, plan = pipeline_of(tmp_path, engine)
+    with Pipeline(job, plan, engine) as pipeline:
         list(pipeline.run({0: None}))
     assert batches == BATCHES
 
@@ -104,11 +104,11 @@ def test_a_slow_writer_is_what_limits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Unwritten, "append", lambda *arguments: time.sleep(3 * SECONDS))
     engine = device_like(small_engine(), lambda: None)
-    job, made = pipeline_of(tmp_path, engine)
+    job, plan = pipeline_of(tmp_path, engine)
     taken = []
     few = replace(job, items=job.items[: 12 * BATCH])
     with Pipeline(
-        few, made, engine, report=lambda images, failed, seconds: taken.append(seconds)
+        few, plan, engine, report=lambda images, failed, seconds: taken.append(seconds)
     ) as pipeline:
         list(pipeline.run({0: None}))
     summary = Summary()

@@ -80,13 +80,13 @@ def test_partitions_hold_all_images_in_order_and_batches_do_not_cross_them(
 
     job = make_job(photographs, tmp_path / "out", partition_size=10, batch_size=4, workers=2)
     run(job, Wrapped(engine, encode))
-    made = read_plan(tmp_path / "out")
-    assert [part.images for part in made.partitions] == [10, 10, 4]
+    plan = read_plan(tmp_path / "out")
+    assert [part.images for part in plan.partitions] == [10, 10, 4]
     table = index(tmp_path / "out")
     assert table["id"] == [item.id for item in job.items]
     start, batches = 0, []
     for number, part in enumerate(parts(tmp_path / "out")):
-        stop = start + made.partitions[number].images
+        stop = start + plan.partitions[number].images
         rows = [row for row in table["row"][start:stop] if row is not None]
         assert rows == list(range(len(rows)))
         good = [
@@ -100,7 +100,7 @@ def test_partitions_hold_all_images_in_order_and_batches_do_not_cross_them(
         full, rest = divmod(len(rows), 4)
         batches += [4] * full + [rest] * (rest > 0)
         start = stop
-        check_sums(tmp_path / "out", made, number)
+        check_sums(tmp_path / "out", plan, number)
     assert [size for size in sizes if size] == batches
 
 
@@ -133,12 +133,12 @@ def test_the_index_the_manifest_and_the_plan_say_what_was_done(photographs, tmp_
     assert (manifest["images"], manifest["rows"], manifest["failed"]) == (24, 20, 4)
     assert set(manifest["files"]) == {"sparse.npy", "cls.npy", "index.parquet"}
     assert manifest["made"]["versions"]["torch"] == metadata.version("torch")
-    made = read_plan(output)
+    plan = read_plan(output)
     told = {"weights": "recipe", "precision": "fp32", "preset": "card", "dtype": "float32"}
-    assert told.items() <= made.configuration.items()
-    assert made.configuration["model"]["backbone"]["hidden_size"] == 64
-    assert made.configuration["batch_size"] == engine.max_batch
-    assert made.facts == {"repo": "somewhere"}
+    assert told.items() <= plan.configuration.items()
+    assert plan.configuration["model"]["backbone"]["hidden_size"] == 64
+    assert plan.configuration["batch_size"] == engine.max_batch
+    assert plan.facts == {"repo": "somewhere"}
     stats = json.loads((output / "stats.json").read_text())
     assert (stats["outcome"], stats["images"], stats["failed"]) == ("complete", 24, 4)
     stages = {"read", "decode", "wait", "encode", "blocked", "write", "total"}

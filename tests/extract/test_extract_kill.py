@@ -175,7 +175,7 @@ def test_killed_fifty_times_a_run_goes_on_to_the_same_files(photographs, tmp_pat
 def test_killed_decoding_processes_lose_no_image(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
     job = make_job(photographs, output, workers=2, **SMALL_PARTS)
-    made = make_plan(job, decided(job, engine))
+    plan = make_plan(job, decided(job, engine))
     killed = []
     encoded = 0
 
@@ -189,9 +189,9 @@ def test_killed_decoding_processes_lose_no_image(photographs, tmp_path, engine, 
         encoded += len(images)
         return engine.encode(images, **arguments)
 
-    pipeline = Pipeline(job, made, Wrapped(engine, encode))
+    pipeline = Pipeline(job, plan, Wrapped(engine, encode))
     with pipeline:
-        manifests = list(pipeline.run(dict.fromkeys(range(len(made.partitions)))))
+        manifests = list(pipeline.run(dict.fromkeys(range(len(plan.partitions)))))
     assert [manifest["partition"] for manifest in manifests] == list(range(9))
     assert contents(output) == whole
     assert len(killed) == 2
@@ -242,7 +242,7 @@ def test_processes_that_never_start_are_an_error(photographs, tmp_path, engine, 
 def test_a_pipeline_can_be_stopped_from_another_thread(photographs, tmp_path, engine, whole):
     output = tmp_path / "out"
     job = make_job(photographs, output, **SMALL_PARTS)
-    made = make_plan(job, decided(job, engine))
+    plan = make_plan(job, decided(job, engine))
     first, stopped = threading.Event(), threading.Event()
 
     def encode(images, **arguments):
@@ -255,7 +255,7 @@ def test_a_pipeline_can_be_stopped_from_another_thread(photographs, tmp_path, en
         pipeline.stop()
         stopped.set()
 
-    with Pipeline(job, made, Wrapped(engine, encode)) as pipeline:
+    with Pipeline(job, plan, Wrapped(engine, encode)) as pipeline:
         thread = threading.Thread(target=stop)
         thread.start()
         found = pipeline.run(dict.fromkeys(range(9)))
@@ -278,9 +278,9 @@ def test_memory_does_not_grow_with_the_number_of_images(photographs, tmp_path, e
             (tmp_path / "many" / str(number)).mkdir(parents=True, exist_ok=True)
             os.link(path, tmp_path / "many" / str(number) / path.name)
     job = make_job(tmp_path / "many", tmp_path / "out", partition_size=40, batch_size=8)
-    made = make_plan(job, decided(job, engine))
+    plan = make_plan(job, decided(job, engine))
     used = []
-    with Pipeline(job, made, engine) as pipeline:
+    with Pipeline(job, plan, engine) as pipeline:
         for _ in pipeline.run(dict.fromkeys(range(10))):
             processes = [os.getpid(), *pipeline.pids]
             used.append([psutil.Process(pid).memory_info().rss for pid in processes])

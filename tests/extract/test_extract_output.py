@@ -81,10 +81,10 @@ def test_a_changed_configuration_is_refused_by_name(
     photographs, tmp_path, engine, changed, message
 ):
     job = make_job(photographs, tmp_path / "out", **SMALL)
-    made = make_plan(job, decided(job, engine))
+    plan = make_plan(job, decided(job, engine))
     with pytest.raises(ValueError, match=rf"{message}; choose another output, or --overwrite"):
         make_job(photographs, tmp_path / "out", **SMALL | changed)
-    assert read_plan(tmp_path / "out") == made
+    assert read_plan(tmp_path / "out") == plan
 
 
 def test_another_engine_or_batch_is_refused_by_name(photographs, tmp_path, engine):
@@ -193,15 +193,15 @@ def test_a_file_in_the_way_is_an_error(photographs, tmp_path):
 def test_damage_to_what_is_complete_is_an_error(photographs, tmp_path, engine):
     output = tmp_path / "out"
     run(make_job(photographs, output, **SMALL), engine)
-    made = read_plan(output)
-    assert list(complete(output, made)) == [0, 1, 2]
+    plan = read_plan(output)
+    assert list(complete(output, plan)) == [0, 1, 2]
     path = output / "part-00001" / "cls.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    check_sums(output, made, 0)
+    check_sums(output, plan, 0)
     with pytest.raises(StellarError, match=r"part-00001/cls\.npy has changed.*remove"):
-        check_sums(output, made, 1)
+        check_sums(output, plan, 1)
     path.write_bytes(content[:-1])
     with pytest.raises(StellarError, match=r"cls\.npy has \d+ bytes, not \d+; remove"):
         run(make_job(photographs, output, **SMALL), engine)
@@ -255,10 +255,10 @@ def test_a_partition_that_was_made_meanwhile_is_not_made_again(
 ):
     output = tmp_path / "out"
     job = make_job(photographs, output, **SMALL)
-    made = make_plan(job, decided(job, engine))
-    wanted, _ = todo(job, made)
+    plan = make_plan(job, decided(job, engine))
+    wanted, _ = todo(job, plan)
     run(job, engine)
-    with Pipeline(job, made, engine) as pipeline:
+    with Pipeline(job, plan, engine) as pipeline:
         assert list(pipeline.run(wanted)) == []
     assert contents(output) == whole
     assert list(output.glob(".part-*")) == []

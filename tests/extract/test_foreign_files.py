@@ -262,16 +262,16 @@ def test_an_index_that_is_too_long_is_not_written_nor_read(npy, tmp_path, monkey
 
 def test_retrying_takes_only_rows_of_these_images_and_shapes(npy):
     """Or rows of others would be stored under the ids of these."""
-    made = read_plan(npy)
+    plan = read_plan(npy)
     items = [Item(f"folder/{at:04d}.jpg", f"/nowhere/{at}") for at in range(5, 10)]
     with Locks(npy) as locks:
-        work = Work(npy, made, 1, items, SHAPES, locks)
+        work = Work(npy, plan, 1, items, SHAPES, locks)
         assert [item.id for item in work.items] == ["folder/0006.jpg"]
         work.drop()
         for shapes in ({**SHAPES, "cls": (1, 7)}, {"sparse": (4, 6)}):
             with pytest.raises(StellarError, match="other images, or features of other shapes"):
-                Work(npy, made, 1, items, shapes, locks)
+                Work(npy, plan, 1, items, shapes, locks)
         rewrite(npy / PART / "index.parquet", with_column("id", replaced(0, "folder/0000.jpg")))
         with pytest.raises(StellarError, match="other images, or features of other shapes"):
-            Work(npy, made, 1, items, SHAPES, locks)
+            Work(npy, plan, 1, items, SHAPES, locks)
     assert sorted(path.name for path in npy.glob("*part*")) == ["part-00000", PART]

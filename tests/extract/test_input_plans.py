@@ -46,8 +46,8 @@ def test_foreign_plans_open_nothing_that_is_not_allowed(tmp_path, engine):
     output = tmp_path / "out"
     job = make_job(photos, output)
     make_plan(job, decided(job, engine))
-    made = read_plan(output)
-    items = read_items(output, made.partitions[0])
+    plan = read_plan(output)
+    items = read_items(output, plan.partitions[0])
     with serving({"/x.json": b"{}", "/x.png": png()}) as server:
         hostile = [
             Item(items[0].id, f"reference://x.png::{server.url('x.json')}"),
@@ -55,10 +55,10 @@ def test_foreign_plans_open_nothing_that_is_not_allowed(tmp_path, engine):
         ]
         other = tmp_path / "other"
         other.mkdir()
-        changed = type(made)(
-            made.configuration,
-            (type(made.partitions[0])(0, 2, digest_of(hostile)),),
-            made.facts,
+        changed = type(plan)(
+            plan.configuration,
+            (type(plan.partitions[0])(0, 2, digest_of(hostile)),),
+            plan.facts,
         )
         write_plan(other, changed, hostile)
         run(make_job(photos, other, resume=True), engine)
@@ -83,10 +83,10 @@ def test_the_digest_covers_all_that_is_read(change, tmp_path, engine):
         member.size = len(png())
         tar.addfile(member, io.BytesIO(png()))
     job = make_job(tmp_path / "a.tar", tmp_path / "out")
-    made = make_plan(job, decided(job, engine))
-    write_plan(tmp_path / "out", made, [replace(job.items[0], **change)])
+    plan = make_plan(job, decided(job, engine))
+    write_plan(tmp_path / "out", plan, [replace(job.items[0], **change)])
     with pytest.raises(StellarError, match="names other images than"):
-        read_items(tmp_path / "out", made.partitions[0])
+        read_items(tmp_path / "out", plan.partitions[0])
 
 
 def test_plans_of_before_are_refused_with_what_to_do(tmp_path, engine):
@@ -105,10 +105,10 @@ def test_reasons_of_any_text_are_written(tmp_path, engine):
     """Whoever gave them: a decoder, a store, a process that died."""
     touch(tmp_path / "in", "a.png")
     job = make_job(tmp_path / "in", tmp_path / "out")
-    made = make_plan(job, decided(job, engine))
+    plan = make_plan(job, decided(job, engine))
     with Locks(tmp_path / "out") as locks:
         shapes = {"sparse": (8, 64), "cls": (1, 64)}
-        work = Work(tmp_path / "out", made, 0, list(job.items), shapes, locks)
+        work = Work(tmp_path / "out", plan, 0, list(job.items), shapes, locks)
         work.add(Outcome(0, 0, "cannot be \udce9\x1b[2J\n\u202e"))
         work.finish({})
     assert index(tmp_path / "out")["reason"] == ["cannot be \\xe9\\x1b[2J\\n\\u202e"]

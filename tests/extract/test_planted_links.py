@@ -119,11 +119,11 @@ def test_a_guessed_temporary_name_is_not_written_through(output, outside, monkey
 
 def test_resuming_does_not_read_through_a_link(photographs, output, outside, engine):
     run(make_job(photographs, output, **SMALL), engine)
-    made = read_plan(output)
+    plan = read_plan(output)
     (output / "part-00000").rename(output.parent / "moved")
     (output / "part-00000").symlink_to(output.parent / "moved")
     with pytest.raises(StellarError, match=r"part-00000.*is a link"):
-        read_manifest(output, made, 0)
+        read_manifest(output, plan, 0)
     with pytest.raises(StellarError, match=r"part-00000.*is a link"):
         run(make_job(photographs, output, **SMALL), engine)
 

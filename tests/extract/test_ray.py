@@ -245,8 +245,8 @@ def work_alone(job, load) -> list:
     """What the process of an engine tells, in this process."""
     told = []
     share = ray_runner._Share(engines=1, cpus=1, gpus=0)
-    made = read_plan(job.output)
-    ray_runner._work(job, made, load, dict.fromkeys(range(6)), share, told.append)
+    plan = read_plan(job.output)
+    ray_runner._work(job, plan, load, dict.fromkeys(range(6)), share, told.append)
     return told
 
 
