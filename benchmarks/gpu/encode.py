@@ -141,7 +141,7 @@ def _first(loaded: Loaded, images: Tensor) -> Row:
     engine.encode(images, check_range=False)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    engine.warm_up((len(images),), (tuple(images.shape[2:]),))
+    engine.warm_up((len(images),), ((images.shape[2], images.shape[3]),))
     torch.cuda.synchronize()
     return {
         "load_seconds": loaded.seconds,

@@ -48,6 +48,7 @@ OPS = ("qkv", "proj", "fc1", "fc2", "attention")
 POINTS = [(m, b) for b in (64, 1, 8, 256) for m in ("stellar-h16", "stellar-b16", "stellar-l16")]
 POINTS += [(m, b) for b in (64, 1) for m in ("stellar-b8", "stellar-b24")]  # their own lengths
 SECONDS, LEAST = 0.5, 10  # of timing a case, and rounds
+AHEAD = 5  # cases whose candidates are compiled at a time
 OURS = "heuristics"
 META = torch.device("meta")
 
@@ -189,7 +190,7 @@ def measure(
     tried: dict[str, dict[str, Any]] = {}
     entrants: list[tuple[str, Callable[..., Any]]] = []
     inputs = arguments(case, device, 0)
-    own = _results(_with(case, heuristic(gpu, case)), inputs)
+    expected = _results(_with(case, heuristic(gpu, case)), inputs)
     for tile, audited in audits.items():
         name = repr(tile)
         tried[name] = {"tile": asdict(tile)}
@@ -200,7 +201,7 @@ def measure(
             tried[name]["refused"] = reason
         else:
             entrants.append((name, function))
-            alike = zip(own, _results(function, inputs), strict=True)
+            alike = zip(expected, _results(function, inputs), strict=True)
             tried[name]["alike"] = all(torch.equal(a, b) for a, b in alike)
     with launch.tuned_by(tables.EMPTY):
         race = Race(case, device, compiles=False, others=entrants).run(SECONDS, least=LEAST)
@@ -230,8 +231,10 @@ def jobs(precisions: Iterable[str]) -> Iterator[tuple[str, Callable[[], list[Row
 
     def row(case: Case) -> dict[str, Any]:
         gpu = gpus.gpu_of_capability(*torch.cuda.get_device_capability())
-        if not pending:  # the first row starts them all: the cores compile while the GPU works
-            for item in chosen[chosen.index(case) :]:
+        # The cores compile the next ones while the GPU works; no more, since not all may be asked.
+        place = chosen.index(case)
+        for item in chosen[place : place + AHEAD]:
+            if item.key not in pending:
                 pending[item.key] = compiling(item, gpu)
         return measure(case, gpu, pending[case.key], torch.device("cuda"))
 

@@ -26,8 +26,10 @@ HUNG = 1  # faulthandler's: a row took longer than its limit
 
 
 # What a line tells of a row beside its time.
-TOLD = ("images_per_second", "of_ceiling", "of_floor", "rate", "cuda_graphs", "count", "seconds")
-TOLD += ("first_call_seconds", "load_seconds", "latency_median", "joules_per_image", "summary")
+TOLD = (
+    "images_per_second", "of_ceiling", "of_floor", "rate", "cuda_graphs", "count", "seconds",
+    "first_call_seconds", "load_seconds", "latency_median", "joules_per_image", "summary",
+)  # fmt: skip
 
 
 class Job(NamedTuple):

@@ -86,7 +86,7 @@ def on_gpu(result: Result) -> str:
         rows = [row for row in result.rows(stage) if "of_commit" not in row]
         if rows:
             (tests,) = rows
-            green = ("RED: " * ("failed" in tests)) + tests.get("summary", tests.get("failed", ""))
+            green = f"{'RED: ' * ('failed' in tests)}{tests.get('summary', tests.get('failed', ''))}"
             green += ", the short ones" * (stage == "smoke")
             break
     names = [name for name in ("torch", "triton") if name in facts["versions"]]
