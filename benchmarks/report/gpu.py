@@ -22,6 +22,8 @@ from harness.results import (
 from report import goals
 from report.tables import markdown, named, newest, newest_on_gpu, on_gpu, own, pivot
 
+from stellar_fast.config import MODELS
+
 NOTHING = "Nothing has been measured on a GPU yet"
 HEAD = (
     "", "images/s", "of the matrix ceiling", "times eager fp32, eager bf16",
@@ -102,6 +104,39 @@ def _encode(result: Result) -> str:
         took = problem(row) or f"took {row['compile_seconds']:.0f} s"
         notes.append(f"torch.compile of {model} at batch {batch[1:]}: {took}.")
     return markdown(HEAD, lines) + "\n\n" + "".join(f"{note} " for note in notes)
+
+
+def _figures(result: Result) -> str:
+    """What a user asks first: images a second, and the time of one image."""
+    lines = []
+    for model in MODELS:
+        for precision in ("bf16", "fp8"):
+            row = goals.encoded(result, model, 64, precision)
+            if row is None or "median" not in row:
+                continue
+            job = ("encode", row["key"])
+            one = goals.encoded(result, model, 1, precision) or {}
+            lines.append([
+                f"{model} {precision}",
+                f"{row['images_per_second']:,.0f}",
+                _times(named(result, *job, EAGER_BF16), row),
+                _times(named(result, *job, EAGER_FP32), row),
+                f"{1e3 * one['latency_median']:.2f} ms" if "latency_median" in one else "",
+            ])  # fmt: skip
+    head = ["batch 64", "images/s", "over eager bf16", "over eager fp32", "one image"]
+    facts = result.facts
+    return markdown(head, lines) + f"\n\n{facts['device']}, all five outputs. "
+
+
+def _figures_table() -> str:
+    result = newest_on_gpu()
+    if result is None:
+        return f"{NOTHING}."
+    commits = {row.get("of_commit", result.facts["commit"]) for row in result.rows("encode")}
+    return (
+        f"{_figures(result)}Commits {', '.join(sorted(map(str, commits)))}; `{result.path.parent.name}/` of "
+        "the results has the files."
+    )
 
 
 def _microseconds(seconds: float) -> str:
@@ -241,6 +276,7 @@ def predicted() -> str:
 
 
 TABLES = {
+    "gpu-figures": _figures_table,
     "gpu-goals": _of_newest(_goals, ", so no goal for one can be met or missed yet"),
     "gpu-encode": _of_newest(_encode, ": how many images a second the engine encodes is not known"),
     "gpu-kernels": _of_newest(_kernels, ": no kernel has a time"),
