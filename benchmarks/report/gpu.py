@@ -132,10 +132,11 @@ def _figures_table() -> str:
     result = newest_on_gpu()
     if result is None:
         return f"{NOTHING}."
-    commits = {row.get("of_commit", result.facts["commit"]) for row in result.rows("encode")}
+    newest_commit = result.facts["commit"]
+    commits = {str(row.get("of_commit", newest_commit)) for row in result.rows("encode")}
     return (
-        f"{_figures(result)}Commits {', '.join(sorted(map(str, commits)))}; `{result.path.parent.name}/` of "
-        "the results has the files."
+        f"{_figures(result)}Commits {', '.join(sorted(commits))}; files in "
+        f"`benchmarks/results/{result.path.parent.name}`."
     )
 
 
