@@ -42,13 +42,13 @@ def test_auto_on_a_gpu(capability, version, precision, expected):
 def test_auto_on_a_cpu_never_takes_the_interpreter():
     assert os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
     for precision in ("fp32", "bf16", "fp16"):
-        assert resolve_backend("auto", CPU, precision) == "torch"
+        assert resolve_backend("auto", CPU, precision) in ("openvino", "torch")
 
 
 @pytest.mark.parametrize(
     ("backend", "device", "version", "precision", "message"),
     [
-        ("cublas", CPU, None, "fp32", "'cublas'; known: auto, triton, torch"),
+        ("cublas", CPU, None, "fp32", "'cublas'; known: auto, triton, openvino, torch"),
         ("auto", CPU, None, "fp8", "capability 8.9 or later; got cpu"),
         ("torch", GPU, (9, 0), "fp8", "computed by the Triton kernels.*Some GPU with 9.0"),
         ("triton", GPU, (8, 0), "fp8", "capability 8.9 or later, got cuda:0, Some GPU with 8.0"),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,26 @@ from ..config import ModelConfig
 from ..engine.backends import resolve_device
 from ..errors import ForkError, StellarError
 from ..weights import saving
+from ..weights.int8 import is_quantized
 from ..weights.packed import DecoderWeights, EncoderWeights, map_nodes, position_code
 from ..weights.quantize import calibrated
 from . import backends, decoder, encoder
 from .caching import ByteCache
+from .calibration import int8_of
 from .encoder import OUTPUTS
 from .graphs import CudaRecorder, GraphRunner
 from .inputs import as_batch, as_features, check_patches
 from .inputs import check_range as check_pixel_range
 
+if TYPE_CHECKING:
+    from .openvino_graphs import OpenVINORunner
+
 TYPICAL_BATCH = 8  # images in the product that weights are laid out for
 # Patches of an image. Attention takes time by their square: on a processor's two cores, minutes for
 # this many, which is an image of 4096x4096 at patch 16.
 MAX_PATCHES = 65_536
+# What PyTorch and OpenVINO say on a CPU.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "failed to allocate")
 TABLE_BYTES = 256 << 20  # of position tables kept, one for each image size
 
 
@@ -53,7 +60,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    return "can't allocate memory" in text or "not enough memory" in text
+    return any(said in text for said in OUT_OF_MEMORY)
 
 
 def _copy_out(features: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
@@ -70,8 +77,8 @@ class Engine:
     Attributes:
         config: geometry of the model.
         device: where it computes.
-        precision: "fp32", "bf16", "fp16" or "fp8".
-        backend: "triton" or "torch".
+        precision: "fp32", "bf16", "fp16", "fp8" or "int8".
+        backend: "triton", "openvino" or "torch".
         output_dtype: dtype of every float output.
         max_batch: images computed at once; larger batches are cut into chunks.
         max_patches: patches of an image; larger images are refused.
@@ -126,6 +133,7 @@ class Engine:
         self._tables: ByteCache[tuple[int, int], Tensor] = ByteCache(
             TABLE_BYTES, lambda table: table.nbytes
         )
+        self._runner = backends.runner_of(self.backend, self.precision, self.config)
         self._graphs: GraphRunner | None = None
         if self.cuda_graphs and self.backend == "triton" and device.type == "cuda":
             with torch.cuda.device(device):
@@ -172,10 +180,12 @@ class Engine:
         Raises:
             TypeError, ValueError: `images` is something else; the message says what was found.
             ImageError: a listed image could not be decoded.
+            ValueError: an int8 engine that was not calibrated.
             ForkError: called in a forked child.
             StellarError: not even one image fits into memory.
         """
         self._check_process()
+        self._check_calibrated()
         wanted = resolve_outputs(outputs)
         batch, floats = self._batch(images, preset)
         if floats and check_range and batch.numel():
@@ -191,7 +201,9 @@ class Engine:
                     self._ops, self._encoder, self.config, chunk, table, wanted, self.output_dtype
                 )
 
-            if self._graphs is None or not self._graphs.run(chunk, wanted, forward, out):
+            if self._runner is not None:
+                self._encode_by_graph(self._runner, chunk, table, out)
+            elif self._graphs is None or not self._graphs.run(chunk, wanted, forward, out):
                 _copy_out(forward(chunk.to(self.device)), out)
 
         with self._scope():
@@ -203,6 +215,35 @@ class Engine:
             }
             self._chunked(encode_chunk, (batch,), out, grid)
         return out
+
+    def _encode_by_graph(
+        self, runner: OpenVINORunner, images: Tensor, table: Tensor, out: Mapping[str, Tensor]
+    ) -> None:
+        """Fills `out`. `lowrank` is the float32 product of the other two, whatever the precision:
+        in a graph it would be one of bfloat16."""
+        given, factors = dict(out), {}
+        if given.pop("lowrank", None) is not None:
+            shapes = self._shapes(*self._grid(*images.shape[2:]))
+            for name in ("spatial", "sparse"):
+                if name not in given or given[name].dtype != torch.float32:
+                    shape = (len(images), *shapes[name])
+                    given[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
+                factors[name] = given[name]
+        names = tuple(name for name in OUTPUTS if name in given)
+
+        def forward(images: Any, table: Any) -> Mapping[str, Any]:
+            return encoder.encode(
+                self._ops, self._encoder, self.config, images, table, names, torch.float32
+            )
+
+        shapes_of = (-1, 3, -1, -1), (-1, self.config.backbone.hidden_size)
+        inputs = tuple(zip((images, table), shapes_of, strict=True))
+        runner.run("encode", forward, inputs, {name: given[name] for name in names})
+        for name in names:
+            if name in out and given[name] is not out[name]:
+                out[name].copy_(given[name])
+        if factors:
+            out["lowrank"].copy_(torch.bmm(factors["spatial"], factors["sparse"]))
 
     def reconstruct(
         self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
@@ -240,13 +281,20 @@ class Engine:
         weights = self._decoder
         dtype = weights.decoder_proj.bias.dtype
 
+        def forward(*parts: Any) -> dict[str, Any]:
+            *features, code = parts
+            lowrank = features[0] if len(features) == 1 else self._ops.reassemble(*features)
+            return decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code)
+
         def reconstruct_chunk(out: dict[str, Tensor], *chunk: Tensor) -> None:
-            moved = [part.to(self.device) for part in chunk]
-            lowrank = moved[0] if len(moved) == 1 else self._ops.reassemble(*moved)
-            code = position_code(weights.fourier, side, side).to(dtype)
-            _copy_out(
-                decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code), out
-            )
+            code = position_code(weights.fourier, side, side).unflatten(0, (side, side))
+            if self._runner is not None:
+                inputs = [(part, (-1, -1, part.shape[2])) for part in chunk]
+                inputs.append((code, (-1, -1, code.shape[2])))
+                self._runner.run("reconstruct", forward, inputs, out)
+            else:
+                moved = (part.to(self.device) for part in chunk)
+                _copy_out(forward(*moved, code.to(dtype)), out)
 
         with self._scope():
             out = {
@@ -257,9 +305,11 @@ class Engine:
         return out
 
     def calibrate(self, images: Any, *, preset: str = "card") -> Engine:
-        """Sets the static scales of an fp8 engine by what `images` bring forth; returns the engine.
+        """Sets the static scales of an fp8 or int8 engine by what `images` bring forth; returns the
+        engine.
 
-        Without it they come from bounds that no image can pass. No thread may be encoding
+        Without it those of fp8 come from bounds that no image can pass, and int8 cannot encode.
+        int8 is calibrated once: its float weights are gone then. No thread may be encoding
         meanwhile.
 
         Args:
@@ -267,15 +317,26 @@ class Engine:
                 come are enough.
 
         Raises:
-            ValueError: the engine is not fp8, or there are no images.
+            ValueError: the engine is neither, or was calibrated to int8 already, or there are no
+                images.
         """
         self._check_process()
-        if self.precision != "fp8":
-            raise ValueError(f"only fp8 engines have static scales, this one is {self.precision}")
+        if self.precision not in ("fp8", "int8"):
+            raise ValueError(
+                f"only fp8 and int8 engines have static scales, this one is {self.precision}"
+            )
+        if self.precision == "int8" and self.calibrated:
+            raise ValueError("this int8 engine is calibrated already; load it anew to do it again")
         batch, _ = self._batch(images, preset)
         if not len(batch):
             raise ValueError("calibrate needs at least one image, got an empty batch")
         table = self._table(self._grid(*batch.shape[2:]))
+        if self.precision == "int8":
+            with self._scope():
+                chunks = batch.split(self.max_batch)
+                weights = int8_of(self._encoder, self.config, chunks, table)
+            self._place(weights, self._decoder, self.device)
+            return self
 
         def run(ops: Any, weights: EncoderWeights) -> None:
             for chunk in batch.split(self.max_batch):
@@ -287,15 +348,30 @@ class Engine:
         self._place(weights, self._decoder, self.device)
         return self
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the engine can encode as it is: all but int8 ones can before `calibrate`."""
+        return self.precision != "int8" or is_quantized(self._encoder)
+
+    def _check_calibrated(self) -> None:
+        if not self.calibrated:
+            raise ValueError(
+                "an int8 engine needs the range of its activations first: call "
+                "engine.calibrate(images) with a few dozen images of the kind to come, or load "
+                "one that was saved calibrated"
+            )
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the packed weights, for `load(name, repo=folder)`; fp8 scales included.
+        """Writes the packed weights, with their scales, for `load(name, repo=folder)`.
 
         Args:
             folder: made if it is not there.
 
         Raises:
             StellarError: the folder cannot be written, or holds models already.
+            ValueError: an int8 engine that was not calibrated.
         """
+        self._check_calibrated()
         encode, decode = backends.restore(self._ops, (self._encoder, self._decoder))
         saving.save(Path(folder), self.config, self.precision, encode, decode)
 

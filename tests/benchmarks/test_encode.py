@@ -96,7 +96,8 @@ def test_a_peer_keeps_the_budget(name, subject, pool, entrants):
         peer = models.local(subject, name, pool.images[:2])
     except models.Absent as reason:
         pytest.skip(str(reason))
-    assert "refused" not in rows_of(pool, [entrants[0], peer])[name]
+    row = rows_of(pool, [entrants[0], peer])[name]
+    assert "refused" not in row, row
 
 
 def test_an_absent_peer_has_a_reason(subject, pool, monkeypatch):
