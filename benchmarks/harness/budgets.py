@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,7 @@ def over_budget(measured: Mapping[str, float], plain: Mapping[str, float]) -> st
     """The first error that exceeds twice plain PyTorch's at that dtype, in words."""
     for name, error in measured.items():
         budget = 2 * plain[name]
-        if not error <= budget:  # nor is NaN
+        if not error <= budget or math.isinf(error):  # nor is NaN
             return f"{name}: error {error:.2e} exceeds its budget {budget:.2e}"
     return None
 
@@ -41,12 +41,15 @@ class Entrant(Protocol):
     """One implementation of the model, in this process or in another.
 
     Attributes:
-        precision: whose error budget it must keep, "fp32" or "bf16".
+        precision: whose error budget it must keep, "fp32" or "bf16"; int8 has none of its own: what
+            counts is whose error is the smaller.
+        outputs: what it gives.
         facts: further fields of its row.
     """
 
     name: str
     precision: str
+    outputs: Sequence[str]
     facts: Mapping[str, object]
 
     def load(self, images: Tensor) -> None:
@@ -96,7 +99,7 @@ class Pool:
 
     def judge(self, entrant: Entrant, found: Outputs, rows: Tensor) -> tuple[dict, str | None]:
         """The errors of what an entrant found for these rows, and why it is refused, if it is."""
-        truth = self.exact
+        truth = {name: self.exact[name] for name in entrant.outputs}
         budget = self._budget(entrant.precision, rows)
         if (own := self._own_truth(entrant)) is not None:
             truth, budget = own, dict.fromkeys(own, budget["dense"])
@@ -104,6 +107,8 @@ class Pool:
         return found_errors, over_budget(found_errors, budget)
 
     def _budget(self, precision: str, rows: Tensor) -> dict[str, float]:
+        if precision not in self.plain:
+            return dict.fromkeys(self.exact, math.inf)
         key = (precision, tuple(rows.tolist()))
         if key not in self._budgets:
             plain = {name: value[rows] for name, value in self.plain[precision].items()}
