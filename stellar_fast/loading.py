@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,7 +130,7 @@ def load(
             decoder = pack_decoder(state, config, vqgan, dtype, target)
         quantize = quantize_block if precision == "fp8" else None
         encoder = pack_encoder(state, config, dtype, target, quantize=quantize)
-    return Engine(
+    engine = Engine(
         config,
         encoder,
         decoder,
@@ -142,6 +143,19 @@ def load(
         backend=resolved,
         cuda_graphs=cuda_graphs,
     )
+    engine._load_exact = functools.partial(
+        load,
+        name,
+        precision="fp32",
+        repo=repo,
+        weights=weights,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        max_patches=max_patches,
+    )
+    return engine
 
 
 def _precision_of(path: Path, asked: str) -> str:

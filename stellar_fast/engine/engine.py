@@ -22,6 +22,7 @@ from . import backends, decoder, encoder
 from .caching import ByteCache
 from .calibration import int8_of
 from .encoder import OUTPUTS
+from .fidelity import Fidelity, compare
 from .graphs import CudaRecorder, GraphRunner
 from .inputs import as_batch, as_features, check_patches
 from .inputs import check_range as check_pixel_range
@@ -115,6 +116,7 @@ class Engine:
         self.weights = weights
         self.backend = backend
         self.cuda_graphs = cuda_graphs
+        self._load_exact: Callable[..., Engine] | None = None
         self._ops = backends.ops_of(backend)
         self._place(encoder_weights, decoder_weights, device)
         self._pid = os.getpid()
@@ -347,6 +349,33 @@ class Engine:
             weights = calibrated(self._ops, self._encoder, run)
         self._place(weights, self._decoder, self.device)
         return self
+
+    def fidelity(
+        self, images: Any, *, preset: str = "card", reference: Engine | None = None
+    ) -> Fidelity:
+        """How far each output is from float32, on the images given: whether this precision serves.
+
+        Args:
+            images: a batch as `encode` takes it, at least one image. Judge int8 and fp8 by others
+                than those of `calibrate`.
+            reference: an fp32 engine of the same weights; left out, it is loaded as this one was.
+
+        Raises:
+            ValueError: no images, or it is not known where float32 weights are.
+        """
+        batch, floats = self._batch(images, preset)
+        if not len(batch):
+            raise ValueError("fidelity needs at least one image, got an empty batch")
+        if reference is None:
+            if self._load_exact is None:
+                raise ValueError("this engine was not made by load: give an fp32 one as reference")
+            reference = self._load_exact(device=self.device, max_batch=self.max_batch)
+        check = floats and preset != "eval"
+        pairs = (
+            tuple(engine.encode(chunk, check_range=check) for engine in (self, reference))
+            for chunk in batch.split(self.max_batch)
+        )
+        return compare(((found, exact) for found, exact in pairs), self.precision, self.backend)
 
     @property
     def calibrated(self) -> bool:

@@ -5,6 +5,7 @@ from .input import discover
 from .job import DEFAULT_FEATURES, Job, identify, parse_share, plan, prepare, todo
 from .output.foreign import DTYPES, FEATURES
 from .output.layout import Plan, check_sums, complete, read_manifest, read_plan
+from .precision import planned, with_scales
 from .records import Item
 from .runner import run, run_devices
 from .stats import Summary
@@ -28,10 +29,12 @@ __all__ = [
     "identify",
     "parse_share",
     "plan",
+    "planned",
     "prepare",
     "read_manifest",
     "read_plan",
     "run",
     "run_devices",
     "todo",
+    "with_scales",
 ]
