@@ -335,7 +335,7 @@ class Engine:
         table = self._table(self._grid(*batch.shape[2:]))
         if self.precision == "int8":
             with self._scope():
-                chunks = batch.split(self.max_batch)
+                chunks = [chunk.to(self.device) for chunk in batch.split(self.max_batch)]
                 weights = int8_of(self._encoder, self.config, chunks, table)
             self._place(weights, self._decoder, self.device)
             return self
