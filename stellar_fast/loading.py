@@ -85,6 +85,7 @@ def load(
     Raises:
         ValueError: an argument out of its range, or a precision or backend that the device lacks.
         MissingExtraError: OpenVINO is asked for and not installed.
+        ForkError: OpenVINO was in use before this process was forked.
         DownloadError: a file cannot be had.
         CheckpointError: a file is not what the model needs.
     """

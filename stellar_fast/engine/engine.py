@@ -30,6 +30,7 @@ from .inputs import check_range as check_pixel_range
 if TYPE_CHECKING:
     from .openvino_graphs import OpenVINORunner
 
+FACTORS = ("spatial", "sparse")  # of `lowrank`
 TYPICAL_BATCH = 8  # images in the product that weights are laid out for
 # Patches of an image. Attention takes time by their square: on a processor's two cores, minutes for
 # this many, which is an image of 4096x4096 at patch 16.
@@ -221,16 +222,16 @@ class Engine:
     def _encode_by_graph(
         self, runner: OpenVINORunner, images: Tensor, table: Tensor, out: Mapping[str, Tensor]
     ) -> None:
-        """Fills `out`. `lowrank` is the float32 product of the other two, whatever the precision:
-        in a graph it would be one of bfloat16."""
-        given, factors = dict(out), {}
-        if given.pop("lowrank", None) is not None:
-            shapes = self._shapes(*self._grid(*images.shape[2:]))
-            for name in ("spatial", "sparse"):
+        """Fills `out`. `lowrank` is the float32 product of the other two, whatever the precision;
+        where the graph would take it in bfloat16, a second one does it."""
+        apart = "lowrank" in out and runner.precision != "fp32"
+        given, shapes = dict(out), self._shapes(*self._grid(*images.shape[2:]))
+        if apart:
+            del given["lowrank"]
+            for name in FACTORS:
                 if name not in given or given[name].dtype != torch.float32:
                     shape = (len(images), *shapes[name])
                     given[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
-                factors[name] = given[name]
         names = tuple(name for name in OUTPUTS if name in given)
 
         def forward(images: Any, table: Any) -> Mapping[str, Any]:
@@ -238,14 +239,18 @@ class Engine:
                 self._ops, self._encoder, self.config, images, table, names, torch.float32
             )
 
-        shapes_of = (-1, 3, -1, -1), (-1, self.config.backbone.hidden_size)
-        inputs = tuple(zip((images, table), shapes_of, strict=True))
+        def reassemble(spatial: Any, sparse: Any) -> Mapping[str, Any]:
+            return {"lowrank": self._ops.reassemble(spatial, sparse)}
+
+        opened = (-1, 3, -1, -1), (-1, self.config.backbone.hidden_size)
+        inputs = tuple(zip((images, table), opened, strict=True))
         runner.run("encode", forward, inputs, {name: given[name] for name in names})
         for name in names:
             if name in out and given[name] is not out[name]:
                 out[name].copy_(given[name])
-        if factors:
-            out["lowrank"].copy_(torch.bmm(factors["spatial"], factors["sparse"]))
+        if apart:
+            factors = [(given[name], (-1, -1, shapes[name][1])) for name in FACTORS]
+            runner.exact.run("reassemble", reassemble, factors, {"lowrank": out["lowrank"]})
 
     def reconstruct(
         self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ForkError
 from .openvino_ops import Node
 from .openvino_runtime import op, ov
 
@@ -23,8 +25,24 @@ Forward = Callable[..., Mapping[str, Any]]
 
 
 @functools.cache
+def _started() -> tuple[ov.Core, int]:
+    return ov.Core(), os.getpid()
+
+
 def _core() -> ov.Core:
-    return ov.Core()
+    """The runtime of this process.
+
+    Raises:
+        ForkError: it was started before the process was forked, and its threads are not here.
+    """
+    core, pid = _started()
+    if pid != os.getpid():
+        raise ForkError(
+            "OpenVINO was in use before this process was forked, and would wait here for threads "
+            "that only the parent has: start workers with 'spawn' or 'forkserver', or load with "
+            "backend='torch'"
+        )
+    return core
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -43,12 +61,21 @@ class OpenVINORunner:
 
     Args:
         precision: "fp32" or "bf16", of what the graphs do not say is on integers.
+
+    Raises:
+        ForkError: OpenVINO was in use before this process was forked.
     """
 
     def __init__(self, precision: str) -> None:
-        self._hint = HINTS[precision]
+        _core()
+        self.precision = precision
         self._lock = threading.Lock()
         self._graphs: OrderedDict[Hashable, ov.CompiledModel] = OrderedDict()
+
+    @functools.cached_property
+    def exact(self) -> OpenVINORunner:
+        """For what is float32 in every precision."""
+        return OpenVINORunner("fp32")
 
     def run(
         self,
@@ -102,7 +129,7 @@ class OpenVINORunner:
         found = forward(*nodes)
         results = [op.result(found[name].output) for name in outputs]
         settings = {
-            "INFERENCE_PRECISION_HINT": self._hint,
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
             # A thread that is bound to a core waits for whoever else is busy there.

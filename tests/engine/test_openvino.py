@@ -277,6 +277,15 @@ def test_a_forked_child_gets_an_error_not_a_hang(engine):
     child.join()
 
 
+def test_an_engine_made_after_a_fork_is_told_too(engine, monkeypatch):
+    from stellar_fast.engine import openvino_graphs
+
+    engine.encode(image(1, 32, 32))
+    monkeypatch.setattr(openvino_graphs.os, "getpid", lambda: -1)
+    with pytest.raises(ForkError, match="backend='torch'"):
+        openvino_graphs.OpenVINORunner("fp32")
+
+
 def test_under_torch_compile(engine):
     x = image(2, 32, 32)
 
