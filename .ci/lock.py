@@ -53,7 +53,7 @@ def main(folder: str) -> None:
         (work / "backend.in").write_text(BACKEND)
         kept = [line for package, found in known.items() if package != "torch" for line in found]
         (work / "kept.txt").write_text("\n".join(kept))
-        sources = ("pyproject.toml", str(work / "backend.in"), "--extra=viz")
+        sources = ("pyproject.toml", str(work / "backend.in"), "--extra=cpu", "--extra=viz")
         run = compiled(work, folder, *sources)
         everything = compiled(work, folder, *sources, "--extra=test")
     del run["torch"], everything["torch"]

@@ -52,7 +52,7 @@ Preset = Annotated[
     str,
     typer.Option(help="card (resized to 224x224) or eval (shorter side 256, centre crop 224)."),
 ]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or fp8 (GPUs).")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, fp8 (GPUs) or int8 (CPUs).")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one, if left out.")
 ]
@@ -220,12 +220,14 @@ def extract(
     """
     with _reported(debug):
         from .extract import job as jobs
+        from .extract import precision as precisions
         from .extract import runner
 
         names = options.pop("features").split(",")
         features = [name.strip() for name in names if name.strip()]
         job = jobs.make_job(source, output, features=features, **options)
-        load = functools.partial(
+        precision = precisions.planned(job, precision)
+        load: Callable[..., Engine] = functools.partial(
             _load,
             model,
             repo=repo,
@@ -235,6 +237,8 @@ def extract(
             revision=revision,
             local_files_only=local_files_only,
         )
+        if precision == "int8":
+            load = precisions.with_scales(job, load, typer.echo)
         facts = {"repo": repo, "revision": revision} if weights != "synthetic" else {}
         if ray is not None and devices is not None:
             raise ValueError("--ray gives each engine its device; leave --devices out")
@@ -266,6 +270,60 @@ def extract(
             typer.echo(f"{summary.all_failed} images failed; {reasons}", err=True)
     if summary.all_failed:
         raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def fidelity(
+    source: Annotated[
+        str, typer.Argument(metavar="IMAGES", help="A folder, list or tars, as of extract.")
+    ],
+    model: Model = "stellar-b16",
+    repo: Repo = None,
+    weights: Weights = "pretrained",
+    preset: Preset = "card",
+    precision: Precision = "auto",
+    device: Device = None,
+    images: Annotated[
+        int, typer.Option(help="To compare, at most, evenly spread over IMAGES.", min=1)
+    ] = 64,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Draw the table too (extra viz).")
+    ] = None,
+    revision: Revision = None,
+    local_files_only: LocalOnly = False,
+    debug: Debug = False,
+) -> None:
+    """How far a precision's features are from float32, on your own images.
+
+    fp8 and int8 are calibrated on images of their own, every second one that is taken.
+    """
+    with _reported(debug):
+        from .extract.precision import read_images
+        from .viz.pictures import check_picture, check_viz, save_fidelity
+
+        if plot is not None:
+            check_viz()
+            check_picture(plot)
+        calibrating = precision in ("fp8", "int8")
+        pixels = read_images(source, preset, images * (1 + calibrating))
+        engine = _load(
+            model,
+            repo=repo,
+            weights=weights,
+            precision=precision,
+            device=device,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        if calibrating:
+            if len(pixels) < 2:
+                raise ValueError(f"{source}: one image to calibrate on and one to compare at least")
+            engine.calibrate(pixels[::2], preset=preset)
+            pixels = pixels[1::2]
+        found = engine.fidelity(pixels, preset=preset)
+        typer.echo(str(found))
+        if plot is not None:
+            save_fidelity(plot, found, engine.config.name)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from .engine import backends
 from .engine.backends import resolve_device
 from .engine.engine import MAX_PATCHES, Engine
 from .errors import CheckpointError
-from .precision import DTYPES, resolve_precision
+from .precision import DTYPES
 from .weights import checkpoint, hub, names, saving, synthetic
 from .weights.pack import pack_decoder, pack_encoder, pack_vqgan
 from .weights.packed import VQGANWeights
@@ -45,7 +46,7 @@ def load(
     device: str | torch.device | None = None,
     precision: str = "auto",
     output_dtype: torch.dtype = torch.float32,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Literal["auto", "triton", "openvino", "torch"] = "auto",
     repo: PathLike = PUBLISHED_REPO,
     weights: Literal["pretrained", "synthetic"] = "pretrained",
     revision: str | None = None,
@@ -64,11 +65,14 @@ def load(
         vq_model: the MaskGIT-VQGAN tokenizer file, needed to reconstruct with the published
             checkpoints.
         device: "cuda" where there is one, else "cpu".
-        precision: "fp32", "bf16", "fp16", "fp8" (most products in e4m3, on GPUs from sm_89), or
-            "auto": bf16 where the device has bf16 matrix units, else fp32.
+        precision: "fp32", "bf16", "fp16", "fp8" (most products in e4m3, on GPUs from sm_89), "int8"
+            (products of the blocks on 8-bit integers, on CPUs; `Engine.calibrate` comes first), or
+            "auto": bf16 or fp32, whichever the device computes faster. On a CPU that is tried, by a
+            product of the model's shape, once a process; `Engine.precision` says what was taken.
         output_dtype: dtype of the features, whatever the precision.
-        backend: "triton", the kernels, or "torch", PyTorch's own fused paths; "auto" takes the
-            kernels on GPUs from sm_80 in bf16, fp16 and fp8.
+        backend: "triton", the kernels; "openvino", the runtime of the extra `cpu`, on CPUs; or
+            "torch", PyTorch's own fused paths. "auto" takes the kernels on GPUs from sm_80 in bf16,
+            fp16 and fp8, and on a CPU the faster of the others, by the same trial.
         repo: a Hub repository, or a local folder in the published layout or from `Engine.save`.
         weights: "synthetic" draws seeded random weights, with no network: for demos, benchmarks and
             tests.
@@ -80,6 +84,8 @@ def load(
 
     Raises:
         ValueError: an argument out of its range, or a precision or backend that the device lacks.
+        MissingExtraError: OpenVINO is asked for and not installed.
+        ForkError: OpenVINO was in use before this process was forked.
         DownloadError: a file cannot be had.
         CheckpointError: a file is not what the model needs.
     """
@@ -102,22 +108,21 @@ def load(
             local_files_only=local_files_only,
         )
         precision = _precision_of(located.weights, precision)
-    precision = resolve_precision(precision, target)
-    resolved = backends.resolve_backend(backend, target, precision)
+    config = _local_config(name, repo) if located is None else located.config
+    resolved, precision = backends.choose(backend, precision, target, config)
     if max_batch is None:
         max_batch = MAX_BATCH_GPU if target.type == "cuda" else MAX_BATCH_CPU
 
     if located is not None and saving.saved_precision(located.weights) is not None:
-        config, source = located.config, str(located.weights)
+        source = str(located.weights)
         encoder, decoder = saving.read(located.weights, config, target)
         if purpose == "reconstruct" and decoder is None:
             raise CheckpointError(f"{source} was saved from an engine that only encodes")
     else:
         if located is None:
-            config, state = _synthetic(name, repo, purpose)
-            source = "synthetic"
+            state, source = _synthetic(config, purpose), "synthetic"
         else:
-            config, source = located.config, str(located.weights)
+            source = str(located.weights)
             state = _read_model(located.weights, config, purpose)
         dtype = DTYPES[precision]
         decoder = None
@@ -126,7 +131,7 @@ def load(
             decoder = pack_decoder(state, config, vqgan, dtype, target)
         quantize = quantize_block if precision == "fp8" else None
         encoder = pack_encoder(state, config, dtype, target, quantize=quantize)
-    return Engine(
+    engine = Engine(
         config,
         encoder,
         decoder,
@@ -139,6 +144,19 @@ def load(
         backend=resolved,
         cuda_graphs=cuda_graphs,
     )
+    engine._load_exact = functools.partial(
+        load,
+        name,
+        precision="fp32",
+        repo=repo,
+        weights=weights,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        max_patches=max_patches,
+    )
+    return engine
 
 
 def _precision_of(path: Path, asked: str) -> str:
@@ -220,12 +238,11 @@ def _local_config(name: str, repo: PathLike) -> ModelConfig:
     return MODELS[name]
 
 
-def _synthetic(name: str, repo: PathLike, purpose: str) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    config = _local_config(name, repo)
+def _synthetic(config: ModelConfig, purpose: str) -> Mapping[str, Tensor]:
     shapes = names.encode_shapes(config)
     if purpose == "reconstruct":
         shapes |= names.reconstruct_shapes(config)
-    return config, synthetic.synthetic_state(shapes, SYNTHETIC_SEED)
+    return synthetic.synthetic_state(shapes, SYNTHETIC_SEED)
 
 
 def _read_model(path: Path, config: ModelConfig, purpose: str) -> Mapping[str, Tensor]:

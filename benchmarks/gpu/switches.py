@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stellar_fast.engine import backends, torch_ops
+from stellar_fast.engine import namespaces, torch_ops
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.engine.engine import Engine
 from stellar_fast.reference import ops as oracles
@@ -222,7 +222,7 @@ def without(switch: Switch, engine: Engine) -> Engine:
     base: Any = engine._ops
     other = Engine(
         engine.config,
-        backends.restore(base, engine._encoder),
+        namespaces.restore(base, engine._encoder),
         None,
         device=engine.device,
         precision=engine.precision,

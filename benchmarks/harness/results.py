@@ -40,7 +40,7 @@ from typing import Any, BinaryIO
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "numpy", "openvino", "onnxruntime", "transformers", "triton")
+PACKAGES = ("torch", "numpy", "openvino", "nncf", "onnxruntime", "transformers", "triton")
 SOURCES = ("stellar_fast", "kernels", "reference", "benchmarks")
 # Rivals by the names that their rows have.
 EAGER_FP32, EAGER_BF16 = "reference fp32 eager", "reference bf16 eager"
@@ -278,8 +278,11 @@ def write(folder: str, header: Row, rows: Iterable[Row]) -> Path:
     path = RESULTS / folder / f"{header['date']}-{header['commit']}-{header['name']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".unfinished")
-    beside.write_bytes(lines_of([header, *jobs_of(rows)]))
-    beside.replace(path)
+    try:
+        beside.write_bytes(lines_of([header, *jobs_of(rows)]))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)  # of a run that was interrupted
     return path
 
 

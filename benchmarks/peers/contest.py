@@ -16,6 +16,7 @@ def pool_of(subject: Subject, count: int) -> Pool:
     """Images at the model's own size, with what is right and what plain PyTorch gives for them."""
     plain = {precision: subject.eager(precision) for precision in ("fp32", "bf16")}
     images = pictures(count, subject.config.backbone.image_size, 0)
+    images = (images * 255).round() / 255  # the same as bytes
     return Pool(subject.config.name, images, subject.eager("fp64"), plain)
 
 
@@ -79,5 +80,6 @@ def report(rows: Sequence[Row]) -> Iterator[str]:
             continue
         yield (
             f"  {row['name']:44} {row['images_per_second']:8.2f} img/s {row['speedup']:6.2f}x  "
-            f"({row['low']:.4f}-{row['high']:.4f} s a batch, {row['rounds']} rounds)"
+            f"({row['low']:.4f}-{row['high']:.4f} s a batch, {row['rounds']} rounds), "
+            f"error {max(row['error'].values()):.1e}"
         )

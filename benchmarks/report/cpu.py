@@ -38,14 +38,20 @@ def _prepared(rows: dict[int, Row]) -> str:
     return f"{max(found):.0f} s" if found else ""
 
 
+def _error(rows: dict[int, Row]) -> str:
+    """The largest relative error of any output at any batch."""
+    found = [error for row in rows.values() for error in row.get("error", {}).values()]
+    return f"{max(found):.1e}" if found else ""
+
+
 def encode(result: Result) -> Iterator[str]:
     """Engine, plain PyTorch and peers."""
     rows = result.rows("encode")
     batches = sorted({row["batch"] for row in rows})
     yield markdown(
-        ["images/s", *(f"batch {batch}" for batch in batches), "prepared in"],
+        ["images/s", *(f"batch {batch}" for batch in batches), "error", "prepared in"],
         (
-            [name, *(_cell(found.get(batch)) for batch in batches), _prepared(found)]
+            [name, *(_cell(found.get(batch)) for batch in batches), _error(found), _prepared(found)]
             for name, found in by_speed(rows).items()
         ),
     )
@@ -68,7 +74,8 @@ def encode(result: Result) -> Iterator[str]:
     plan = result.facts["plan"]
     rounds = ", ".join(str(each["rounds"]) for each in plan.values())
     yield (
-        f"{rows[0]['model']}, all five outputs; medians (quartiles) of {rounds} alternated rounds "
+        f"{rows[0]['model']}, all five outputs, and the largest relative error of any of them "
+        f"against float64; medians (quartiles) of {rounds} alternated rounds "
         f"at batch {', '.join(plan)}, against {BASELINES['encode']} in the same run; load average "
         f"{result.facts['load_average_before'][0]:.2f} at the start; {on_cpu(result)}"
     )
@@ -132,14 +139,22 @@ def ops(result: Result) -> Iterator[str]:
 def chosen(result: Result) -> dict[str, dict[int, Row]]:
     """The implementations to name where there is room for few, fastest first.
 
-    The fastest of ours, plain PyTorch, and the fastest other one that does all of the work.
+    Of each precision ours and the fastest other one that does all of the work, and plain PyTorch.
     """
-    table = by_speed([row for row in result.rows("encode") if not problem(row)])
-    whole = [name for name in table if "backbone only" not in name]
-    ours = [name for name in whole if name.startswith("engine")]
-    peers = [name for name in whole if not name.startswith(("engine", "reference"))]
-    few = (*ours[:1], *peers[:1], BASELINES["encode"])
-    return {name: rows for name, rows in table.items() if name in few}
+    rows = [row for row in result.rows("encode") if not problem(row) and _does_all(row)]
+    table = by_speed(rows)
+    few = {BASELINES["encode"]}
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        alike = {row["name"]: is_ours(row) for row in rows if row["precision"] == precision}
+        names = [name for name in table if name in alike]
+        few |= set([name for name in names if alike[name]][:1])
+        peers = [name for name in names if not alike[name] and not name.startswith("reference")]
+        few |= set(peers[:1])
+    return {name: found for name, found in table.items() if name in few}
+
+
+def _does_all(row: Row) -> bool:
+    return "backbone only" not in row["name"] and "sparse and cls" not in row["name"]
 
 
 def figures(result: Result) -> Iterator[str]:

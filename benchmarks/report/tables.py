@@ -63,12 +63,19 @@ def place(result: Result) -> str:
 def on_cpu(result: Result) -> str:
     """Machine, versions, date, commit and file of a CPU's result, for below a table."""
     processor, versions = result.facts["processor"], result.facts["versions"]
-    units = "with" if processor["bf16_matrix_units"] else "without"
-    peers = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "transformers": "transformers"}
+    units = "bf16 matrix units (AMX)"
+    if not processor["bf16_matrix_units"]:
+        units = f"{'AVX512-BF16, ' * processor.get('avx512_bf16', False)}no matrix units"
+    peers = {
+        "openvino": "OpenVINO",
+        "nncf": "NNCF",
+        "onnxruntime": "ONNX Runtime",
+        "transformers": "transformers",
+    }
     names = "".join(f", {name} {versions[key]}" for key, name in peers.items() if key in versions)
     return (
         f"{processor['name']} (family {processor['family']}, model {processor['model']}), "
-        f"{processor['threads']} threads, {units} bf16 matrix units; torch {versions['torch']}"
+        f"{processor['threads']} threads, {units}; torch {versions['torch']}"
         f"{names}; {result.facts['date']}, commit {result.facts['commit']}, {place(result)}."
     )
 

@@ -1,15 +1,25 @@
-"""Where to compute, and which ops: PyTorch's own fused paths, or the Triton kernels."""
+"""Where to compute, and which ops: the Triton kernels, OpenVINO, or PyTorch's own fused paths."""
 
 from __future__ import annotations
 
-from typing import Any
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
-from . import torch_ops
-from .ops import Ops
+from ..config import ModelConfig
+from ..errors import MissingExtraError
+from ..precision import check_precision, has_int8_units
+from .namespaces import float_runner
 
-BACKENDS = ("auto", "triton", "torch")
+if TYPE_CHECKING:
+    from .openvino_graphs import OpenVINORunner
+
+BACKENDS = ("auto", "triton", "openvino", "torch")
+OPENVINO_FLOATS = {"fp32", "bf16"}
+OLDEST_OPENVINO = "2025.0"  # the extra `cpu` asks for the same
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -38,31 +48,116 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return wanted
 
 
-def resolve_backend(backend: str, device: torch.device, precision: str) -> str:
-    """`backend`; for "auto" the kernels where they run on matrix units, else PyTorch.
+def choose(
+    backend: str, precision: str, device: torch.device, config: ModelConfig
+) -> tuple[str, str]:
+    """The back end and the precision to compute a model in on `device`; "auto" is the fastest.
 
-    That is on a CUDA device from sm_80 in bf16, fp16 or fp8. In fp32 the kernels keep to exact
+    On a GPU that is known: bf16 from sm_80, on the kernels. On a CPU a product of the model's own
+    shape is tried in all that "auto" leaves open, once a process.
+
+    Raises:
+        ValueError: unknown, or what cannot compute there or so; the message says why.
+        MissingExtraError: OpenVINO is asked for, or needed, and absent.
+    """
+    check_precision(precision)
+    if device.type == "cuda":
+        if precision == "auto":
+            half = torch.cuda.get_device_capability(device) >= (8, 0)
+            precision = "bf16" if half else "fp32"
+        return resolve_backend(backend, device, precision), precision
+    if backend == "triton":  # interpreted, for tests: exact in float32
+        precision = "fp32" if precision == "auto" else precision
+    precisions = ("fp32", "bf16") if precision == "auto" else (precision,)
+    if backend != "auto":
+        names = tuple(resolve_backend(backend, device, each) for each in precisions[:1])
+    elif has_openvino() and set(precisions) <= OPENVINO_FLOATS:
+        names = ("openvino", "torch")
+    else:
+        names = (resolve_backend(backend, device, precisions[0]),)
+    if len(names) == len(precisions) == 1:
+        return names[0], precisions[0]
+    from .trial import fastest
+
+    threads = torch.get_num_threads()
+    return fastest(names, precisions, config.backbone, config.sequence_length, threads)
+
+
+def resolve_backend(backend: str, device: torch.device, precision: str) -> str:
+    """`backend`; for "auto" the kernels where they run on matrix units, OpenVINO on a CPU where it
+    is installed, else PyTorch.
+
+    The kernels run on a CUDA device from sm_80 in bf16, fp16 or fp8. In fp32 they keep to exact
     float32 products, without tensor cores, where PyTorch's are as good.
 
     Raises:
         ValueError: an unknown backend, or one that cannot compute there or so.
+        MissingExtraError: OpenVINO is asked for, or needed, and absent.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if backend == "auto":
         half = precision in ("bf16", "fp16", "fp8")
-        fits = capability is not None and capability >= (8, 0) and has_triton()
-        backend = "triton" if half and fits else "torch"
-    if backend == "torch":
-        if precision == "fp8":
-            raise ValueError(
-                "precision='fp8' is computed by the Triton kernels, on a CUDA device of compute "
-                f"capability 8.9 or later; got {_described(device, capability)}"
-            )
-        return backend
+        if precision == "int8":
+            backend = "openvino"
+        elif half and capability is not None and capability >= (8, 0) and _runs_kernels():
+            backend = "triton"
+        elif capability is None and precision in OPENVINO_FLOATS and has_openvino():
+            backend = "openvino"
+        else:
+            backend = "torch"
+    match backend:
+        case "torch":
+            _check_torch(device, precision, capability)
+        case "openvino":
+            _check_openvino(device, precision)
+        case "triton":
+            _check_triton(device, precision, capability)
+    return backend
+
+
+def _check_torch(device: torch.device, precision: str, capability: tuple[int, int] | None) -> None:
+    if precision == "fp8":
+        raise ValueError(
+            "precision='fp8' is computed by the Triton kernels, on a CUDA device of compute "
+            f"capability 8.9 or later; got {_described(device, capability)}"
+        )
+    if precision == "int8":
+        raise ValueError("precision='int8' is computed by backend='openvino', got backend='torch'")
+
+
+def _check_openvino(device: torch.device, precision: str) -> None:
+    what = "precision='int8'" if precision == "int8" else "backend='openvino'"
+    if device.type != "cpu":
+        raise ValueError(f"{what} computes on CPUs, got {device}; on a GPU take fp8 or bf16")
+    if precision not in OPENVINO_FLOATS | {"int8"}:
+        raise ValueError(f"backend='openvino' computes fp32, bf16 and int8, got {precision!r}")
+    if find_spec("openvino") is None:
+        raise MissingExtraError(what, "cpu")
+    if not has_openvino():
+        raise ValueError(
+            f"{what} needs OpenVINO {OLDEST_OPENVINO} or later, found "
+            f"{metadata.version('openvino')}: pip install --upgrade openvino"
+        )
+    if precision == "int8" and not has_int8_units():
+        raise ValueError(
+            "precision='int8' needs a processor that multiplies 8-bit integers (AVX512-VNNI, "
+            f"AVX-VNNI, AMX; on ARM dot products), and this {platform.machine()} has none of "
+            "them: there int8 is no faster than fp32"
+        )
+
+
+def _check_triton(device: torch.device, precision: str, capability: tuple[int, int] | None) -> None:
     if not has_triton():
         raise ValueError("backend='triton' needs the package triton, which is not installed")
+    if precision == "int8":
+        raise ValueError("precision='int8' is computed by backend='openvino', got backend='triton'")
+    if device.type == "cuda" and torch.version.hip is not None:
+        raise ValueError(
+            "backend='triton' is for NVIDIA GPUs: its kernels have not been checked by "
+            "Triton's AMD compiler; load with backend='torch'"
+        )
     if capability is None:
         from ..kernels.launch import is_interpreted
 
@@ -79,7 +174,6 @@ def resolve_backend(backend: str, device: torch.device, precision: str) -> str:
             f"backend='triton' with precision={precision!r} needs compute capability {least} or "
             f"later, got {_described(device, capability)}"
         )
-    return backend
 
 
 def _described(device: torch.device, capability: tuple[int, int] | None) -> str:
@@ -88,27 +182,32 @@ def _described(device: torch.device, capability: tuple[int, int] | None) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)} with {capability[0]}.{capability[1]}"
 
 
+def _runs_kernels() -> bool:
+    """Whether Triton is there, for NVIDIA GPUs; an AMD one says it is of capability 9.4."""
+    return has_triton() and torch.version.hip is None
+
+
 def has_triton() -> bool:
     """Whether Triton is installed; it is not imported to find out."""
-    from importlib.util import find_spec
-
     return find_spec("triton") is not None
 
 
-def ops_of(backend: str) -> Ops:
-    """The ops namespace of a resolved backend."""
-    if backend == "torch":
-        return torch_ops
-    from .. import kernels
-
-    return kernels
-
-
-def prepare(ops: Ops, weights: Any, rows: int) -> Any:
-    """`weights` laid out as `ops` read them; `rows` a product will typically have."""
-    return torch_ops.prepare(weights, rows) if ops is torch_ops else weights
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed, and recent enough; it is not imported to find out."""
+    if find_spec("openvino") is None:
+        return False
+    try:
+        found = metadata.version("openvino")
+    except metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, found.split(".")[:2])) >= tuple(map(int, OLDEST_OPENVINO.split(".")))
 
 
-def restore(ops: Ops, weights: Any) -> Any:
-    """`weights` as they were before `prepare`."""
-    return torch_ops.restore(weights) if ops is torch_ops else weights
+def runner_of(backend: str, precision: str, config: ModelConfig) -> OpenVINORunner | None:
+    """What runs the forwards of a backend whose ops make graphs.
+
+    What of an int8 model is no product of a block, it computes in the faster float.
+    """
+    if backend == "openvino" and precision == "int8":
+        precision = choose(backend, "auto", torch.device("cpu"), config)[1]
+    return float_runner(backend, precision)

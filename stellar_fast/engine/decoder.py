@@ -38,17 +38,20 @@ def reconstruct(
 
     Args:
         lowrank: (B, P, D), P a square number.
-        code: (P, 512), the grid's position code in `lowrank`'s dtype.
+        code: (h, h, 512), the grid's position code in `lowrank`'s dtype; h = sqrt(P).
 
     Returns:
         With the tokenizer: reconstruction (B, 3, 16 h, 16 h) in [0, 1], tokens (B, P) int64,
-            logits (B, P, 1024); h = sqrt(P).
+            logits (B, P, 1024).
         With the pixel head: reconstruction (B, 3, p h, p h) alone, not clamped.
     """
-    side = square_grid(lowrank.shape[1])
+    side = code.shape[0]
     project = weights.decoder_proj
     x, sums = ops.linear_residual(
-        lowrank, project.weight, project.bias, code.expand(len(lowrank), -1, -1)
+        lowrank,
+        project.weight,
+        project.bias,
+        code.flatten(0, 1).expand(lowrank.shape[0], -1, -1),
     )
     for block in weights.blocks:
         x, sums = run_block(ops, block, x, sums, config.decoder.num_attention_heads)

@@ -15,11 +15,14 @@ from ..weights.packed import (
     Block,
     EncoderWeights,
     Fp8Block,
+    Int8Linear,
     LastBlock,
+    Linear,
 )
 from .ops import Fp8Ops, Ops
 
 OUTPUTS = ("sparse", "spatial", "dense", "lowrank", "cls")
+PARTS = 3  # of the sequence: CLS, patches, sparse tokens
 
 
 def wanted_rows(outputs: Collection[str], patches: int, tokens: int) -> dict[str, slice]:
@@ -35,18 +38,27 @@ def wanted_rows(outputs: Collection[str], patches: int, tokens: int) -> dict[str
     return {name: part for name, part in parts.items() if name in needed}
 
 
+def _linear(ops, x: Tensor, layer: Linear, **keywords: Any) -> Tensor:
+    if isinstance(layer, Int8Linear):
+        keywords["int8"] = layer.scales
+    return ops.linear(x, layer.weight, layer.bias, **keywords)
+
+
+def _residual(ops, x: Tensor, layer: Linear, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    keywords = {"int8": layer.scales} if isinstance(layer, Int8Linear) else {}
+    return ops.linear_residual(x, layer.weight, layer.bias, residual, **keywords)
+
+
 def run_block(
     ops: Ops, block: Block, x: Tensor, sums: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor | None]:
     """One ViT block: x (B, S, D) and the sums of squares of its rows -> the same."""
     width = x.shape[-1]
-    qkv = ops.linear(x, block.qkv.weight, block.qkv.bias, norm_eps=LAYER_NORM_EPS, sums=sums)
+    qkv = _linear(ops, x, block.qkv, norm_eps=LAYER_NORM_EPS, sums=sums)
     a = ops.attention(qkv[..., :width], qkv[..., width:], num_heads)
-    x, sums = ops.linear_residual(a, block.proj.weight, block.proj.bias, x)
-    h = ops.linear(
-        x, block.fc1.weight, block.fc1.bias, norm_eps=LAYER_NORM_EPS, sums=sums, gelu=True
-    )
-    return ops.linear_residual(h, block.fc2.weight, block.fc2.bias, x)
+    x, sums = _residual(ops, a, block.proj, x)
+    h = _linear(ops, x, block.fc1, norm_eps=LAYER_NORM_EPS, sums=sums, gelu=True)
+    return _residual(ops, h, block.fc2, x)
 
 
 def run_fp8_block(
@@ -84,21 +96,28 @@ def run_last_block(
     num_heads: int,
 ) -> Tensor:
     """The last block on `rows` alone, attending to all: (B, S, D) -> (B, wanted rows, D)."""
-    key_value = ops.linear(
-        x, block.key_value.weight, block.key_value.bias, norm_eps=LAYER_NORM_EPS, sums=sums
-    )
-    if sum(part.stop - part.start for part in rows) < x.shape[1]:
+    key_value = _linear(ops, x, block.key_value, norm_eps=LAYER_NORM_EPS, sums=sums)
+    if len(rows) < PARTS:
         x = torch.cat([x[:, part] for part in rows], dim=1)
         if sums is not None:
             sums = torch.cat([sums[:, :, part] for part in rows], dim=2)
-    query = ops.linear(x, block.query.weight, block.query.bias, norm_eps=LAYER_NORM_EPS, sums=sums)
+    query = _linear(ops, x, block.query, norm_eps=LAYER_NORM_EPS, sums=sums)
     a = ops.attention(query, key_value, num_heads)
-    x, sums = ops.linear_residual(a, block.proj.weight, block.proj.bias, x)
-    h = ops.linear(
-        x, block.fc1.weight, block.fc1.bias, norm_eps=LAYER_NORM_EPS, sums=sums, gelu=True
-    )
-    x, _ = ops.linear_residual(h, block.fc2.weight, block.fc2.bias, x)
-    return x
+    x, sums = _residual(ops, a, block.proj, x)
+    h = _linear(ops, x, block.fc1, norm_eps=LAYER_NORM_EPS, sums=sums, gelu=True)
+    return _residual(ops, h, block.fc2, x)[0]
+
+
+def embed(
+    ops, weights: EncoderWeights, config: ModelConfig, images: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What enters the first block, and its sums of squares; arguments as of `encode`."""
+    if images.dtype == torch.uint8:
+        patch, centre = weights.patch_uint8, PIXEL_CENTRE_UINT8
+    else:
+        patch, centre = weights.patch, PIXEL_CENTRE
+    size = config.backbone.patch_size
+    return ops.patch_embed(images, patch, table, weights.sparse_tokens, size, centre)
 
 
 def encode(
@@ -125,14 +144,7 @@ def encode(
     heads, tokens = backbone.num_attention_heads, config.num_sparse_tokens
     patches = table.shape[0] - 1
     rows = wanted_rows(outputs, patches, tokens)
-    if images.dtype == torch.uint8:
-        patch, centre = weights.patch_uint8, PIXEL_CENTRE_UINT8
-    else:
-        patch, centre = weights.patch, PIXEL_CENTRE
-
-    x, sums = ops.patch_embed(
-        images, patch, table, weights.sparse_tokens, backbone.patch_size, centre
-    )
+    x, sums = embed(ops, weights, config, images, table)
     for block in weights.blocks:
         if isinstance(block, Fp8Block):
             # Such weights are packed for a namespace alone that computes in FP8: `resolve_backend`.

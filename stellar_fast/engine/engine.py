@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,31 @@ from ..config import ModelConfig
 from ..engine.backends import resolve_device
 from ..errors import ForkError, StellarError
 from ..weights import saving
+from ..weights.int8 import is_quantized
 from ..weights.packed import DecoderWeights, EncoderWeights, map_nodes, position_code
 from ..weights.quantize import calibrated
-from . import backends, decoder, encoder
+from . import backends, decoder, encoder, namespaces
 from .caching import ByteCache
+from .calibration import int8_of
 from .encoder import OUTPUTS
+from .fidelity import Fidelity, compare
 from .graphs import CudaRecorder, GraphRunner
 from .inputs import as_batch, as_features, check_patches
 from .inputs import check_range as check_pixel_range
 
+if TYPE_CHECKING:
+    from .openvino_graphs import OpenVINORunner
+
+FACTORS = ("spatial", "sparse")  # of `lowrank`
 TYPICAL_BATCH = 8  # images in the product that weights are laid out for
 # Patches of an image. Attention takes time by their square: on a processor's two cores, minutes for
 # this many, which is an image of 4096x4096 at patch 16.
 MAX_PATCHES = 65_536
+# What PyTorch and OpenVINO say on a CPU; the driver, Triton and cuBLAS on a GPU.
+OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "bad_alloc", "failed to allocate",
+    "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 TABLE_BYTES = 256 << 20  # of position tables kept, one for each image size
 GRAPH_SHARE = 8  # of the device's memory, the part that inputs and outputs of CUDA graphs may take
 
@@ -58,18 +70,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    return any(
-        said in text
-        for said in (
-            "can't allocate memory",
-            "not enough memory",
-            "out of memory",
-            "CUBLAS_STATUS_ALLOC_FAILED",
-        )
-    )
+    return any(said in text for said in OUT_OF_MEMORY)
 
 
 Out = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # of one image
 
 
 def _copy_out(features: Out, out: Out | None, dtypes: Mapping[str, torch.dtype]) -> Out:
@@ -93,8 +98,8 @@ class Engine:
     Attributes:
         config: geometry of the model.
         device: where it computes.
-        precision: "fp32", "bf16", "fp16" or "fp8".
-        backend: "triton" or "torch".
+        precision: "fp32", "bf16", "fp16", "fp8" or "int8".
+        backend: "triton", "openvino" or "torch".
         output_dtype: dtype of every float output.
         max_batch: images computed at once; larger batches are cut into chunks.
         max_patches: patches of an image; larger images are refused.
@@ -131,7 +136,8 @@ class Engine:
         self.weights = weights
         self.backend = backend
         self.cuda_graphs = cuda_graphs
-        self._ops = backends.ops_of(backend)
+        self._load_exact: Callable[..., Engine] | None = None
+        self._ops = namespaces.ops_of(backend)
         self._place(encoder_weights, decoder_weights, device)
         self._pid = os.getpid()
 
@@ -144,13 +150,14 @@ class Engine:
         """Takes weights that are on `device`."""
         rows = min(self.max_batch, TYPICAL_BATCH) * self.config.sequence_length
         self.device = device
-        self._encoder: EncoderWeights = backends.prepare(self._ops, encoder_weights, rows)
-        self._decoder: DecoderWeights | None = backends.prepare(self._ops, decoder_weights, rows)
+        self._encoder: EncoderWeights = namespaces.prepare(self._ops, encoder_weights, rows)
+        self._decoder: DecoderWeights | None = namespaces.prepare(self._ops, decoder_weights, rows)
         self._tables: ByteCache[tuple[int, int], Tensor] = ByteCache(
             TABLE_BYTES, lambda table: table.nbytes
         )
         # Images of a shape that were computed at once where memory had run out before.
         self._fitting: dict[tuple, int] = {}
+        self._runner = backends.runner_of(self.backend, self.precision, self.config)
         self._graphs: GraphRunner | None = None
         if self.cuda_graphs and self.backend == "triton" and device.type == "cuda":
             with torch.cuda.device(device):
@@ -200,20 +207,21 @@ class Engine:
         Raises:
             TypeError, ValueError: `images` is something else; the message says what was found.
             ImageError: a listed image could not be decoded.
+            ValueError: an int8 engine that was not calibrated.
             ForkError: called in a forked child.
             StellarError: not even one image fits into memory.
         """
         self._check_process()
+        self._check_calibrated()
         wanted = resolve_outputs(outputs)
         batch, floats = self._batch(images, preset)
         if floats and check_range and batch.numel():
             check_pixel_range(batch)
-        shapes = self._shapes(*self._grid(*batch.shape[2:]))
         with self._scope():
             found = self._chunked(
                 lambda out, chunk: self._encode_chunk(chunk, wanted, out),
                 (batch,),
-                {name: ((len(batch), *shapes[name]), self.output_dtype) for name in wanted},
+                self._features(wanted, self._grid(*batch.shape[2:])),
             )
         return dict(found)
 
@@ -229,6 +237,11 @@ class Engine:
                 self._ops, self._encoder, self.config, images, table, wanted, self.output_dtype
             )
 
+        if self._runner is not None:
+            if out is None:
+                out = self._empty(len(images), self._features(wanted, grid))
+            self._encode_by_graph(self._runner, images, table, out)
+            return out
         # Before the wait for the graph's turn; strides are kept, and the device reorders pixels.
         images = images.to(self.device)
         if self._graphs is not None:
@@ -280,6 +293,39 @@ class Engine:
                     )
         return self
 
+    def _encode_by_graph(
+        self, runner: OpenVINORunner, images: Tensor, table: Tensor, out: Out
+    ) -> None:
+        """Fills `out`. `lowrank` is the float32 product of the other two, whatever the precision;
+        where the graph would take it in bfloat16, a second one does it."""
+        apart = "lowrank" in out and runner.precision != "fp32"
+        given, shapes = dict(out), self._shapes(*self._grid(*images.shape[2:]))
+        if apart:
+            del given["lowrank"]
+            for name in FACTORS:
+                if name not in given or given[name].dtype != torch.float32:
+                    shape = (len(images), *shapes[name])
+                    given[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
+        names = tuple(name for name in OUTPUTS if name in given)
+
+        def forward(images: Any, table: Any) -> Mapping[str, Any]:
+            return encoder.encode(
+                self._ops, self._encoder, self.config, images, table, names, torch.float32
+            )
+
+        def reassemble(spatial: Any, sparse: Any) -> Mapping[str, Any]:
+            return {"lowrank": self._ops.reassemble(spatial, sparse)}
+
+        opened = (-1, 3, -1, -1), (-1, self.config.backbone.hidden_size)
+        inputs = tuple(zip((images, table), opened, strict=True))
+        runner.run("encode", forward, inputs, {name: given[name] for name in names})
+        for name in names:
+            if name in out and given[name] is not out[name]:
+                out[name].copy_(given[name])
+        if apart:
+            factors = [(given[name], (-1, -1, shapes[name][1])) for name in FACTORS]
+            runner.exact.run("reassemble", reassemble, factors, {"lowrank": out["lowrank"]})
+
     def reconstruct(
         self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -316,24 +362,33 @@ class Engine:
         weights = self._decoder
         dtype = weights.decoder_proj.bias.dtype
 
-        def reconstruct_chunk(out: Out | None, *chunk: Tensor) -> Out:
-            moved = [part.to(self.device) for part in chunk]
-            lowrank = moved[0] if len(moved) == 1 else self._ops.reassemble(*moved)
-            code = position_code(weights.fourier, side, side).to(dtype)
-            found = decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code)
-            return _copy_out(found, out, {name: dtype for name, (_, dtype) in shapes.items()})
+        def forward(*parts: Any) -> dict[str, Any]:
+            *features, code = parts
+            lowrank = features[0] if len(features) == 1 else self._ops.reassemble(*features)
+            return decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code)
 
-        shapes = {
-            name: ((len(parts[0]), *shape), dtype)
-            for name, (shape, dtype) in self._reconstructed(side).items()
-        }
+        def reconstruct_chunk(out: Out | None, *chunk: Tensor) -> Out:
+            code = position_code(weights.fourier, side, side).unflatten(0, (side, side))
+            if self._runner is not None:
+                inputs = [(part, (-1, -1, part.shape[2])) for part in chunk]
+                inputs.append((code, (-1, -1, code.shape[2])))
+                out = self._empty(len(chunk[0]), shapes) if out is None else out
+                self._runner.run("reconstruct", forward, inputs, out)
+                return out
+            moved = (part.to(self.device) for part in chunk)
+            found = forward(*moved, code.to(dtype))
+            return _copy_out(found, out, {name: kind for name, (_, kind) in shapes.items()})
+
+        shapes = self._reconstructed(side)
         with self._scope():
             return dict(self._chunked(reconstruct_chunk, parts, shapes))
 
     def calibrate(self, images: Any, *, preset: str = "card") -> Engine:
-        """Sets the static scales of an fp8 engine by what `images` bring forth; returns the engine.
+        """Sets the static scales of an fp8 or int8 engine by what `images` bring forth; returns the
+        engine.
 
-        Without it they come from bounds that no image can pass. No thread may be encoding
+        Without it those of fp8 come from bounds that no image can pass, and int8 cannot encode.
+        int8 is calibrated once: its float weights are gone then. No thread may be encoding
         meanwhile.
 
         Args:
@@ -341,15 +396,26 @@ class Engine:
                 come are enough.
 
         Raises:
-            ValueError: the engine is not fp8, or there are no images.
+            ValueError: the engine is neither, or was calibrated to int8 already, or there are no
+                images.
         """
         self._check_process()
-        if self.precision != "fp8":
-            raise ValueError(f"only fp8 engines have static scales, this one is {self.precision}")
+        if self.precision not in ("fp8", "int8"):
+            raise ValueError(
+                f"only fp8 and int8 engines have static scales, this one is {self.precision}"
+            )
+        if self.precision == "int8" and self.calibrated:
+            raise ValueError("this int8 engine is calibrated already; load it anew to do it again")
         batch, _ = self._batch(images, preset)
         if not len(batch):
             raise ValueError("calibrate needs at least one image, got an empty batch")
         table = self._table(self._grid(*batch.shape[2:]))
+        if self.precision == "int8":
+            with self._scope():
+                chunks = [chunk.to(self.device) for chunk in batch.split(self.max_batch)]
+                weights = int8_of(self._encoder, self.config, chunks, table)
+            self._place(weights, self._decoder, self.device)
+            return self
 
         def run(ops: Any, weights: EncoderWeights) -> None:
             for chunk in batch.split(self.max_batch):
@@ -361,16 +427,58 @@ class Engine:
         self._place(weights, self._decoder, self.device)
         return self
 
+    def fidelity(
+        self, images: Any, *, preset: str = "card", reference: Engine | None = None
+    ) -> Fidelity:
+        """How far each output is from float32, on the images given: whether this precision serves.
+
+        Args:
+            images: a batch as `encode` takes it, at least one image. Judge int8 and fp8 by others
+                than those of `calibrate`.
+            reference: an fp32 engine of the same weights; left out, it is loaded as this one was.
+
+        Raises:
+            ValueError: no images, or it is not known where float32 weights are.
+        """
+        batch, floats = self._batch(images, preset)
+        if not len(batch):
+            raise ValueError("fidelity needs at least one image, got an empty batch")
+        if reference is None:
+            if self._load_exact is None:
+                raise ValueError("this engine was not made by load: give an fp32 one as reference")
+            reference = self._load_exact(device=self.device, max_batch=self.max_batch)
+        check = floats and preset != "eval"
+        pairs = (
+            tuple(engine.encode(chunk, check_range=check) for engine in (self, reference))
+            for chunk in batch.split(self.max_batch)
+        )
+        return compare(((found, exact) for found, exact in pairs), self.precision, self.backend)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the engine can encode as it is: all but int8 ones can before `calibrate`."""
+        return self.precision != "int8" or is_quantized(self._encoder)
+
+    def _check_calibrated(self) -> None:
+        if not self.calibrated:
+            raise ValueError(
+                "an int8 engine needs the range of its activations first: call "
+                "engine.calibrate(images) with a few dozen images of the kind to come, or load "
+                "one that was saved calibrated"
+            )
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the packed weights, for `load(name, repo=folder)`; fp8 scales included.
+        """Writes the packed weights, with their scales, for `load(name, repo=folder)`.
 
         Args:
             folder: made if it is not there.
 
         Raises:
             StellarError: the folder cannot be written, or holds models already.
+            ValueError: an int8 engine that was not calibrated.
         """
-        encode, decode = backends.restore(self._ops, (self._encoder, self._decoder))
+        self._check_calibrated()
+        encode, decode = namespaces.restore(self._ops, (self._encoder, self._decoder))
         saving.save(Path(folder), self.config, self.precision, encode, decode)
 
     def eval(self) -> Engine:
@@ -388,7 +496,7 @@ class Engine:
         target = resolve_device(device)
         if target != self.device:
             backends.resolve_backend(self.backend, target, self.precision)
-            weights = backends.restore(self._ops, (self._encoder, self._decoder))
+            weights = namespaces.restore(self._ops, (self._encoder, self._decoder))
             encode, decode = map_nodes(weights, Tensor, lambda tensor: tensor.to(target))
             self._place(encode, decode, target)
         return self
@@ -421,6 +529,10 @@ class Engine:
     def _table(self, grid: tuple[int, int]) -> Tensor:
         return self._tables.get(grid, lambda: self._encoder.table.table(*grid))
 
+    def _features(self, wanted: tuple[str, ...], grid: tuple[int, int]) -> Shapes:
+        shapes = self._shapes(*grid)
+        return {name: (shapes[name], self.output_dtype) for name in wanted}
+
     def _shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         channels, tokens = self.config.backbone.hidden_size, self.config.num_sparse_tokens
         patches = rows * columns
@@ -449,9 +561,9 @@ class Engine:
         self,
         function: Callable[..., Out],
         inputs: tuple[Tensor, ...],
-        outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        outputs: Shapes,
     ) -> Out:
-        """What `function` makes of `inputs`, chunk by chunk; `outputs` are shapes and dtypes.
+        """What `function` makes of `inputs`, chunk by chunk; `outputs` are those of one image.
 
         One chunk is left where `function` puts it; several are written into memory of one piece.
         """
@@ -462,10 +574,7 @@ class Engine:
         gave_up = False
         while True:
             if out is None and not 0 < total <= size:
-                out = {
-                    name: torch.empty(shape, dtype=dtype, device=self.device)
-                    for name, (shape, dtype) in outputs.items()
-                }
+                out = self._empty(total, outputs)
             if out is not None and start == total:
                 return out
             stop = min(start + size, total)
@@ -488,6 +597,12 @@ class Engine:
                     ) from error
                 # For good: every later batch would run out anew.
                 size = self._fitting[kind] = (stop - start) // 2
+
+    def _empty(self, count: int, outputs: Shapes) -> dict[str, Tensor]:
+        return {
+            name: torch.empty((count, *shape), dtype=dtype, device=self.device)
+            for name, (shape, dtype) in outputs.items()
+        }
 
     def _give_up_memory(self) -> bool:
         """Lets graphs and position tables go; whether there were any."""

@@ -25,7 +25,7 @@ def _norm_silu(x: Tensor, norm: Norm) -> Tensor:
 def _res_block(x: Tensor, block: ResBlock) -> Tensor:
     h = F.conv2d(_norm_silu(x, block.norm1), block.conv1, padding=1)
     h = F.conv2d(_norm_silu(h, block.norm2), block.conv2, padding=1)
-    return x + h if x.shape == h.shape else h
+    return x + h if x.shape[1] == h.shape[1] else h
 
 
 def decode_codes(weights: VQGANWeights, codes: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..files import replacing
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
+    from ..engine.fidelity import Fidelity
 
 
 def has_viz() -> bool:
@@ -66,6 +67,19 @@ def save_spatial(
     grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
     with replacing(path) as temporary:
         save_maps(temporary, seen(photograph, preset), out["spatial"][0], grid, title)
+
+
+def save_fidelity(path: Path, fidelity: Fidelity, model: str) -> None:
+    """Draws how far features are from float32, as a PNG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        StellarError: the file cannot be written.
+    """
+    from .plots import draw_fidelity
+
+    with replacing(path) as temporary:
+        draw_fidelity(temporary, fidelity, model)
 
 
 def check_picture(output: Path) -> None:

@@ -17,6 +17,8 @@ from ..images.presets import EVAL_SIDE, SIZE, check_preset
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..engine.fidelity import Fidelity
+
 COLUMNS = 6
 PANEL_INCHES = 1.9
 DOTS_PER_INCH = 110
@@ -129,3 +131,34 @@ def _draw(image: Image.Image, maps: np.ndarray, title: str) -> Figure:
         bar.set_label("share of the patch", fontsize=9)
         bar.ax.tick_params(labelsize=8)
     return figure
+
+
+def draw_fidelity(path: str | os.PathLike[str], fidelity: Fidelity, model: str) -> None:
+    """Writes a PNG: the relative error of each output, and the shares of choices that are the same.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("drawing fidelity", "viz") from error
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(
+        f"{model}: {fidelity.precision} on {fidelity.backend} against fp32, "
+        f"{fidelity.images} images"
+    )
+    names = list(fidelity.outputs)
+    left.barh(names, [fidelity.outputs[name].error for name in names], color="#c1272d")
+    left.set(xscale="log", xlabel="relative error")
+    shares = {"strongest token": fidelity.strongest}
+    shares |= {f"nearest by {name}": share for name, share in fidelity.neighbours.items()}
+    right.barh(list(shares), list(shares.values()), color="#8c959f")
+    right.set(xlim=(0, 1), xlabel="share that is the same")
+    for axis in (left, right):
+        axis.invert_yaxis()
+    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")

@@ -24,6 +24,26 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Int8Scales:
+    """How a product is taken on 8-bit integers, float32.
+
+    What enters is multiplied by channels (I,), if there are any, and takes one of 256 values from
+    reach[0] to reach[1]; step (O,) is what one of each output channel's weights stands for.
+    """
+
+    step: Tensor
+    channels: Tensor | None
+    reach: Tensor
+
+
+@dataclass(frozen=True)
+class Int8Linear(Linear):
+    """weight (O, I) int8, for inputs that `scales` multiply and round; bias (O,)."""
+
+    scales: Int8Scales
+
+
+@dataclass(frozen=True)
 class Norm:
     """weight (D,), bias (D,)."""
 

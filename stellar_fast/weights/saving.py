@@ -22,7 +22,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, StellarError, listing
 from ..files import parse_json, replacing, writing
 from ..precision import DTYPES
-from . import checkpoint, names
+from . import checkpoint, int8, names
 from .pack import pack_decoder, pack_encoder, pack_vqgan
 from .packed import Block, DecoderWeights, EncoderWeights, Fp8Block, Fp8Linear, Linear
 from .quantize import FP8
@@ -167,6 +167,8 @@ def _expected(
             meta,
             quantize=_quantized if fp8 else None,
         )
+        if precision == "int8":
+            encoder = int8.unmeasured(encoder)
         if not any(name.startswith("decoder.") for name in found):
             return encoder, None
         vqgan = None
@@ -233,7 +235,7 @@ def _tensor(file: Any, name: str, want: Tensor, device: torch.device) -> Tensor:
     low, high = checkpoint.bounds(tensor)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} holds NaN or infinity")
-    if name.endswith(".scale") and low <= 0:
+    if name.endswith((".scale", ".step", ".channels")) and low <= 0:
         raise ValueError(f"{name} holds scales that are not positive")
     return tensor
 

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import compare
 import pytest
 import torch
-from harness.budgets import relative_error
+from harness.budgets import errors_of, relative_error
 from peers import contest, footprint, models
+
+from stellar_fast.engine import backends
+from stellar_fast.precision import has_int8_units
 
 ROUNDS = 5
 
@@ -96,8 +99,32 @@ def test_a_peer_keeps_the_budget(name, subject, pool, entrants):
         peer = models.local(subject, name, pool.images[:2])
     except models.Absent as reason:
         pytest.skip(str(reason))
-    row = rows_of(pool, [entrants[0], peer])[name]
-    assert "refused" not in row, row["refused"]
+    errors = errors_of(peer.encode(pool.images[:2]), {k: v[:2] for k, v in pool.exact.items()})
+    plain = errors_of(pool.plain[peer.precision], pool.exact)
+    # A tiny model's few numbers are few draws of plain PyTorch's error.
+    assert max(errors.values()) < 4 * max(plain.values())
+
+
+def test_int8_is_judged_by_its_error_alone(subject, pool, entrants):
+    if not has_int8_units() or not backends.has_openvino():
+        pytest.skip("int8 needs OpenVINO and a processor with 8-bit products")
+    int8 = models.local(subject, models.INT8, pool.images[:2])
+    rows = rows_of(pool, [entrants[0], int8])
+    assert max(rows[models.INT8]["error"].values()) > 1e-3
+
+    def broken(images):
+        return {name: value * float("nan") for name, value in int8.encode(images).items()}
+
+    row = rows_of(pool, [entrants[0], replace(int8, encode=broken)])[models.INT8]
+    assert "refused" in row
+
+
+def test_bytes_in_and_few_outputs_are_judged_too(subject, pool, entrants):
+    few = models.local(subject, models.BYTES, pool.images[:2])
+    few.load(pool.images[:2])
+    assert few._images.dtype == torch.uint8
+    row = rows_of(pool, [entrants[0], few])[models.BYTES]
+    assert set(row["error"]) == {"sparse", "cls"} and "refused" not in row
 
 
 def test_an_absent_peer_has_a_reason(subject, pool, monkeypatch):

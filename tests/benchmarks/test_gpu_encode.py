@@ -12,6 +12,7 @@ from gpu.switches import SWITCHES
 from harness.results import COMPILED_BF16, EAGER_BF16, EAGER_FP32, VIT_BF16
 
 from stellar_fast.config import MODELS
+from stellar_fast.engine import backends
 from stellar_fast.engine.engine import Engine
 
 
@@ -19,6 +20,7 @@ from stellar_fast.engine.engine import Engine
 def on_cpu(monkeypatch, device, tiny):
     """The CPU under the names that CUDA has; nothing is kept from another test."""
     monkeypatch.setitem(MODELS, "tiny", tiny)
+    monkeypatch.setattr(backends, "has_openvino", lambda: False)  # nor has a GPU
     for name, value in (("LATENCY_CALLS", 20), ("COMPILE_SECONDS", 0), ("ENERGY_SECONDS", 0.05)):
         monkeypatch.setattr(encode, name, value)
     monkeypatch.setattr(waterfall, "SECONDS", 0)

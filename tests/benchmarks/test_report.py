@@ -38,11 +38,11 @@ def test_the_command_writes_and_checks_and_misses_no_table(plant, capsys):
 
 def test_the_table_has_a_row_an_implementation_and_says_who_has_no_figure(stored):
     lines = cpu.TABLES["cpu-encode"]().splitlines()
-    assert lines[0] == "| images/s | batch 1 | batch 8 | prepared in |"
+    assert lines[0] == "| images/s | batch 1 | batch 8 | error | prepared in |"
     assert lines[2] == (
-        "| engine fp32 | 10.00 (9.09 to 11.11), 2.00x | 10.00 (9.09 to 11.11), 2.00x |  |"
+        "| engine fp32 | 10.00 (9.09 to 11.11), 2.00x | 10.00 (9.09 to 11.11), 2.00x | 2.0e-06 |  |"
     )
-    assert lines[4] == "| OpenVINO fp32 | 2.50 (2.27 to 2.78), 0.50x | refused | 5 s |"
+    assert lines[4] == "| OpenVINO fp32 | 2.50 (2.27 to 2.78), 0.50x | refused | 2.0e-06 | 5 s |"
     text = "\n".join(lines)
     assert "OpenVINO fp32 at batch 8: refused: cls: error 2 exceeds 1." in text
     assert "ONNX Runtime fp32 at batch 1: not run: onnxruntime is not installed." in text

@@ -42,13 +42,13 @@ def test_auto_on_a_gpu(capability, version, precision, expected):
 def test_auto_on_a_cpu_never_takes_the_interpreter():
     assert os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
     for precision in ("fp32", "bf16", "fp16"):
-        assert resolve_backend("auto", CPU, precision) == "torch"
+        assert resolve_backend("auto", CPU, precision) in ("openvino", "torch")
 
 
 @pytest.mark.parametrize(
     ("backend", "device", "version", "precision", "message"),
     [
-        ("cublas", CPU, None, "fp32", "'cublas'; known: auto, triton, torch"),
+        ("cublas", CPU, None, "fp32", "'cublas'; known: auto, triton, openvino, torch"),
         ("auto", CPU, None, "fp8", "capability 8.9 or later; got cpu"),
         ("torch", GPU, (9, 0), "fp8", "computed by the Triton kernels.*Some GPU with 9.0"),
         ("triton", GPU, (8, 0), "fp8", "capability 8.9 or later, got cuda:0, Some GPU with 8.0"),
@@ -91,9 +91,19 @@ def test_the_interpreter_is_refused_bf16_and_asked_for_by_name():
 def test_the_torch_backend_does_not_import_triton():
     code = (
         "import sys, stellar_fast\n"
-        "from stellar_fast.engine import backends\n"
-        "assert backends.ops_of('torch').linear\n"
+        "from stellar_fast.engine import namespaces\n"
+        "assert namespaces.ops_of('torch').linear\n"
         "print([m for m in sys.modules if m.startswith('stellar_fast.kernels')])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_amd_gpu_is_not_taken_for_an_h100(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    device = torch.device("cuda", 0)
+    assert resolve_backend("auto", device, "bf16") == "torch"
+    assert resolve_backend("torch", device, "bf16") == "torch"
+    with pytest.raises(ValueError, match=r"is for NVIDIA GPUs: .*backend='torch'"):
+        resolve_backend("triton", device, "bf16")

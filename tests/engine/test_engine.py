@@ -15,7 +15,6 @@ from stellar_fast.engine import encoder, torch_ops
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.engine.engine import Engine
 from stellar_fast.errors import ForkError, ImageError, MissingExtraError, StellarError
-from stellar_fast.precision import resolve_precision
 
 pytestmark = pytest.mark.numerical
 
@@ -319,14 +318,6 @@ def test_errors_survive_the_way_between_processes():
 def test_reconstruct_without_the_decoder_says_how_to_load_it(engine):
     with pytest.raises(ValueError, match="purpose='reconstruct'"):
         engine.reconstruct(engine.encode(image(1, 64, 64)))
-
-
-def test_auto_precision_asks_the_processor(monkeypatch):
-    for amx, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert resolve_precision("auto", torch.device("cpu")) == expected
-    with pytest.raises(ValueError, match="int8"):
-        resolve_precision("int8", torch.device("cpu"))
 
 
 def test_to_is_a_modules_to(monkeypatch):

@@ -115,7 +115,7 @@ def test_reconstruct_error_budget(gpu, precision):
             lambda t: change(t.cpu()) if t.is_floating_point() else t.cpu(),
         )
         x = change(lowrank)
-        code = position_code(weights.fourier.double(), 2, 2).to(x.dtype)
+        code = position_code(weights.fourier.double(), 2, 2).unflatten(0, (2, 2)).to(x.dtype)
         return decoder.reconstruct(oracles, weights, engine.config, x, code)["reconstruction"]
 
     plain, exact = computed(lambda t: t), computed(torch.Tensor.double)

@@ -28,11 +28,12 @@ from ...files import folder_to_disk, open_own, remove, writing
 from .layout import INPUTS, PLAN, Partition
 
 LOCK = ".lock"
+ENGINE = "engine"  # a folder: the packed weights of an extraction that has scales of its own
 # The byte that is locked while a plan is made, beyond those of any partition.
 _PLAN_BYTE = 1 << 40
 _OURS = re.compile(
     rf"{re.escape(PLAN)}|{re.escape(INPUTS)}|stats(-\d+-of-\d+)?\.json|part-\d{{5,}}|"
-    rf"{re.escape(LOCK)}|\.part-\d{{5,}}\.partial-.*|\.(plan|inputs|stats).*"
+    rf"{re.escape(LOCK)}|{ENGINE}|\.part-\d{{5,}}\.partial-.*|\.(plan|inputs|stats).*"
 )
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
@@ -78,8 +79,8 @@ def clear(output: Path) -> None:
         names = [entry.name for entry in output.iterdir() if _OURS.fullmatch(entry.name)]
         for name in sorted(names, key=lambda name: (name == PLAN, name)):
             path = output / name
-            if name == LOCK:
-                continue  # others may be waiting for it
+            if name in (LOCK, ENGINE):
+                continue  # others may be waiting for it; this run has just made it
             remove(path)
 
 

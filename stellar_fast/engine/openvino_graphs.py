@@ -1,0 +1,138 @@
+"""Forwards as OpenVINO graphs: traced once over nodes, compiled, and run on the caller's memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ForkError
+from .openvino_ops import Node
+from .openvino_runtime import op, ov
+
+# Compiled graphs; each holds the weights once more, as the processor's products read them.
+GRAPHS_KEPT = 3
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+_TYPES = {torch.uint8: ov.Type.u8, torch.float32: ov.Type.f32}
+
+Forward = Callable[..., Mapping[str, Any]]
+
+
+@functools.cache
+def _started() -> tuple[ov.Core, int]:
+    return ov.Core(), os.getpid()
+
+
+def _core() -> ov.Core:
+    """The runtime of this process.
+
+    Raises:
+        ForkError: it was started before the process was forked, and its threads are not here.
+    """
+    core, pid = _started()
+    if pid != os.getpid():
+        raise ForkError(
+            "OpenVINO was in use before this process was forked, and would wait here for threads "
+            "that only the parent has: start workers with 'spawn' or 'forkserver', or load with "
+            "backend='torch'"
+        )
+    return core
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """As a graph takes it: uint8 as it is, all else in float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor if tensor.dtype == torch.uint8 else tensor.float()).contiguous()
+
+
+def _shared(tensor: Tensor) -> ov.Tensor:
+    return ov.Tensor(tensor.numpy(), shared_memory=True)
+
+
+class OpenVINORunner:
+    """Runs forwards over `openvino_ops` for any number of threads, each call by a request of its
+    own on as many threads as torch has.
+
+    Args:
+        precision: "fp32" or "bf16", of what the graphs do not say is on integers.
+
+    Raises:
+        ForkError: OpenVINO was in use before this process was forked.
+    """
+
+    def __init__(self, precision: str) -> None:
+        _core()
+        self.precision = precision
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[Hashable, ov.CompiledModel] = OrderedDict()
+
+    @functools.cached_property
+    def exact(self) -> OpenVINORunner:
+        """For what is float32 in every precision."""
+        return OpenVINORunner("fp32")
+
+    def run(
+        self,
+        name: Hashable,
+        forward: Forward,
+        inputs: Sequence[tuple[Tensor, tuple[int, ...]]],
+        out: Mapping[str, Tensor],
+    ) -> None:
+        """Fills `out` by `forward` of the inputs.
+
+        Args:
+            name: of the forward: the same for every call with the same one.
+            forward: nodes, one for each input, -> the nodes of `out`'s names.
+            inputs: tensors, each with the shape that `forward` is for, -1 where any will do.
+            out: contiguous tensors of the results' shapes, of any float dtype, or int64.
+        """
+        tensors = [_contiguous(tensor) for tensor, _ in inputs]
+        shapes = [shape for _, shape in inputs]
+        kinds = [tensor.dtype for tensor in tensors]
+        key = (name, tuple(out), tuple(kinds), torch.get_num_threads())
+        with self._lock:
+            graph = self._graphs.get(key) or self._compile(forward, shapes, kinds, tuple(out))
+            self._graphs[key] = graph
+            self._graphs.move_to_end(key)
+            if len(self._graphs) > GRAPHS_KEPT:
+                self._graphs.popitem(last=False)
+        request = graph.create_infer_request()
+        for index, tensor in enumerate(tensors):
+            request.set_input_tensor(index, _shared(tensor))
+        rounded: dict[str, Tensor] = {}
+        for index, (output, result) in enumerate(out.items()):
+            if result.dtype not in (torch.float32, torch.int64):
+                rounded[output] = torch.empty_like(result, dtype=torch.float32)
+            request.set_output_tensor(index, _shared(rounded.get(output, result)))
+        request.infer()
+        for output, wide in rounded.items():
+            out[output].copy_(wide)
+
+    def _compile(
+        self,
+        forward: Forward,
+        shapes: Sequence[tuple[int, ...]],
+        kinds: Sequence[torch.dtype],
+        outputs: tuple[str, ...],
+    ) -> ov.CompiledModel:
+        inputs = [
+            op.parameter(list(shape), _TYPES[kind])
+            for shape, kind in zip(shapes, kinds, strict=True)
+        ]
+        nodes = (Node(node, kind) for node, kind in zip(inputs, kinds, strict=True))
+        found = forward(*nodes)
+        results = [op.result(found[name].output) for name in outputs]
+        settings = {
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            # A thread that is bound to a core waits for whoever else is busy there.
+            "ENABLE_CPU_PINNING": False,
+        }
+        return _core().compile_model(ov.Model(results, inputs, "stellar"), "CPU", settings)

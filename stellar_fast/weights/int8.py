@@ -1,0 +1,194 @@
+"""Products on 8-bit integers: weights by output channel, inputs by static scales that images give.
+
+Three things keep the error down. Outlying channels of an input move into the weights: input channel
+c is multiplied by 1 / s_c and its column of weights by s_c, s_c a power of how far the channel and
+its column reach, which the rounding of the input has in it at no cost. The range of what enters is
+the one with the least error behind the weights, not the widest: a rare number is rather cut off
+than all others made coarse. And the mean of what rounding does to each output goes into the bias.
+
+Scales are sought block by block on a sample of the rows that float32 brings there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .packed import EncoderWeights, Int8Linear, Int8Scales, LastBlock, Linear
+
+STEPS = 255  # of an input between the ends of its range
+LARGEST = 127  # weight
+ROWS = 512  # of each input that scales are sought on
+OF_TOKENS = 3  # one of so many of them is that of a CLS or sparse token, which are few and differ
+POWERS = (0.35, 0.5, 0.65)  # of the input's reach in s_c, the rest the weights'
+INPUT_CUTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the whole range
+WEIGHT_CUTS = (1.0, 0.94, 0.88, 0.82)
+TINY = 1e-8
+
+
+def _values(x: Tensor, reach: Tensor) -> Tensor:
+    low, high = reach.tolist()
+    step = (high - low) / STEPS
+    return x.sub(low).div_(step).round_().clamp_(0, STEPS).mul_(step).add_(low)
+
+
+def _reach(x: Tensor, whole: Tensor, importance: Tensor) -> Tensor:
+    """The part of `whole` (low, high) that x (R, I) is rounded in with the least squared error,
+    each channel's times its importance."""
+    errors = [(_values(x, whole * cut) - x).square().sum(0) @ importance for cut in INPUT_CUTS]
+    return whole * INPUT_CUTS[int(torch.stack(errors).argmin())]
+
+
+def _integers(weight: Tensor, step: Tensor) -> Tensor:
+    return weight.div(step[:, None]).round_().clamp_(-LARGEST, LARGEST)
+
+
+def _step(weight: Tensor, squares: Tensor) -> Tensor:
+    """For each row of (O, I) the step of its integers with the least error behind inputs whose
+    channels have these mean squares."""
+    whole = weight.abs().amax(1).clamp_min(TINY) / LARGEST
+    errors = []
+    for cut in WEIGHT_CUTS:
+        step = whole * cut
+        rounded = _integers(weight, step).mul_(step[:, None])
+        errors.append(rounded.sub_(weight).square_() @ squares)
+    return whole * torch.tensor(WEIGHT_CUTS)[torch.stack(errors).argmin(0)]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What entered a product: a sample of rows, each (R, I), and the ends of every channel (I,)."""
+
+    rows: list[Tensor]
+    low: Tensor
+    high: Tensor
+
+
+def quantized(layer: Linear, seen: Inputs) -> Int8Linear:
+    """`layer`, in float32, on integers."""
+    inputs = torch.cat(seen.rows)
+    exact = inputs @ layer.weight.T
+    reach = torch.maximum(-seen.low, seen.high).clamp_min(TINY)
+    of_weight = layer.weight.abs().amax(0).clamp_min(TINY)
+    errors, found = [], []
+    for power in POWERS:
+        channels = of_weight ** (1 - power) / reach**power
+        weight, x = layer.weight / channels, inputs * channels
+        whole = torch.stack([(seen.low * channels).amin(), (seen.high * channels).amax()])
+        limits = _reach(x, whole, weight.square().sum(0))
+        step = weight.abs().amax(1).clamp_min(TINY) / LARGEST
+        rounded = _integers(weight, step).mul_(step[:, None])
+        error = exact - _values(x, limits) @ rounded.T
+        errors.append((error - error.mean(0)).square().sum().item())
+        found.append((channels, limits))
+    channels, limits = found[errors.index(min(errors))]
+    weight, x = layer.weight / channels, inputs * channels
+    step = _step(weight, x.square().mean(0))
+    integers = _integers(weight, step)
+    lost = (exact - _values(x, limits) @ integers.mul(step[:, None]).T).mean(0)
+    return Int8Linear(
+        integers.to(torch.int8), layer.bias + lost, Int8Scales(step, channels, limits)
+    )
+
+
+def quantized_encoder(
+    weights: EncoderWeights,
+    chunks: Sequence[Tensor],
+    run: Callable[[Any, Any, Tensor], Tensor],
+    ops: ModuleType,
+) -> EncoderWeights:
+    """`weights` with the products of every block on integers.
+
+    Args:
+        weights: in float32.
+        chunks: each (B, S, D), what enters the first block.
+        run: (ops, block, chunk) -> what leaves it.
+        ops: float ops to run them by.
+    """
+    tokens = len(weights.sparse_tokens)
+    total = sum(map(len, chunks)), chunks[0].shape[1] - tokens - 1
+    every = (
+        max(1, total[0] * total[1] * OF_TOKENS // (ROWS * (OF_TOKENS - 1))),
+        max(1, total[0] * (1 + tokens) * OF_TOKENS // ROWS),
+    )
+
+    def sample(x: Tensor) -> Tensor:
+        patches = x[:, 1:-tokens].flatten(0, 1)[:: every[0]]
+        return torch.cat(
+            [patches, torch.cat([x[:, :1], x[:, -tokens:]], 1).flatten(0, 1)[:: every[1]]]
+        )
+
+    blocks: list[Any] = []
+    for block in (*weights.blocks, weights.last):
+        seen: dict[int, Inputs] = {}
+        chunks = [run(_watched(ops, seen, sample), block, chunk) for chunk in chunks]
+        layers = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
+        layers = {name: quantized(layer, seen[id(layer.weight)]) for name, layer in layers.items()}
+        blocks.append(_unscaled_attention(type(block)(**layers)))
+    return dataclasses.replace(weights, blocks=tuple(blocks[:-1]), last=blocks[-1])
+
+
+def _unscaled_attention(block: Any) -> Any:
+    """`block` with the factors of proj's inputs in the values that attention averages: one less
+    product to take, and the same result."""
+    name = "key_value" if isinstance(block, LastBlock) else "qkv"
+    maker, channels = getattr(block, name), block.proj.scales.channels
+    factors = torch.cat([channels.new_ones(len(maker.bias) - len(channels)), channels])
+    scales = dataclasses.replace(maker.scales, step=maker.scales.step * factors)
+    return dataclasses.replace(
+        block,
+        **{name: dataclasses.replace(maker, bias=maker.bias * factors, scales=scales)},
+        proj=dataclasses.replace(
+            block.proj, scales=dataclasses.replace(block.proj.scales, channels=None)
+        ),
+    )
+
+
+def _watched(ops: ModuleType, seen: dict[int, Inputs], sample: Callable[[Tensor], Tensor]) -> Any:
+    """`ops` that leave what enters a product in `seen`, by its weight's id."""
+
+    def watch(function: Callable[..., Any]) -> Callable[..., Any]:
+        def op(x: Tensor, weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            entering = x
+            if (eps := keywords.get("norm_eps")) is not None:
+                entering = F.layer_norm(x, x.shape[-1:], None, None, eps)
+            low, high = entering.flatten(0, -2).aminmax(dim=0)
+            found = seen.setdefault(id(weight), Inputs([], low, high))
+            found.rows.append(sample(entering))
+            found.low, found.high = torch.minimum(found.low, low), torch.maximum(found.high, high)
+            return function(x, weight, *arguments, **keywords)
+
+        return op
+
+    watched = SimpleNamespace(**{name: op for name, op in vars(ops).items() if callable(op)})
+    watched.linear, watched.linear_residual = watch(ops.linear), watch(ops.linear_residual)
+    return watched
+
+
+def unmeasured(encoder: EncoderWeights) -> EncoderWeights:
+    """`encoder` on the meta device as `quantized_encoder` would leave it: shapes and dtypes."""
+
+    def layer(linear: Linear, scaled: bool) -> Int8Linear:
+        out, depth = linear.weight.shape
+        channels: Tensor | None = torch.empty(depth) if scaled else None
+        scales = Int8Scales(torch.empty(out), channels, torch.empty(2))
+        return Int8Linear(linear.weight.to(torch.int8), linear.bias, scales)
+
+    def block(node: Any) -> Any:
+        layers = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+        return type(node)(**{name: layer(each, name != "proj") for name, each in layers.items()})
+
+    return dataclasses.replace(
+        encoder, blocks=tuple(map(block, encoder.blocks)), last=block(encoder.last)
+    )
+
+
+def is_quantized(weights: EncoderWeights) -> bool:
+    """Whether the products of `weights` are on integers already."""
+    return isinstance(weights.last.proj, Int8Linear)
