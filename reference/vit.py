@@ -146,11 +146,12 @@ class Block(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.layernorm_before = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        # In the published order, by which optimisers number the parameters in their state.
         self.attention = Attention(config)
-        self.layernorm_after = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.intermediate = Dense(width, config.intermediate_size)
         self.output = Dense(config.intermediate_size, width)
+        self.layernorm_before = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.layernorm_after = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""

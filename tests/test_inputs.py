@@ -98,7 +98,7 @@ def test_paths_and_pil_images_are_resized_by_the_preset(engine, tmp_path):
     from stellar_fast.images.presets import apply_preset
 
     for preset in ("card", "eval"):
-        expected = engine.encode(apply_preset(picture, preset)[None], check_range=False)
+        expected = engine.encode(apply_preset(picture, preset)[None])
         for form in ([picture], [tmp_path / "a.png"], (str(tmp_path / "a.png"),)):
             out = engine.encode(form, preset=preset)
             assert_same_features(out, expected)

@@ -19,20 +19,25 @@ class STELLARModel(Student):
         """The published forward pass.
 
         Args:
-            inputs: "image" (B, 3, H, W); in training also what the losses asked for need: "labels"
+            inputs: "image" (B, 3, H, W); for the losses also what those asked for need: "labels"
                 (B,), "global_views" (B, G, 3, 224, 224), "local_views" (B, L, 3, 96, 96), all RGB
                 in [0, 1].
-            mode: "eval" or "train".
+            mode: "train" or "valid", which compute the losses; in "train", and in training mode, a
+                teacher is updated too. "eval" gives the features alone.
 
         Returns:
-            {"predictions": ...}: in eval mode `evaluation_predictions`, in training those,
-            "gold_labels" and the losses.
+            {"predictions": ...}: the features, and unless the mode is "eval" "gold_labels" and the
+            losses.
 
         Raises:
             ValueError: another mode, or an input that does not fit.
         """
         if mode == "eval":
-            return {"predictions": self.evaluation_predictions(inputs["image"])}
-        if mode != "train":
-            raise ValueError(f'mode must be "train" or "eval", got {mode!r}')
-        return {"predictions": training_predictions(self, inputs)}
+            return {"predictions": self.encode(inputs)}
+        if mode not in ("train", "valid"):
+            raise ValueError(f'mode must be "train", "valid" or "eval", got {mode!r}')
+        return {
+            "predictions": training_predictions(
+                self, inputs, moves_teacher=self.training and mode == "train"
+            )
+        }

@@ -101,16 +101,23 @@ def locate(
     repo = os.fspath(repo)
     if repo == PUBLISHED_REPO and name not in list_models():
         raise ValueError(f"unknown model {name!r}; {repo} has: {', '.join(list_models())}")
-    fetch = partial(
-        _fetch, repo, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-    )
-    index = fetch(CONFIG_FILE, revision, MAX_JSON)
+    get = partial(_fetch, repo, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+    index = get(CONFIG_FILE, revision, MAX_JSON)
     config = read_config(index, name)
     # The cache keeps files in a folder named after their commit. Asking for the weights of that
     # commit keeps both files of one version, whatever is pushed in between.
     commit = index.parent.name
     pinned = commit if COMMIT.fullmatch(commit) else revision
-    return Located(config, fetch(config.weights, pinned, _most_bytes(config)))
+    return Located(config, get(config.weights, pinned, _most_bytes(config)))
+
+
+def fetch(repo: str, file: str, most_bytes: int) -> Path:
+    """One file of a Hub repository, as `locate` gets it.
+
+    Raises:
+        DownloadError: it cannot be had, or has more than `most_bytes`.
+    """
+    return _fetch(repo, file, None, most_bytes, cache_dir=None, token=None, local_files_only=False)
 
 
 def _most_bytes(config: ModelConfig) -> int:

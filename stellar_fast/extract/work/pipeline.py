@@ -49,7 +49,7 @@ class Encoder(Protocol):
     max_batch: int
 
     def encode(
-        self, images: Any, *, outputs: Collection[str] | None = ..., check_range: bool = ...
+        self, images: Any, *, outputs: Collection[str] | None = ...
     ) -> dict[str, Tensor]: ...
 
 
@@ -140,7 +140,6 @@ class Pipeline:
         configuration = plan.configuration
         self._batch_size: int = configuration["batch_size"]
         self._features: list[str] = configuration["features"]
-        self._check_range = configuration["preset"] != "eval"  # its bicubic overshoots [0, 1]
         none = engine.encode(torch.zeros((0, *SHAPE), dtype=torch.uint8), outputs=self._features)
         self._shapes = {name: tuple(none[name].shape[1:]) for name in self._features}
         self._copies = Copies(engine.device)
@@ -343,9 +342,7 @@ class Pipeline:
             if isinstance(thing, _Batch):
                 with self.timer.stage("encode"):
                     images = self._copies.use(thing.moving)
-                    features = self._engine.encode(
-                        images, outputs=self._features, check_range=self._check_range
-                    )
+                    features = self._engine.encode(images, outputs=self._features)
                     ahead.append((thing, self._copies.down(features)))
                 batches += 1
             else:
