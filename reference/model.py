@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import CODEBOOK_SIZE, IMAGE_MEAN, IMAGE_STD, ModelConfig
 from . import ops
 from .position import RandomFourierPosition
-from .vit import VisionTransformer
+from .vit import VisionTransformer, is_plain
 from .vqgan import VQGAN
 
 
@@ -117,16 +117,15 @@ class Autoencoder(nn.Module):
 
     def spatial_distribution(self, dense: Tensor, sparse: Tensor) -> Tensor:
         """The spatial map of tokens: dense (B, P, D), sparse (B, K, D) -> (B, P, K)."""
-        spatial, _ = ops.spatial_map(
-            dense,
-            sparse,
-            self.dense_proj.weight,
-            self.dense_proj.bias,
-            self.sparse_proj.weight,
-            self.sparse_proj.bias,
-            self.spatial_temp,
-            lowrank=False,
-        )
+        projections = self.dense_proj, self.sparse_proj
+        if all(map(is_plain, projections)):
+            parameters = [part for layer in projections for part in (layer.weight, layer.bias)]
+        else:
+            # Called, and then projected by the identity.
+            dense, sparse = self.dense_proj(dense), self.sparse_proj(sparse)
+            identity = torch.eye(self.encoder_dim, dtype=dense.dtype, device=dense.device)
+            parameters = 2 * [identity, identity.new_zeros(self.encoder_dim)]
+        spatial, _ = ops.spatial_map(dense, sparse, *parameters, self.spatial_temp, lowrank=False)
         return spatial
 
     def encode_tokens(

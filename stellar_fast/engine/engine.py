@@ -19,12 +19,15 @@ from ..weights.packed import DecoderWeights, EncoderWeights, map_nodes, position
 from ..weights.quantize import calibrated
 from . import backends, decoder, encoder
 from .caching import ByteCache
-from .encoder import OUTPUTS
+from .encoder import DERIVED, OUTPUTS
 from .graphs import CudaRecorder, GraphRunner
 from .inputs import as_batch, as_features, check_patches
 from .inputs import check_range as check_pixel_range
 
 TYPICAL_BATCH = 8  # images in the product that weights are laid out for
+# Images computed at once. On two CPU cores B/16 ran fastest at 8 and 16, 5 % slower at 32, whose
+# activations outgrow the caches. The GPU's number bounds memory and is not tuned yet.
+MAX_BATCH = {"cpu": 16, "cuda": 256}
 # Patches of an image. Attention takes time by their square: on a processor's two cores, minutes for
 # this many, which is an image of 4096x4096 at patch 16.
 MAX_PATCHES = 65_536
@@ -32,7 +35,7 @@ TABLE_BYTES = 256 << 20  # of position tables kept, one for each image size
 
 
 def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
-    """Feature names in the order of `OUTPUTS`; None is all of them.
+    """Feature names in the order of `OUTPUTS`, then of `DERIVED`; None is all of the first.
 
     Raises:
         ValueError: an unknown name, or none at all.
@@ -40,12 +43,13 @@ def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
     if outputs is None:
         return OUTPUTS
     wanted = {outputs} if isinstance(outputs, str) else set(outputs)
-    unknown = sorted(map(str, wanted - set(OUTPUTS)))
+    known = (*OUTPUTS, *DERIVED)
+    unknown = sorted(map(str, wanted - set(known)))
     if unknown or not wanted:
         raise ValueError(
-            f"outputs must name some of {', '.join(OUTPUTS)}; got {', '.join(unknown) or 'none'}"
+            f"outputs must name some of {', '.join(known)}; got {', '.join(unknown) or 'none'}"
         )
-    return tuple(name for name in OUTPUTS if name in wanted)
+    return tuple(name for name in known if name in wanted)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -82,7 +86,7 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        encoder_weights: EncoderWeights,
+        encoder_weights: EncoderWeights | None,
         decoder_weights: DecoderWeights | None,
         *,
         device: torch.device,
@@ -114,14 +118,16 @@ class Engine:
 
     def _place(
         self,
-        encoder_weights: EncoderWeights,
+        encoder_weights: EncoderWeights | None,
         decoder_weights: DecoderWeights | None,
         device: torch.device,
     ) -> None:
         """Takes weights that are on `device`."""
         rows = min(self.max_batch, TYPICAL_BATCH) * self.config.sequence_length
         self.device = device
-        self._encoder: EncoderWeights = backends.prepare(self._ops, encoder_weights, rows)
+        self._encoder_or_none: EncoderWeights | None = backends.prepare(
+            self._ops, encoder_weights, rows
+        )
         self._decoder: DecoderWeights | None = backends.prepare(self._ops, decoder_weights, rows)
         self._tables: ByteCache[tuple[int, int], Tensor] = ByteCache(
             TABLE_BYTES, lambda table: table.nbytes
@@ -131,6 +137,12 @@ class Engine:
             with torch.cuda.device(device):
                 recorder = CudaRecorder(device)
             self._graphs = GraphRunner(recorder, self.max_batch, _is_out_of_memory)
+
+    @property
+    def _encoder(self) -> EncoderWeights:
+        if self._encoder_or_none is None:
+            raise ValueError("this engine was made to reconstruct alone")
+        return self._encoder_or_none
 
     def __repr__(self) -> str:
         return (
@@ -156,18 +168,21 @@ class Engine:
         Args:
             images: float tensor or NumPy array (B, 3, H, W) with RGB in [0, 1], any float dtype,
                 strides and device; uint8 (B, 3, H, W) or (B, H, W, 3); or a list of PIL images and
-                paths. H and W are at least one patch, and `max_patches` together; rows and columns
-                beyond a whole patch are dropped. B may be 0.
-            outputs: the features wanted, of sparse, spatial, dense, lowrank, cls; all by default.
-                Only what they need is computed.
+                paths; or a mapping that holds one of these as "image". H and W are at least one
+                patch, and `max_patches` together; rows and columns beyond a whole patch are
+                dropped. B may be 0.
+            outputs: the features wanted, of sparse, spatial, dense, lowrank, cls, which are given
+                by default, and of concat and peak_dist. Only what they need is computed.
             preset: how listed images are resized: "card" (224x224) or "eval" (shorter side 256,
                 centre crop 224).
-            check_range: refuse floats outside [0, 1] and NaN. Off, the values are taken as they
-                come, such as the overshoot of a bicubic resize.
+            check_range: refuse NaN and floats further from [0, 1] than the overshoot of a bicubic
+                resize. Off, the values are taken as they come.
 
         Returns:
             `output_dtype` tensors on the engine's device: sparse (B, K, D); spatial (B, P, K), rows
-            that sum to 1; dense (B, P, D); lowrank (B, P, D) = spatial @ sparse; cls (B, 1, D).
+            that sum to 1; dense (B, P, D); lowrank (B, P, D) = spatial @ sparse; cls (B, 1, D);
+            concat (B, K, D + P), each sparse token beside its map; peak_dist (B, K), the largest
+            value of each map.
 
         Raises:
             TypeError, ValueError: `images` is something else; the message says what was found.
@@ -314,7 +329,7 @@ class Engine:
         target = resolve_device(device)
         if target != self.device:
             backends.resolve_backend(self.backend, target, self.precision)
-            weights = backends.restore(self._ops, (self._encoder, self._decoder))
+            weights = backends.restore(self._ops, (self._encoder_or_none, self._decoder))
             encode, decode = map_nodes(weights, Tensor, lambda tensor: tensor.to(target))
             self._place(encode, decode, target)
         return self
@@ -356,6 +371,8 @@ class Engine:
             "dense": (patches, channels),
             "lowrank": (patches, channels),
             "cls": (1, channels),
+            "concat": (tokens, channels + patches),
+            "peak_dist": (tokens,),
         }
 
     def _reconstructed(self, side: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
