@@ -190,6 +190,8 @@ def test_codes_come_from_the_nearest_row(tokenizer):
     assert torch.equal(tokenizer.quantize.nearest(cells).flatten(), distance.argmin(-1))
     codes = torch.randint(1024, (2, 3, 4), generator=generator)
     assert torch.equal(tokenizer.quantize.nearest(tokenizer.quantize(codes)), codes)
+    square = codes[:, :, :3]
+    assert torch.equal(tokenizer.decode(square.flatten(1)), tokenizer.decode(square))
 
 
 def test_group_norms_add_1e_6_to_the_variance(tokenizer):
