@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
-from budgets import SPATIAL, TENSOR, assert_same_features
+from budgets import SPATIAL, TENSOR, assert_same_features, assert_within_budget, entitlement
 from checkpoints import images, relative_error, write_checkpoint, write_vqgan
 from safetensors.torch import load_file, save_file
 from stellar_fast.reference import STELLARModel
@@ -86,14 +86,14 @@ def plain(model: STELLARModel, x: Tensor = X) -> dict[str, Tensor]:
         return model.features(x)
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], slack: float = 1) -> None:
-    """Two evaluations: of float32, or with `slack` of what has so many times its rounding."""
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Two float32 evaluations of one formula."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         one, other = found[name].double(), value.double()
+        bound = TENSOR
         if name in ("spatial", "peak_dist"):
-            one, other = one - 1 / 4, other - 1 / 4
-        bound = (SPATIAL if name in ("spatial", "peak_dist") else TENSOR) * slack
+            one, other, bound = one - 1 / 4, other - 1 / 4, SPATIAL
         assert relative_error(one, other) < bound, name
 
 
@@ -343,21 +343,35 @@ def test_public_names_of_the_module(model):
 # What modules do
 
 
-def test_casts_choose_the_dtype_of_features(model, encodes):
-    expected = plain(model)
-    for dtype, slack in ((torch.bfloat16, 4000), (torch.float16, 1000), (torch.float64, 1)):
-        found = fast(copy.deepcopy(model).to(dtype))
-        assert {value.dtype for value in found.values()} == {dtype}
-        assert_close(found, expected, slack)
-    assert len(encodes) == 2  # not in float64
+def assert_within_the_budget_of(dtype, model: STELLARModel, found: dict[str, Tensor]) -> None:
+    """Features of `model`, as far from float64 as plain PyTorch in `dtype` is, twice at most."""
+    exactly = copy.deepcopy(model).double()
+    exact, plainly = plain(exactly, X.double()), plain(copy.deepcopy(model).to(dtype))
+    sound = entitlement(lambda: plain(exactly, X.double()), exact, dtype, exactly)
+    for name, value in exact.items():
+        assert_within_budget(found[name], plainly[name], value, dtype, sound[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casts_choose_the_dtype_of_features(model, encodes, dtype):
+    found = fast(copy.deepcopy(model).to(dtype))
+    assert {value.dtype for value in found.values()} == {dtype} and encodes == ["encode"]
+    assert_within_the_budget_of(dtype, model, found)
     assert fast(copy.deepcopy(model).half())["cls"].dtype == torch.float16
+
+
+def test_float64_is_the_references(model, encodes):
+    model.double()
+    assert all(torch.equal(value, plain(model)[name]) for name, value in fast(model).items())
+    assert not encodes
 
 
 def test_autocast(model, encodes):
     expected = fast(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = fast(model)
-    assert_close({k: v.float() for k, v in found.items()}, expected, 4000)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert_within_the_budget_of(torch.bfloat16, model, found)
     assert not torch.equal(found["cls"], expected["cls"])
     assert all(torch.equal(value, expected[name]) for name, value in fast(model).items())
     assert len(encodes) == 3
