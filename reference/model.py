@@ -117,15 +117,17 @@ class Autoencoder(nn.Module):
 
     def spatial_distribution(self, dense: Tensor, sparse: Tensor) -> Tensor:
         """The spatial map of tokens: dense (B, P, D), sparse (B, K, D) -> (B, P, K)."""
-        projections = self.dense_proj, self.sparse_proj
-        if all(map(is_plain, projections)):
-            parameters = [part for layer in projections for part in (layer.weight, layer.bias)]
+        if is_plain(self.dense_proj) and is_plain(self.sparse_proj):
+            of_dense: tuple[Tensor, Tensor] = self.dense_proj.weight, self.dense_proj.bias
+            of_sparse: tuple[Tensor, Tensor] = self.sparse_proj.weight, self.sparse_proj.bias
         else:
             # Called, and then projected by the identity.
             dense, sparse = self.dense_proj(dense), self.sparse_proj(sparse)
             identity = torch.eye(self.encoder_dim, dtype=dense.dtype, device=dense.device)
-            parameters = 2 * [identity, identity.new_zeros(self.encoder_dim)]
-        spatial, _ = ops.spatial_map(dense, sparse, *parameters, self.spatial_temp, lowrank=False)
+            of_dense = of_sparse = identity, torch.zeros_like(identity[0])
+        spatial, _ = ops.spatial_map(
+            dense, sparse, *of_dense, *of_sparse, self.spatial_temp, lowrank=False
+        )
         return spatial
 
     def encode_tokens(

@@ -96,8 +96,10 @@ class Snapshot:
 
     def __init__(self, model: FastSTELLARModel, part: Part, precision: str) -> None:
         self.settings = _settings(model, precision)
-        self.own = [(model._modules, name) for name in part.modules]
-        self.own += [(model._parameters, name) for name in part.parameters]
+        self.own: list[tuple[dict[str, Any], str]] = [
+            *((model._modules, name) for name in part.modules),
+            *((model._parameters, name) for name in part.parameters),
+        ]
         modules = list(_modules_of(model, part))
         self.dicts: list[dict[str, Any]] = [
             holder

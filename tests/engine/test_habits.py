@@ -449,6 +449,8 @@ def test_a_probe_around_the_module_trains(model, encodes, device):
 
 def test_hooks_and_replaced_parts_are_heard(model, encodes):
     seen = []
+    fast(model)  # an engine is there, and is not asked
+    encodes.clear()
     block = model.encoder.encoder.layer[1]
     handle = block.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     fast(model)
@@ -461,6 +463,13 @@ def test_hooks_and_replaced_parts_are_heard(model, encodes):
         handle.remove()
     fast(model)
     assert len(seen) == 4 and encodes == ["encode"]
+    forward = block.forward
+    block.forward = lambda x: seen.append("replaced") or forward(x)
+    fast(model)
+    assert seen[-1] == "replaced" and encodes == ["encode"]
+    del block.forward
+    fast(model)
+    assert encodes == ["encode"] * 2
 
     class Adapter(nn.Module):
         def __init__(self, base: nn.Linear) -> None:
@@ -605,6 +614,17 @@ def test_what_changes_without_a_trace_in_versions_is_seen(model):
         found = fast(model)
         assert any(not torch.equal(found[key], value) for key, value in before.items()), name
         assert_close(found, plain(model))
+
+
+def test_one_number_changed_in_place_is_seen(model):
+    for name, parameter in model.named_parameters():
+        if ".pooler." in name:
+            continue
+        fast(model)
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 3.0
+        found, fresh = fast(model), fast(copy.deepcopy(model))
+        assert all(torch.equal(value, fresh[key]) for key, value in found.items()), name
 
 
 def test_an_unchanged_module_is_packed_once(model, monkeypatch):
