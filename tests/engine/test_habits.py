@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from budgets import SPATIAL, TENSOR, assert_same_features, assert_within_budget, entitlement
 from checkpoints import images, relative_error, write_checkpoint, write_vqgan
+from loader_workers import Encoded
 from safetensors.torch import load_file, save_file
 from stellar_fast.reference import STELLARModel
 from stellar_fast.reference.pretrain import training_loss
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import stellar_fast
 from stellar_fast import CheckpointError, DownloadError
@@ -567,19 +568,6 @@ def test_on_the_meta_device_the_reference_gives_shapes(model):
 # Processes
 
 
-class Encoded(Dataset):
-    """Images as features, made in the worker."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __len__(self) -> int:
-        return len(X)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return fast(self.model, X[index : index + 1])["cls"][0]
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_loader_encode(model, context, packed):
@@ -587,7 +575,7 @@ def test_workers_of_a_loader_encode(model, context, packed):
     if packed:
         fast(model)
     loader = DataLoader(
-        Encoded(model), batch_size=3, num_workers=2, multiprocessing_context=context, timeout=120
+        Encoded(model, X), batch_size=3, num_workers=2, multiprocessing_context=context, timeout=120
     )
     assert relative_error(next(iter(loader)), expected) < TENSOR
     assert relative_error(fast(model)["cls"], expected) < TENSOR
