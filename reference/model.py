@@ -142,7 +142,24 @@ class Autoencoder(nn.Module):
         Returns:
             cls (B, 1, D), sparse (B, K, D), dense (B, P or kept, D).
         """
-        x = self.encoder(self.normalize(images), self.sparse_tokens, keep)
+        return self._parts(self.encoder(self.normalize(images), self.sparse_tokens, keep))
+
+    def patch_embedding(self, images: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """CLS and patches with their positions, of pixels in [0, 1]: (B, 3, H, W) -> (B, 1 + P, D).
+
+        Positions are resized where images are of another size, whatever the published argument
+        says.
+        """
+        return self.encoder.embed(self.normalize(images))
+
+    def forward_encoder(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 1 + P, D), as `patch_embedding` gives it -> cls (B, 1, D), sparse (B, K, D), dense
+        (B, P, D)."""
+        tokens = self.sparse_tokens.expand(len(embeddings), -1, -1)
+        return self._parts(self.encoder.forward_tokens(torch.cat([embeddings, tokens], dim=1)))
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A sequence [CLS | patches | sparse] as cls, sparse, dense."""
         patches = x.shape[1] - 1 - self.num_sparse_tokens
         cls, dense, sparse = x.split([1, patches, self.num_sparse_tokens], dim=1)
         return cls, sparse, dense

@@ -215,7 +215,12 @@ def reconstruction_predictions(model: Student, lowrank: Tensor, image: Tensor) -
     Raises:
         ValueError: the image's size does not fit the decoder's grid.
     """
-    predicted = model.apply_head(model.forward_decoder(lowrank))
+    return image_reconstruction(model, model.forward_decoder(lowrank), image)
+
+
+def image_reconstruction(model: Student, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """`reconstruction_predictions` of the decoder's output (B, P, 512)."""
+    predicted = model.apply_head(decoded)
     if model.tokenizer is None:
         if predicted.shape != image.shape:
             raise ValueError(

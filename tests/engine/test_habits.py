@@ -320,6 +320,18 @@ def test_reconstruct_as_published(folder, decoding, encodes):
         stellar_fast.load_stellar("tiny", repo_id=folder).reconstruct(features)
 
 
+def test_image_reconstruction_is_the_training_forwards(decoding):
+    decoded = decoding.forward_decoder(plain(decoding)["lowrank"])
+    found = decoding.image_reconstruction(decoded, X)
+    assert list(found) == ["VQ-CE", "x_hat", "x_original"]
+    tokens = decoding.tokenizer.encode(X)
+    expected = F.cross_entropy(found["x_hat"].flatten(0, 1), tokens.flatten())
+    assert found["VQ-CE"].item() == pytest.approx(expected.item())
+    # as the published evaluator does it
+    pixels = decoding.tokenizer.decode(found["x_hat"].argmax(dim=-1))
+    assert pixels.shape == X.shape
+
+
 def test_the_overshoot_of_a_resize_passes_and_more_does_not(model):
     over = X * 2 - 0.5
     assert_close(fast(model, over), plain(model, over))
@@ -336,7 +348,13 @@ def test_public_names_of_the_module(model):
     for found, name in ((cls, "cls"), (sparse, "sparse"), (dense, "dense")):
         assert torch.equal(found, expected[name])
     assert torch.equal(model.spatial_distribution(dense, sparse), expected["spatial"])
+    again = model.forward_encoder(model.patch_embedding(X, interpolate_pos_encoding=True))
+    for found, one in zip(again, (cls, sparse, dense), strict=True):
+        assert relative_error(found, one) < TENSOR
+    index, plan = model.match_tokens(sparse.repeat_interleave(2, dim=0).flip(1), sparse)
+    assert index.tolist() == [[3, 2, 1, 0]] * 6 and plan.shape == (6, 4, 4)
     model.update_teacher()
+    model.sync_teacher_across_processes()
     predictions = model({"image": X}, mode="eval")["predictions"]
     assert list(predictions) == list(FEATURES)
 
