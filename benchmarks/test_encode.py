@@ -27,7 +27,7 @@ OURS = "engine fp32"
 # core's L2 cache. A round at batch 32 takes half a minute on two cores.
 PLAN = {1: (16, 16), 8: (5, 5), 32: (2, 3)}
 POOL = 40  # images that the sets are cut from
-MODULE_BATCHES, MODULE_SECONDS = (1, 8), 40
+MODULE_BATCHES, MODULE_SECONDS = (1, 8), 20
 LATENCY_CALLS, LATENCY_SECONDS = 1000, 30
 LOAD = os.getloadavg()  # before any process of ours
 CHOICES = (
