@@ -25,7 +25,7 @@ import stellar_fast
 from stellar_fast import CheckpointError, DownloadError
 from stellar_fast.config import BackboneConfig
 from stellar_fast.engine.engine import Engine
-from stellar_fast.module import FEATURES, FastSTELLARModel
+from stellar_fast.module import FEATURES, FastSTELLARModel, _few
 from stellar_fast.weights import hub
 
 pytestmark = pytest.mark.numerical
@@ -629,6 +629,8 @@ def test_what_changes_without_a_trace_in_versions_is_seen(model):
         "average": lambda: [
             p.data.mul_(0.9).add_(torch.ones_like(p), alpha=0.1) for p in model.parameters()
         ],
+        "prune": lambda: _prune_data(model.encoder.encoder.layer[1].output.dense.weight),
+        "prune columns": lambda: model.sparse_proj.weight.data[:, 20:28].zero_(),
         "set": lambda: setattr(model.dense_proj.bias, "data", torch.ones(32)),
         "temperature": lambda: setattr(model, "spatial_temp", 0.5),
     }
@@ -638,6 +640,22 @@ def test_what_changes_without_a_trace_in_versions_is_seen(model):
         found = fast(model)
         assert any(not torch.equal(found[key], value) for key, value in before.items()), name
         assert_close(found, plain(model))
+
+
+def _prune_data(weight: Tensor) -> None:
+    """Sets the smallest quarter to 0."""
+    weight.data[weight.abs() < weight.abs().quantile(0.25)] = 0
+
+
+def test_what_is_compared_lies_in_many_rows_and_columns():
+    for rows, columns in ((768, 768), (3072, 768), (1280, 5120), (32, 32), (768, 3 * 16 * 16)):
+        weight = torch.zeros(rows, columns)
+        _few(weight).fill_(1)
+        assert weight.sum() == 64
+        for axis, size in ((0, columns), (1, rows)):
+            assert (weight.sum(axis) > 0).sum() >= min(size, 64) / 2
+    for numbers in (1, 5, 63, 64, 65, 127, 200):
+        assert _few(torch.zeros(numbers)).numel() == min(numbers, 64)
 
 
 def test_one_number_changed_in_place_is_seen(model):
