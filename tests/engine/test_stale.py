@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from budgets import SPATIAL, TENSOR
 from checkpoints import filled, images, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from stellar_fast.module import FastSTELLARModel
 pytestmark = pytest.mark.numerical
 TINY = BackboneConfig(32, 2, 2, 64, 16, 32)
 X = images(2, 32, 48, 3)
-SEEN = 0.1  # relative: more than half precision is off, and less than any change of weights below
+SEEN = 0.1  # relative: far more than float32 is off, and less than any change of weights below
 
 
 def new_model(seed: int) -> FastSTELLARModel:
@@ -116,19 +115,14 @@ CHANGES: dict[str, Callable[[FastSTELLARModel], FastSTELLARModel]] = {
 
 
 def assert_current(model: FastSTELLARModel) -> None:
-    """The bits of a copy, which has nothing packed; and in full precision, what the reference
-    gives."""
+    """The bits of a copy, which has nothing packed; and in full precision about what the reference
+    gives. How close an engine is to that, on models that are not drawn, other tests say."""
     found, fresh = model.encode(X), copy.deepcopy(model).encode(X)
     for name, value in fresh.items():
         assert torch.equal(found[name], value), name
-    if model.sparse_tokens.dtype not in (torch.float32, torch.float64):
-        return
-    for name, value in model.features(X).items():
-        one, other = found[name].detach().double(), value.detach().double()
-        if name in ("spatial", "peak_dist"):
-            one, other = one - 1 / 4, other - 1 / 4
-        bound = SPATIAL if name in ("spatial", "peak_dist") else TENSOR
-        assert relative_error(one, other) < bound, name
+    if model.sparse_tokens.dtype in (torch.float32, torch.float64):
+        for name, value in model.features(X).items():
+            assert relative_error(found[name], value) < SEEN, name
 
 
 def play(changes: list[tuple[str, bool]]) -> None:
