@@ -308,6 +308,8 @@ class FastSTELLARModel(STELLARModel):
     def reconstruct(
         self, sparse: Mapping[str, Tensor | None] | Tensor, spatial: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Images from features, as `STELLARModel.reconstruct`: by an engine where no gradient of
+        the features or of the decoder can be wanted."""
         given = sparse if isinstance(sparse, Mapping) else {"sparse": sparse, "spatial": spatial}
         features = {
             name: value
