@@ -14,10 +14,12 @@ import pytest
 import torch
 from harness.budgets import Pool
 from harness.results import is_ours
-from harness.timing import Timing, in_turns
+from harness.timing import Timing, in_turns, turns_of
 from peers import contest, footprint, models
 
+import stellar_fast
 from stellar_fast.config import MODELS
+from stellar_fast.module import FEATURES
 
 MODEL = "stellar-b16"
 OURS = "engine bf16"
@@ -25,6 +27,7 @@ OURS = "engine bf16"
 # core's L2 cache. A round at batch 32 takes half a minute on two cores.
 PLAN = {1: (16, 10), 8: (2, 4), 32: (1, 3)}
 POOL = 16  # images that the sets are cut from, at batch 32 each of them twice
+MODULE_BATCHES, MODULE_SECONDS = (1, 8), 20
 LATENCY_CALLS, LATENCY_SECONDS = 1000, 30
 BEYOND_ONE = ("engine", "OpenVINO", models.BASELINE)
 LOAD = os.getloadavg()  # before any process of ours
@@ -63,6 +66,7 @@ def remotes(tmp_path_factory) -> Iterator[dict[str, models.Remote]]:
 def record(record_of):
     planned = {("encode", f"{MODEL}/b{batch}") for batch in PLAN}
     planned |= {("latency", f"{MODEL}/b1"), ("footprint", f"{MODEL}/b8")}
+    planned |= {("module", f"{MODEL}/b{batch}") for batch in MODULE_BATCHES}
     plan = {str(batch): {"sets": sets, "rounds": rounds} for batch, (sets, rounds) in PLAN.items()}
     return record_of("encode", planned, load_average_before=LOAD, plan=plan, choices=CHOICES)
 
@@ -118,6 +122,34 @@ def test_latency_of_one_image(pool, remotes, record, say):
         record.rows.append({**row, **vars(Timing.of(seconds)), "p99": tail, "calls": len(seconds)})
         median = float(np.median(seconds))
         say(f"  {name}, batch 1: median {median * 1e3:.1f} ms, 99th percentile {tail * 1e3:.1f} ms")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("batch", MODULE_BATCHES)
+def test_the_module_beside_an_engine(batch, record, say):
+    """What `load_stellar` gives against `load`, with the same weights and outputs, in turns.
+
+    The goal is 3 %. A figure and no test: other work on the machine may cost either more.
+    """
+    found = {"device": "cpu", "weights": "synthetic"}
+    engine = stellar_fast.load(MODEL, precision="fp32", **found)
+    module = stellar_fast.load_stellar(MODEL, **found).requires_grad_(False)
+    sets = list(torch.rand(8, batch, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+    calls = {
+        "engine fp32": [lambda x=x: engine.encode(x, outputs=FEATURES) for x in sets],
+        "module fp32": [lambda x=x: module.encode(x) for x in sets],
+    }
+    turns = turns_of(calls, torch.device("cpu"))
+    seconds, _ = in_turns(turns, least=10, seconds=MODULE_SECONDS, most=LATENCY_CALLS)
+    for name, taken in seconds.items():
+        row = {"stage": "module", "key": f"{MODEL}/b{batch}", "name": name, "model": MODEL}
+        record.rows.append({**row, "batch": batch, **vars(Timing.of(taken))})
+    pairs = [b / a for a, b in zip(seconds["engine fp32"], seconds["module fp32"], strict=True)]
+    ratio = Timing.of(pairs)
+    say(
+        f"  the module takes {ratio.median:.3f} of its engine's time at batch {batch}, quartiles "
+        f"{ratio.low:.3f} to {ratio.high:.3f} of {ratio.rounds} rounds"
+    )
 
 
 @pytest.mark.timeout(300)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..config import CODEBOOK_SIZE, IMAGE_MEAN, IMAGE_STD, ModelConfig
 from . import ops
 from .position import RandomFourierPosition
-from .vit import VisionTransformer
+from .vit import VisionTransformer, is_plain
 from .vqgan import VQGAN
 
 
@@ -46,61 +47,88 @@ class Autoencoder(nn.Module):
         self.config = config
         self.num_sparse_tokens, self.spatial_temp = config.num_sparse_tokens, config.spatial_temp
         self.do_recon = do_recon
-        width = config.backbone.hidden_size
+        width, decoder = config.backbone.hidden_size, config.decoder
+        self.encoder_dim = width
+        tokenizer = _tokenizer(vq_model)
         self.encoder = VisionTransformer(config.backbone)
+        if do_recon:
+            self.decoder = VisionTransformer(decoder)
         self.sparse_tokens = nn.Parameter(
             torch.randn(config.num_sparse_tokens, width) * width**-0.5
         )
+        self.position_embedding = RandomFourierPosition(decoder.hidden_size)
         self.dense_proj = nn.Linear(width, width)
         self.sparse_proj = nn.Linear(width, width)
-        self.tokenizer = _tokenizer(vq_model)
         if do_recon:
-            self._build_decoder()
+            self.decoder_proj = nn.Linear(width, decoder.hidden_size)
+            self.reconstruction_head = self._head(tokenizer)
+        self.tokenizer = tokenizer
 
-    def _build_decoder(self) -> None:
-        decoder, patch = self.config.decoder, self.config.backbone.patch_size
-        width = decoder.hidden_size
-        self.decoder = VisionTransformer(decoder)
-        self.decoder_proj = nn.Linear(self.config.backbone.hidden_size, width)
-        self.position_embedding = RandomFourierPosition(width)
-        self.reconstruction_head: nn.Linear | nn.ConvTranspose2d
-        if self.tokenizer is None:
-            self.reconstruction_head = nn.ConvTranspose2d(width, 3, kernel_size=patch, stride=patch)
-        else:
-            self.reconstruction_head = nn.Linear(width, CODEBOOK_SIZE)
+    def _head(self, tokenizer: VQGAN | None) -> nn.Linear | nn.ConvTranspose2d:
+        width, patch = self.config.decoder.hidden_size, self.config.backbone.patch_size
+        if tokenizer is None:
+            return nn.ConvTranspose2d(width, 3, kernel_size=patch, stride=patch)
+        return nn.Linear(width, CODEBOOK_SIZE)
 
-    def encode(self, images: Tensor) -> dict[str, Tensor]:
+    def encode(self, images: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
         """Features of images, differentiable: call it under `torch.no_grad()` where none is wanted.
+
+        Args:
+            images: as `features` takes them, or a mapping that holds them as "image".
+
+        Returns:
+            As `features`.
+
+        Raises:
+            ValueError: the images have another shape or are not floating point, or there are none.
+        """
+        return self.features(images_of(images))
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of images.
 
         Args:
             images: (B, 3, H, W) floating point, RGB in [0, 1], at least one patch high and wide;
                 what is left beyond whole patches is dropped.
 
         Returns:
-            sparse (B, K, D), spatial (B, P, K), dense (B, P, D), lowrank (B, P, D), cls (B, 1, D).
+            sparse (B, K, D); spatial (B, P, K); concat (B, K, D + P), each token beside its map;
+            lowrank (B, P, D); dense (B, P, D); cls (B, 1, D); peak_dist (B, K), the largest value
+            of each token's map, without gradient.
 
         Raises:
             ValueError: the images have another shape or are not floating point.
         """
-        cls, sparse, dense = self.encode_tokens(images)
-        spatial, _ = ops.spatial_map(
-            dense,
-            sparse,
-            self.dense_proj.weight,
-            self.dense_proj.bias,
-            self.sparse_proj.weight,
-            self.sparse_proj.bias,
-            self.spatial_temp,
-            lowrank=False,
-        )
-        lowrank = ops.reassemble(spatial, sparse)
+        cls, sparse, dense = self.forward_image(images)
+        spatial = self.spatial_distribution(dense, sparse)
         return {
             "sparse": sparse,
             "spatial": spatial,
+            "concat": torch.cat([sparse, rearrange(spatial, "b p k -> b k p")], dim=2),
+            "lowrank": ops.reassemble(spatial, sparse),
             "dense": dense,
-            "lowrank": lowrank,
             "cls": cls,
+            "peak_dist": spatial.detach().amax(dim=1),
         }
+
+    def forward_image(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's output alone: cls (B, 1, D), sparse (B, K, D), dense (B, P, D)."""
+        return self.encode_tokens(images)
+
+    def spatial_distribution(self, dense: Tensor, sparse: Tensor) -> Tensor:
+        """The spatial map of tokens: dense (B, P, D), sparse (B, K, D) -> (B, P, K)."""
+        if is_plain(self.dense_proj) and is_plain(self.sparse_proj):
+            of_dense: tuple[Tensor, Tensor] = self.dense_proj.weight, self.dense_proj.bias
+            of_sparse: tuple[Tensor, Tensor] = self.sparse_proj.weight, self.sparse_proj.bias
+        else:
+            # Called, and then projected by the identity.
+            dense, sparse = self.dense_proj(dense), self.sparse_proj(sparse)
+            identity = torch.eye(self.encoder_dim, dtype=dense.dtype, device=dense.device)
+            of_dense = of_sparse = identity, torch.zeros_like(identity[0])
+        spatial, _ = ops.spatial_map(
+            dense, sparse, *of_dense, *of_sparse, self.spatial_temp, lowrank=False
+        )
+        return spatial
 
     def encode_tokens(
         self, images: Tensor, keep: Tensor | None = None
@@ -114,7 +142,24 @@ class Autoencoder(nn.Module):
         Returns:
             cls (B, 1, D), sparse (B, K, D), dense (B, P or kept, D).
         """
-        x = self.encoder(self.normalize(images), self.sparse_tokens, keep)
+        return self._parts(self.encoder(self.normalize(images), self.sparse_tokens, keep))
+
+    def patch_embedding(self, images: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """CLS and patches with their positions, of pixels in [0, 1]: (B, 3, H, W) -> (B, 1 + P, D).
+
+        Positions are resized where images are of another size, whatever the published argument
+        says.
+        """
+        return self.encoder.embed(self.normalize(images))
+
+    def forward_encoder(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 1 + P, D), as `patch_embedding` gives it -> cls (B, 1, D), sparse (B, K, D), dense
+        (B, P, D)."""
+        tokens = self.sparse_tokens.expand(len(embeddings), -1, -1)
+        return self._parts(self.encoder.forward_tokens(torch.cat([embeddings, tokens], dim=1)))
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A sequence [CLS | patches | sparse] as cls, sparse, dense."""
         patches = x.shape[1] - 1 - self.num_sparse_tokens
         cls, dense, sparse = x.split([1, patches, self.num_sparse_tokens], dim=1)
         return cls, sparse, dense
@@ -131,13 +176,13 @@ class Autoencoder(nn.Module):
         return (images - mean) / std
 
     def reconstruct(
-        self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
+        self, sparse: Mapping[str, Tensor | None] | Tensor, spatial: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Images from features.
 
         Args:
-            features: what `encode` returned, of which `lowrank` is read or else `sparse` and
-                `spatial`; or the sparse tokens (B, K, D) themselves.
+            sparse: the sparse tokens (B, K, D); or what `encode` returned, of which `lowrank` is
+                read, or else `sparse` and `spatial`.
             spatial: (B, P, K), with sparse tokens. The patches are taken as a square grid of side h
                 = sqrt(P), the only one that the decoder knows.
 
@@ -145,16 +190,16 @@ class Autoencoder(nn.Module):
             With a tokenizer: reconstruction (B, 3, 16 h, 16 h) in [0, 1], tokens (B, P) int64,
                 logits (B, P, 1024).
             With the pixel head: reconstruction (B, 3, patch * h, patch * h) as the head gives it,
-                not clamped.
+                not clamped, and the same as logits.
 
         Raises:
-            ValueError: the model has no decoder, features are missing or do not fit each other, P
-                is no square.
+            RuntimeError: the model has no decoder.
+            ValueError: features are missing or do not fit each other, P is no square.
         """
-        decoded = self.forward_decoder(_lowrank(features, spatial))
+        decoded = self.forward_decoder(_lowrank(sparse, spatial))
         predicted = self.apply_head(decoded)
         if self.tokenizer is None:
-            return {"reconstruction": predicted}
+            return {"reconstruction": predicted, "logits": predicted}
         tokens = predicted.argmax(dim=-1)
         side = _side(decoded)
         codes = rearrange(tokens, "b (rows columns) -> b rows columns", rows=side)
@@ -165,10 +210,11 @@ class Autoencoder(nn.Module):
         """The decoder's output before its head: (B, P, D) -> (B, P, 512), P a square number.
 
         Raises:
-            ValueError: the model has no decoder, or P is no square.
+            RuntimeError: the model has no decoder.
+            ValueError: P is no square.
         """
         if not self.do_recon:
-            raise ValueError("this model was built with do_recon=False and has no decoder")
+            raise RuntimeError("this model was built with do_recon=False and has no decoder")
         side = _side(lowrank)
         x = self.decoder_proj(lowrank) + self.position_embedding(side, side)
         return self.decoder.forward_tokens(x)
@@ -184,18 +230,18 @@ class Autoencoder(nn.Module):
         grid = rearrange(decoded, "b (rows columns) c -> b c rows columns", rows=side)
         return self.reconstruction_head(grid)
 
-    def evaluation_predictions(self, images: Tensor) -> dict[str, Tensor]:
-        """`encode`'s features and two made of them.
 
-        Returns:
-            also concat (B, K, D + P), each token beside its map, and peak_dist (B, K), the largest
-            value of its map, without gradient.
-        """
-        features = self.encode(images)
-        sparse, spatial = features["sparse"], features["spatial"]
-        features["concat"] = torch.cat([sparse, rearrange(spatial, "b p k -> b k p")], dim=2)
-        features["peak_dist"] = spatial.detach().amax(dim=1)
-        return features
+def images_of(images: Any) -> Any:
+    """What a mapping holds as "image"; anything else as it is.
+
+    Raises:
+        ValueError: the mapping holds no "image".
+    """
+    if not isinstance(images, Mapping):
+        return images
+    if "image" not in images:
+        raise ValueError(f"encode reads 'image' of a mapping; this one holds {sorted(images)}")
+    return images["image"]
 
 
 def _tokenizer(vq_model: str | PathLike[str] | VQGAN | None) -> VQGAN | None:
@@ -208,20 +254,17 @@ def _tokenizer(vq_model: str | PathLike[str] | VQGAN | None) -> VQGAN | None:
     raise ValueError(f"vq_model must be a path, a VQGAN or None, got {type(vq_model).__name__}")
 
 
-def _lowrank(features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None) -> Tensor:
+def _lowrank(features: Mapping[str, Tensor | None] | Tensor, spatial: Tensor | None) -> Tensor:
     if isinstance(features, Mapping):
-        if spatial is not None:
+        given = {name: value for name, value in features.items() if value is not None}
+        if "lowrank" in given:
+            return given["lowrank"]
+        if not {"sparse", "spatial"} <= given.keys():
             raise ValueError(
-                "give reconstruct either a dict of features or sparse and spatial, not both"
+                f"reconstruct needs lowrank, or sparse and spatial; the features hold "
+                f"{sorted(given)}"
             )
-        if "lowrank" in features:
-            return features["lowrank"]
-        if not {"sparse", "spatial"} <= features.keys():
-            raise ValueError(
-                "reconstruct needs lowrank, or sparse and spatial; the features hold "
-                f"{sorted(features)}"
-            )
-        sparse, spatial = features["sparse"], features["spatial"]
+        sparse, spatial = given["sparse"], given["spatial"]
     else:
         sparse = features
     if spatial is None:

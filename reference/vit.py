@@ -146,11 +146,12 @@ class Block(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.layernorm_before = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        # In the published order, by which optimisers number the parameters in their state.
         self.attention = Attention(config)
-        self.layernorm_after = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.intermediate = Dense(width, config.intermediate_size)
         self.output = Dense(config.intermediate_size, width)
+        self.layernorm_before = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.layernorm_after = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -184,6 +185,13 @@ class QueryKeyValue(nn.Module):
         return self.query(x), self.key(x), self.value(x)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear layer does what its parameters say: no hook listens, and nothing such as an
+    adapter stands in its place. Then an op may take its parameters instead of calling it."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and not hooks and "forward" not in vars(layer)
+
+
 class Dense(nn.Module):
     """`ops.linear`, or with a residual `ops.linear_residual`, with the parameters of `dense`."""
 
@@ -192,6 +200,10 @@ class Dense(nn.Module):
         self.dense = nn.Linear(in_features, out_features)
 
     def forward(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        if not is_plain(self.dense):
+            y = self.dense(x)
+            y = F.gelu(y) if gelu else y
+            return y if residual is None else y + residual
         if residual is None:
             return ops.linear(x, self.dense.weight, self.dense.bias, gelu=gelu)
         y, _ = ops.linear_residual(x, self.dense.weight, self.dense.bias, residual)

@@ -6,6 +6,7 @@ into pixels and to give training its targets. It is frozen: always in eval mode,
 
 from __future__ import annotations
 
+import math
 from os import PathLike
 from typing import Self
 
@@ -70,11 +71,14 @@ class VQGAN(nn.Module):
         """The image that codes stand for.
 
         Args:
-            codes: (B, h, w) integers below 1024.
+            codes: (B, h, w) integers below 1024; or (B, P) of a square grid, row by row.
 
         Returns:
             (B, 3, 16 h, 16 w) in [0, 1].
         """
+        if codes.ndim == 2:
+            side = math.isqrt(codes.shape[1])
+            codes = codes.unflatten(1, (side, side))
         return self.decoder(self.quantize(codes)).clamp(0.0, 1.0)
 
 

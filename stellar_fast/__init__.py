@@ -6,7 +6,7 @@ published loader. Importing this package does not import torch: the first `load`
 
 from typing import TYPE_CHECKING, Any
 
-from .config import list_models
+from .config import MODELS
 from .errors import (
     CheckpointError,
     DownloadError,
@@ -42,6 +42,25 @@ _LAZY = {
     "load_stellar": "loading",
     "open_features": "extract.features",
 }
+
+
+def list_models(
+    *, repo_id: Any = None, revision: str | None = None, local_files_only: bool = False
+) -> list[str]:
+    """Names of models: the five published ones, or with any argument those of a `config.json`.
+
+    Args:
+        repo_id: a Hub repository, by default the published one, or a local folder.
+        revision, local_files_only: as in `huggingface_hub`.
+
+    Raises:
+        DownloadError, CheckpointError: the file cannot be had, or is in another layout.
+    """
+    if repo_id is None and revision is None and not local_files_only:
+        return list(MODELS)
+    from .weights import hub
+
+    return hub.list_models(repo_id or hub.PUBLISHED_REPO, revision, local_files_only)
 
 
 def __getattr__(name: str) -> Any:

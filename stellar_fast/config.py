@@ -124,6 +124,8 @@ class BackboneConfig:
         return cls(**backbone)  # type: ignore[arg-type]
 
 
+# Layers and heads of the backbones by their width, which is all that newer files name of them.
+DEPTHS = {768: (12, 12), 1024: (24, 16), 1280: (32, 16)}
 BACKBONES = {
     "facebook/vit-mae-base": BackboneConfig(768, 12, 12, 3072, 16),
     "facebook/vit-mae-large": BackboneConfig(1024, 24, 16, 4096, 16),
@@ -183,8 +185,3 @@ MODELS = {
         _published("stellar-b24", "facebook/vit-mae-base", 24),
     )
 }
-
-
-def list_models() -> list[str]:
-    """Names of the published models."""
-    return list(MODELS)

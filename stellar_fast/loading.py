@@ -14,25 +14,20 @@ from torch import Tensor
 from .config import MODELS, ModelConfig
 from .engine import backends
 from .engine.backends import resolve_device
-from .engine.engine import MAX_PATCHES, Engine
+from .engine.engine import MAX_BATCH, MAX_PATCHES, Engine
 from .errors import CheckpointError
-from .precision import DTYPES
+from .precision import DTYPES, check_precision
 from .weights import checkpoint, hub, names, saving, synthetic
 from .weights.pack import pack_decoder, pack_encoder, pack_vqgan
 from .weights.packed import VQGANWeights
 from .weights.quantize import quantize_block
 
 if TYPE_CHECKING:
-    from .reference import STELLARModel
+    from .module import FastSTELLARModel
+    from .reference.vqgan import VQGAN
 
 PUBLISHED_REPO = hub.PUBLISHED_REPO
 SYNTHETIC_SEED = 0
-# Images computed at once. On two CPU cores B/16 ran fastest at 8 and 16, 5 % slower at 32, whose
-# activations outgrow the caches. The GPU's number bounds memory and is not tuned yet.
-MAX_BATCH_CPU = 16
-MAX_BATCH_GPU = 256
-# What the published training run set differently from the constructor's defaults.
-PUBLISHED_TRAINING = {"masking_ratio": 0.8}
 VQ_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
 
 PathLike = str | os.PathLike[str]
@@ -111,7 +106,7 @@ def load(
     config = _local_config(name, repo) if located is None else located.config
     resolved, precision = backends.choose(backend, precision, target, config)
     if max_batch is None:
-        max_batch = MAX_BATCH_GPU if target.type == "cuda" else MAX_BATCH_CPU
+        max_batch = MAX_BATCH[target.type]
 
     if located is not None and saving.saved_precision(located.weights) is not None:
         source = str(located.weights)
@@ -173,54 +168,174 @@ def _precision_of(path: Path, asked: str) -> str:
 
 
 def load_stellar(
-    name: str,
+    model: str = "stellar-b16",
     purpose: Literal["encode", "reconstruct", "pretrain"] = "encode",
     vq_model: PathLike | None = None,
-    *,
-    device: str | torch.device | None = None,
-    precision: str = "fp32",
-    repo: PathLike = PUBLISHED_REPO,
-    weights: Literal["pretrained", "synthetic"] = "pretrained",
+    repo_id: PathLike = PUBLISHED_REPO,
+    device: str | torch.device | None = "cpu",
     revision: str | None = None,
+    local_files_only: bool = False,
+    *,
+    precision: str = "fp32",
+    backend: str = "auto",
+    weights: Literal["pretrained", "synthetic"] = "pretrained",
     cache_dir: PathLike | None = None,
     token: str | bool | None = None,
-    local_files_only: bool = False,
+    repo: PathLike | None = None,
     **model_arguments: Any,
-) -> Engine | STELLARModel:
-    """The published loader's name and arguments.
+) -> FastSTELLARModel:
+    """The published loader: a module with the published parameters, names and methods.
 
-    "encode" and "reconstruct" give an `Engine` at full float32 precision; "pretrain" gives the
-    reference module in training mode, with gradients on everything but the tokenizer.
+    "encode" and "reconstruct" give it in evaluation mode, "pretrain" in training mode; all
+    parameters but the tokenizer's require a gradient, float32. Under `torch.no_grad()`, or once
+    nothing requires a gradient, `encode` and `reconstruct` run an engine.
 
     Args:
+        model: a name of `list_models()`, or of the `config.json` in `repo_id`.
+        purpose: "encode" builds the encoder alone, "reconstruct" the decoder too, "pretrain" all.
+        vq_model: the MaskGIT-VQGAN tokenizer file, needed for the last two with the published
+            checkpoints.
+        repo_id: a Hub repository, or a local folder in the published layout; `repo` is the same.
+        device: of the parameters; None is "cuda" where there is one, else "cpu".
+        precision, backend: of the engine, as `load` takes them, while the parameters are float32.
+        weights: "synthetic" draws seeded random weights, with no network.
+        revision, local_files_only, cache_dir, token: as in `huggingface_hub`.
         model_arguments: for "pretrain", further constructor arguments of `reference.STELLARModel`,
-            such as `masking_ratio` or `momentum_teacher`; the published training run's values are
-            the defaults.
+            such as `masking_ratio` or `momentum_teacher`.
 
     Raises:
-        As `load`; TypeError for `model_arguments` with another purpose.
+        ValueError: an argument out of its range, or a precision or backend that the device lacks.
+        TypeError: `model_arguments` with another purpose.
+        DownloadError, CheckpointError: as `load`.
     """
-    files: dict[str, Any] = {
-        "repo": repo,
-        "weights": weights,
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "token": token,
-        "local_files_only": local_files_only,
-    }
-    if purpose != "pretrain":
-        if model_arguments:
-            raise TypeError(
-                f"only purpose='pretrain' takes {', '.join(map(repr, model_arguments))}"
-            )
-        return load(
-            name, purpose=purpose, vq_model=vq_model, device=device, precision=precision, **files
-        )
-    if precision != "fp32":
+    from .module import FastSTELLARModel
+
+    if purpose not in ("encode", "reconstruct", "pretrain"):
+        raise ValueError(f"purpose must be 'encode', 'reconstruct' or 'pretrain', got {purpose!r}")
+    if weights not in ("pretrained", "synthetic"):
+        raise ValueError(f"weights must be 'pretrained' or 'synthetic', got {weights!r}")
+    if model_arguments and purpose != "pretrain":
+        raise TypeError(f"only purpose='pretrain' takes {', '.join(map(repr, model_arguments))}")
+    target = _device_of_module(device)
+    if check_precision(precision) == "int8":
         raise ValueError(
-            f"pretraining parameters are fp32 (use autocast around the forward), got {precision!r}"
+            "precision='int8' needs images to calibrate on, which a module's engine is not given: "
+            f"load({model!r}, precision='int8').calibrate(images)"
         )
-    return _load_pretrain(name, vq_model, resolve_device(device), files, model_arguments)
+    if target.type in MAX_BATCH:
+        backends.resolve_backend(backend, target, "fp32" if precision == "auto" else precision)
+
+    def check(trained: hub.Trained) -> None:
+        if purpose != "encode" and vq_model is None and trained.pixel_head is False:
+            raise _no_tokenizer(purpose)
+
+    source = repo_id if repo is None else repo
+    state: Mapping[str, Tensor] | None = None
+    if weights == "synthetic":
+        config, where, trained = _local_config(model, source), "synthetic weights", hub.Trained()
+    else:
+        located = hub.locate(
+            model,
+            repo=source,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            check=check,
+        )
+        config, where, trained = located.config, str(located.weights), located.trained
+        state = _read_unpacked(located.weights)
+        # Before a model is built of a geometry that the file may not have.
+        checkpoint.check_tensors(state, names.encode_shapes(config), where=where, ignored=state)
+    tokenizer = None
+    if purpose != "encode":
+        tokenizer = _tokenizer(purpose, vq_model, state)
+    arguments: dict[str, Any] = {
+        "num_sparse_tokens": config.num_sparse_tokens,
+        "num_decoder_layers": config.num_decoder_layers,
+        "spatial_temp": config.spatial_temp,
+        "vit_config": config.backbone,
+        "vq_model": tokenizer,
+        "do_recon": purpose != "encode",
+        "do_clustering": purpose == "pretrain",
+        "do_cls": trained.do_cls,
+        "num_clusters": trained.num_clusters,
+        "precision": precision,
+        "backend": backend,
+    }
+    # On the meta device nothing is drawn that is only replaced; a teacher has to be there to be
+    # filled.
+    with torch.device("cpu" if purpose == "pretrain" else "meta"):
+        module = FastSTELLARModel(**arguments | model_arguments)
+    _fill(module, state, where)
+    return module.to(target).train(purpose == "pretrain")
+
+
+def _device_of_module(device: str | torch.device | None) -> torch.device:
+    """As `resolve_device`, and also those where the reference alone computes, such as mps."""
+    kind = None if device is None else torch.device(device).type
+    return resolve_device(device) if kind in (None, *MAX_BATCH) else torch.device(device or "cpu")
+
+
+def _no_tokenizer(purpose: str) -> ValueError:
+    return ValueError(
+        f"purpose={purpose!r} with this checkpoint needs vq_model, the path of {VQ_FILE}"
+    )
+
+
+def _read_unpacked(path: Path) -> Mapping[str, Tensor]:
+    if saving.saved_precision(path) is not None:
+        raise CheckpointError(
+            f"{path} holds weights packed for an engine, and no module can be made of them; load "
+            "the original checkpoint, or this with stellar_fast.load"
+        )
+    return checkpoint.read_state(path)
+
+
+def _tokenizer(
+    purpose: str, vq_model: PathLike | None, state: Mapping[str, Tensor] | None
+) -> VQGAN | None:
+    """The tokenizer of a module; None where the checkpoint draws pixels."""
+    from .reference.vqgan import VQGAN
+
+    if state is not None and _has_pixel_head(state):
+        if vq_model is not None:
+            raise _superfluous(vq_model)
+        return None
+    if vq_model is not None:
+        return VQGAN.from_file(vq_model)
+    if state is not None:
+        raise _no_tokenizer(purpose)
+    if purpose == "pretrain":
+        return None  # as if it had been trained without: it draws pixels
+    with torch.device("meta"):
+        tokenizer = VQGAN()
+    drawn = synthetic.synthetic_state(names.vqgan_shapes(), SYNTHETIC_SEED)
+    tokenizer.load_state_dict(drawn, assign=True)
+    return tokenizer
+
+
+def _fill(module: FastSTELLARModel, state: Mapping[str, Tensor] | None, where: str) -> None:
+    """Puts a file's tensors into a module that was built for them, or drawn ones without a file."""
+    expected = {
+        name: tuple(value.shape)
+        for name, value in module.state_dict().items()
+        if not name.startswith("tokenizer.")
+    }
+    if state is None:
+        state = synthetic.synthetic_state(expected, SYNTHETIC_SEED)
+    # A published file has no teacher: it starts as the student.
+    if not any(name.startswith("teacher_") for name in state):
+        expected = {n: shape for n, shape in expected.items() if not n.startswith("teacher_")}
+    known = {
+        *names.published_shapes(module.config, teacher=True),
+        *(name for name in state if name.startswith("tokenizer.")),
+    }
+    checkpoint.check_tensors(state, expected, where=where, ignored=known)
+    on_meta = module.sparse_tokens.is_meta
+    # Copied, since a tensor read may be the file's own memory.
+    values = {name: state[name].to(torch.float32, copy=on_meta) for name in expected}
+    module.load_state_dict(values, strict=False, assign=on_meta)
 
 
 def _local_config(name: str, repo: PathLike) -> ModelConfig:
@@ -263,6 +378,13 @@ def _has_pixel_head(state: Mapping[str, Tensor]) -> bool:
     return head is not None and head.dim() == 4
 
 
+def _superfluous(vq_model: PathLike) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint's reconstruction head makes pixels itself; "
+        f"vq_model={str(vq_model)!r} has no part in it, leave it out"
+    )
+
+
 def _vqgan(
     state: Mapping[str, Tensor],
     vq_model: PathLike | None,
@@ -272,10 +394,7 @@ def _vqgan(
 ) -> VQGANWeights | None:
     if _has_pixel_head(state):
         if vq_model is not None:
-            raise CheckpointError(
-                "the checkpoint's reconstruction head makes pixels itself; "
-                f"vq_model={str(vq_model)!r} has no part in it, leave it out"
-            )
+            raise _superfluous(vq_model)
         return None
     shapes = names.vqgan_decoder_shapes()
     if vq_model is None:
@@ -285,54 +404,3 @@ def _vqgan(
     tokenizer = checkpoint.read_state(vq_model)
     checkpoint.check_tensors(tokenizer, shapes, where=str(vq_model), ignored=names.vqgan_shapes())
     return pack_vqgan(tokenizer, dtype, device)
-
-
-def _load_pretrain(
-    name: str,
-    vq_model: PathLike | None,
-    device: torch.device,
-    files: dict[str, Any],
-    model_arguments: dict[str, Any],
-) -> STELLARModel:
-    from .reference import STELLARModel
-
-    if files["weights"] == "synthetic":
-        config = _local_config(name, files["repo"])
-        state, where = None, "synthetic weights"
-    else:
-        located = hub.locate(
-            name, **{key: value for key, value in files.items() if key != "weights"}
-        )
-        config, where = located.config, str(located.weights)
-        state = checkpoint.read_state(located.weights)
-        # Before a model is built of a geometry that the file may not have.
-        checkpoint.check_tensors(state, names.encode_shapes(config), where=where, ignored=state)
-        if vq_model is None and not _has_pixel_head(state):
-            raise ValueError(
-                f"purpose='pretrain' with this checkpoint needs vq_model, the path of {VQ_FILE}"
-            )
-    model = STELLARModel(
-        num_sparse_tokens=config.num_sparse_tokens,
-        num_decoder_layers=config.num_decoder_layers,
-        spatial_temp=config.spatial_temp,
-        vit_pretrained=config.backbone,
-        vq_model=vq_model,
-        **PUBLISHED_TRAINING | model_arguments,
-    )
-    trained = {
-        key: tuple(value.shape)
-        for key, value in model.state_dict().items()
-        if not key.startswith("tokenizer.")
-    }
-    if state is None:
-        state = synthetic.synthetic_state(trained, SYNTHETIC_SEED)
-    known = {
-        *names.published_shapes(config, teacher=True),
-        *(key for key in state if key.startswith("tokenizer.")),
-    }
-    # A published file has no teacher: it starts as the student.
-    if not any(key.startswith("teacher_") for key in state):
-        trained = {key: shape for key, shape in trained.items() if not key.startswith("teacher_")}
-    checkpoint.check_tensors(state, trained, where=where, ignored=known)
-    model.load_state_dict({key: state[key] for key in trained}, strict=False)
-    return model.to(device).train()

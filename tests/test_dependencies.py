@@ -13,8 +13,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 LOCKS = (".ci/lock.txt", ".ci/lock-test.txt")
-# No command of the README installs these from the lock: they are to compare with.
-UNLOCKED = {"peers"}
+# No command of the README installs these from the lock: they are to compare with, and torchvision
+# is as torch is.
+UNLOCKED = {"peers", "metrics"}
 ALONE = "torch"  # in no lock, see .ci/lock.py
 # Earlier ones run code from a list (fsspec), take gigabytes for small pictures (Pillow), let anyone
 # in (Ray), read freed memory (Arrow's IPC files), evaluate an argument (tqdm), or write outside of

@@ -89,7 +89,14 @@ class Subject:
 
     def eager(self, precision: str) -> Encode:
         """The model in plain PyTorch."""
-        return torch.no_grad()(self.reference(precision).encode)
+        model = self.reference(precision)
+
+        @torch.no_grad()
+        def encode(images: Tensor) -> dict[str, Tensor]:
+            found = model.encode(images)
+            return {name: found[name] for name in OUTPUTS}
+
+        return encode
 
     def tuple_module(self) -> nn.Module:
         return _Tuple(self.reference("fp32")).eval()

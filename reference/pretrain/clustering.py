@@ -57,11 +57,11 @@ class ClusteringHead(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} of a clustering head must be positive, got {size}")
+        self.layer = nn.Linear(prototype_dim, num_clusters, bias=False)
+        nn.init.normal_(self.layer.weight)
         self.predictor = (
             None if predictor_layers is None else MLP(width, prototype_dim, predictor_layers)
         )
-        self.layer = nn.Linear(prototype_dim, num_clusters, bias=False)
-        nn.init.normal_(self.layer.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of tokens (..., D): (..., num_clusters), in float32 or better."""

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..precision import at_least_float32
 from .augment import augment_colors, require_kornia
-from .clustering import ClusteringHead, sinkhorn_knopp, soft_cross_entropy
+from .clustering import sinkhorn_knopp, soft_cross_entropy
 from .koleo import koleo_loss
 from .masking import random_keep
 from .matching import match
 from .student import Student
-from .teacher import encode_with_teacher, update_teacher
+from .teacher import encode_with_teacher
 
 KOLEO_WEIGHT = 0.1
 CODE_WEIGHT = 0.05  # of VQ-CE in the total
@@ -42,35 +42,36 @@ class Targets(NamedTuple):
     cls: Tensor | None
 
 
-def training_predictions(model: Student, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def training_predictions(
+    model: Student, inputs: Mapping[str, Tensor], *, moves_teacher: bool = True
+) -> dict[str, Tensor]:
     """The forward pass in training.
 
-    First of all, with `momentum_teacher`, the teacher is updated; a training forward is thus one
-    step of the average. Where several processes train together they must call this together.
+    Where several processes train together they must call this together.
 
     Args:
         inputs: all floating point RGB in [0, 1] but the labels, which are handed through.
-            "image" (B, 3, H, W) and "labels"; with `do_clustering` and (`do_masking` or
-            `momentum_teacher`) "global_views" (B, G, 3, H', W'), of which the first `num_masks` are
-            used; with `do_clustering`, `do_cls` and `do_cropping` "local_views" (B, L, 3, h, w), of
-            which the first `num_local_crops` are used. Further keys are left alone.
+            "image" (B, 3, H, W) and "labels"; with `do_clustering` and one of `do_masking`,
+            `momentum_teacher` and `do_global_align` "global_views" (B, G, 3, H', W'), of which the
+            first `num_masks` are used, or all if there are fewer; with `do_clustering`, `do_cls`
+            and `do_cropping` "local_views" (B, L, 3, h, w), of which the first `num_local_crops`
+            are used, or all. Further keys are left alone.
+        moves_teacher: with `momentum_teacher`, update the teacher before it is asked: the forward
+            is one step of the average.
 
     Returns:
-        `model.evaluation_predictions`, "gold_labels", and what the model was built to train with:
-        koleo_loss; VQ-CE with x_hat (B, P, 1024), or MSE with x_hat (B, 3, H, W), and x_original,
-        the image that either is held against; clustering_loss, cls_clustering_loss, mask_loss,
-        cls_loss. Losses are scalars with a gradient.
+        `model.features`, "gold_labels", and what the model was built to train with: koleo_loss;
+        VQ-CE with x_hat (B, P, 1024), or MSE with x_hat (B, 3, H, W), and x_original, the image
+        that either is held against; clustering_loss, cls_clustering_loss, mask_loss, cls_loss.
+        Losses are scalars with a gradient.
 
     Raises:
         ValueError: an input is missing or of another shape, there are too few views, or the image
             cannot be held against what the decoder gives.
-        MissingExtraError: `color_augmentation` is on and kornia is not installed.
+        MissingExtraError: views are to be augmented, and kornia is not installed.
     """
     image, global_views, local_views = _checked(model, inputs)
-    if model.momentum_teacher:
-        update_teacher(model, model.teacher_momentum)
-
-    predictions = model.evaluation_predictions(image)
+    predictions = model.features(image)
     predictions["gold_labels"] = inputs["labels"]
     sparse, cls = predictions["sparse"], predictions["cls"]
     if model.do_koleo:
@@ -81,24 +82,12 @@ def training_predictions(model: Student, inputs: Mapping[str, Tensor]) -> dict[s
         return predictions
 
     if global_views is not None and model.color_augmentation:
-        global_views = augment_colors(global_views.flatten(0, 1)).view_as(global_views)
-    sparse_logits = model.clustering_head(sparse)
-    cls_logits = model.cls_cluster_head(cls) if model.do_cls else None
-    if model.momentum_teacher:
-        assert global_views is not None  # `_checked` saw to it
-        targets = teacher_targets(model, global_views[:, 1])
-        own_match = _matches(model, sparse, targets.tokens)
-    else:
-        targets = Targets(
-            sparse.detach(),
-            _assign(model, sparse_logits),
-            None if cls_logits is None else _assign(model, cls_logits),
-        )
-        own_match = None
-    predictions["clustering_loss"] = _view_loss(model, sparse_logits, targets.sparse, own_match)
+        global_views = model.augment(global_views.flatten(0, 1)).view_as(global_views)
+    if model.momentum_teacher and moves_teacher:
+        model.update_teacher()
+    losses, targets = _image_losses(model, sparse, cls, global_views)
+    predictions |= losses
     cls_losses: list[Tensor] = []
-    if targets.cls is not None and cls_logits is not None:
-        predictions["cls_clustering_loss"] = _view_loss(model, cls_logits, targets.cls)
     if model.do_masking and global_views is not None:
         masked_cls, masked_sparse = encode_masked(model, global_views.flatten(0, 1))
         if model.do_koleo:
@@ -114,14 +103,80 @@ def training_predictions(model: Student, inputs: Mapping[str, Tensor]) -> dict[s
         if targets.cls is not None:
             cls_losses.append(_view_loss(model, model.cls_cluster_head(masked_cls), targets.cls))
     if local_views is not None and targets.cls is not None:
-        crops = local_views.flatten(0, 1)
-        if model.color_augmentation:
-            crops = augment_colors(crops)
-        local_cls, _, _ = model.encode_tokens(crops)
+        local_cls, _, _ = model.encode_tokens(model.augment(local_views.flatten(0, 1)))
         cls_losses.append(_view_loss(model, model.cls_cluster_head(local_cls), targets.cls))
     if cls_losses:
         predictions["cls_loss"] = torch.stack(cls_losses).sum()
     return predictions
+
+
+def _image_losses(
+    model: Student, sparse: Tensor, cls: Tensor, global_views: Tensor | None
+) -> tuple[dict[str, Tensor], Targets]:
+    """clustering_loss and cls_clustering_loss of the image's tokens, and the targets of its views.
+
+    The targets are the image's own, or with a teacher the teacher's of the second global view.
+    """
+    sparse_logits = model.clustering_head(sparse)
+    cls_logits = model.cls_cluster_head(cls) if model.do_cls else None
+    losses: dict[str, Tensor] = {}
+    if model.momentum_teacher:
+        assert global_views is not None  # `_checked` saw to it
+        targets = teacher_targets(model, global_views[:, 1])
+        own_match = _matches(model, sparse, targets.tokens)
+        losses["clustering_loss"] = _view_loss(model, sparse_logits, targets.sparse, own_match)
+    else:
+        targets = _own_targets(model, sparse, sparse_logits, cls_logits)
+        if model.do_global_align:
+            assert global_views is not None
+            return _aligned_losses(
+                model, sparse_logits, cls_logits, targets, global_views[:, 1]
+            ), targets
+        losses["clustering_loss"] = _view_loss(model, sparse_logits, targets.sparse)
+    if targets.cls is not None and cls_logits is not None:
+        losses["cls_clustering_loss"] = _view_loss(model, cls_logits, targets.cls)
+    return losses, targets
+
+
+def _own_targets(
+    model: Student, sparse: Tensor, sparse_logits: Tensor, cls_logits: Tensor | None
+) -> Targets:
+    return Targets(
+        sparse.detach(),
+        _assign(model, sparse_logits),
+        None if cls_logits is None else _assign(model, cls_logits),
+    )
+
+
+def _aligned_losses(
+    model: Student,
+    sparse_logits: Tensor,
+    cls_logits: Tensor | None,
+    targets: Targets,
+    second: Tensor,
+) -> dict[str, Tensor]:
+    """The clustering losses with `do_global_align`: each of two views against the other's targets.
+
+    The first view is the image, of which `targets` are; `second` (B, 3, H, W) is encoded whole.
+    Both directions take the match of the second view's tokens to the first's, as published: the
+    first is not that match's inverse.
+    """
+    other_cls, other_sparse, _ = model.forward_image(second)
+    other_logits = model.clustering_head(other_sparse)
+    other_cls_logits = None if cls_logits is None else model.cls_cluster_head(other_cls)
+    other = _own_targets(model, other_sparse, other_logits, other_cls_logits)
+    index = _matches(model, other_sparse, targets.tokens)
+    losses = {
+        "clustering_loss": _view_loss(model, sparse_logits, other.sparse, index) / 2
+        + _view_loss(model, other_logits, targets.sparse, index) / 2
+    }
+    if cls_logits is not None and other_cls_logits is not None:
+        assert targets.cls is not None and other.cls is not None
+        losses["cls_clustering_loss"] = (
+            _view_loss(model, cls_logits, other.cls) / 2
+            + _view_loss(model, other_cls_logits, targets.cls) / 2
+        )
+    return losses
 
 
 def training_loss(predictions: Mapping[str, Tensor]) -> Tensor:
@@ -160,7 +215,12 @@ def reconstruction_predictions(model: Student, lowrank: Tensor, image: Tensor) -
     Raises:
         ValueError: the image's size does not fit the decoder's grid.
     """
-    predicted = model.apply_head(model.forward_decoder(lowrank))
+    return image_reconstruction(model, model.forward_decoder(lowrank), image)
+
+
+def image_reconstruction(model: Student, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """`reconstruction_predictions` of the decoder's output (B, P, 512)."""
+    predicted = model.apply_head(decoded)
     if model.tokenizer is None:
         if predicted.shape != image.shape:
             raise ValueError(
@@ -242,10 +302,10 @@ def _checked(
     model: Student, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The image and those views that the model's losses need, all of them looked at beforehand."""
-    clustering: ClusteringHead | None = getattr(model, "clustering_head", None)
-    local = clustering is not None and model.do_cls and model.do_cropping
-    masked = clustering is not None and (model.do_masking or model.momentum_teacher)
-    needed = ["image", "labels"] + ["global_views"] * masked + ["local_views"] * local
+    local = model.do_clustering and model.do_cls and model.do_cropping
+    second = model.do_clustering and (model.momentum_teacher or model.do_global_align)
+    masked = model.do_clustering and model.do_masking
+    needed = ["image", "labels"] + ["global_views"] * (masked or second) + ["local_views"] * local
     missing = [name for name in needed if name not in inputs]
     if missing:
         raise ValueError(
@@ -254,26 +314,24 @@ def _checked(
     image = inputs["image"]
     if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or not len(image):
         raise ValueError(f"image must be (B, 3, H, W), B at least 1, got {_describe(image)}")
-    views = {}
-    if masked:
-        if model.momentum_teacher and model.num_masks < 2:
-            raise ValueError(
-                "momentum_teacher=True encodes the second of the num_masks global views: num_masks "
-                f"must be 2 or more, got {model.num_masks}"
-            )
-        views["global_views"] = model.num_masks
-    if local:
-        views["local_views"] = model.num_local_crops
+    most = {"global_views": model.num_masks, "local_views": model.num_local_crops}
     used = {
-        name: _first_views(inputs[name], name, count, len(image)) for name, count in views.items()
+        name: _first_views(inputs[name], name, most[name], len(image))
+        for name in needed
+        if name in most
     }
-    if used and model.color_augmentation:
-        require_kornia("color_augmentation=True")
+    if second and used["global_views"].shape[1] < 2:
+        raise ValueError(
+            "momentum_teacher and do_global_align encode the second of the global views: num_masks "
+            f"is {model.num_masks}, and each image has {inputs['global_views'].shape[1]}"
+        )
+    if model.augment is augment_colors and (local or (used and model.color_augmentation)):
+        require_kornia("colour augmentation of training views")
     return image, used.get("global_views"), used.get("local_views")
 
 
 def _first_views(views: Tensor, name: str, count: int, batch: int) -> Tensor:
-    """The first `count` views of each of `batch` images."""
+    """The first `count` views of each of `batch` images, or all of them if there are fewer."""
     if (
         not isinstance(views, Tensor)
         or views.ndim != 5
@@ -285,9 +343,10 @@ def _first_views(views: Tensor, name: str, count: int, batch: int) -> Tensor:
             f"{name} must be floating point (B, views, 3, H, W) with B = {batch} as in image, got "
             f"{_describe(views)}"
         )
-    if count < 1 or views.shape[1] < count:
+    if count < 1 or not views.shape[1]:
         raise ValueError(
-            f"the model trains on {count} views of {name}, and each image has {views.shape[1]}"
+            f"the model trains on {count} views of {name}, and each image has {views.shape[1]}: at "
+            "least one is needed"
         )
     return views[:, :count]
 

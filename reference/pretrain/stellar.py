@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .losses import training_predictions
+from .losses import image_reconstruction, training_predictions
+from .matching import match
 from .student import Student
+from .teacher import sync_teacher
 
 
 class STELLARModel(Student):
@@ -19,20 +21,56 @@ class STELLARModel(Student):
         """The published forward pass.
 
         Args:
-            inputs: "image" (B, 3, H, W); in training also what the losses asked for need: "labels"
+            inputs: "image" (B, 3, H, W); for the losses also what those asked for need: "labels"
                 (B,), "global_views" (B, G, 3, 224, 224), "local_views" (B, L, 3, 96, 96), all RGB
                 in [0, 1].
-            mode: "eval" or "train".
+            mode: "train" or "valid", which compute the losses; in "train", and in training mode, a
+                teacher is updated too. "eval" gives the features alone.
 
         Returns:
-            {"predictions": ...}: in eval mode `evaluation_predictions`, in training those,
-            "gold_labels" and the losses.
+            {"predictions": ...}: the features, and unless the mode is "eval" "gold_labels" and the
+            losses.
 
         Raises:
             ValueError: another mode, or an input that does not fit.
         """
         if mode == "eval":
-            return {"predictions": self.evaluation_predictions(inputs["image"])}
-        if mode != "train":
-            raise ValueError(f'mode must be "train" or "eval", got {mode!r}')
-        return {"predictions": training_predictions(self, inputs)}
+            return {"predictions": self.encode(inputs)}
+        if mode not in ("train", "valid"):
+            raise ValueError(f'mode must be "train", "valid" or "eval", got {mode!r}')
+        return {
+            "predictions": training_predictions(
+                self, inputs, moves_teacher=self.training and mode == "train"
+            )
+        }
+
+    def image_reconstruction(self, decoder_output: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """The reconstruction loss of `forward_decoder`'s output (B, P, 512) against an image.
+
+        Returns:
+            VQ-CE or MSE, x_hat and x_original, as the training forward gives them.
+        """
+        return image_reconstruction(self, decoder_output, image)
+
+    def match_tokens(
+        self, sparse_pred: Tensor, sparse_tgt: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The target of every predicted token, without gradient.
+
+        Args:
+            sparse_pred: (B V, K, D), V views of each image in a row.
+            sparse_tgt: (B, K, D).
+
+        Returns:
+            index (B V, K) and plan (B V, K, K), as `match`; None and None without
+            `hungarian_match`.
+        """
+        if not self.hungarian_match:
+            return None, None
+        views = len(sparse_pred) // len(sparse_tgt)
+        return match(sparse_pred, sparse_tgt.repeat_interleave(views, dim=0))
+
+    def sync_teacher_across_processes(self) -> None:
+        """Gives all processes the teacher of the first; nothing without a teacher."""
+        if self.momentum_teacher:
+            sync_teacher(self)

@@ -6,22 +6,60 @@ state-dict names these are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ...config import BackboneConfig, ModelConfig
+from ...config import BACKBONES, BackboneConfig, ModelConfig
+from ...weights.backbone import read_backbone
 from ...weights.names import canonical
 from ..loading import load_checkpoint, take_out_other_head
 from ..model import Autoencoder
 from ..vit import VisionTransformer
 from ..vqgan import VQGAN
+from .augment import augment_colors
 from .clustering import ClusteringHead
-from .teacher import attach_teacher
+from .teacher import attach_teacher, scheduled_momentum, update_teacher
 
 DEFAULT_BACKBONE = "facebook/vit-mae-base"
+# Optimisers number parameters in the order of their modules, and so do the states they save.
+PUBLISHED_ORDER = (
+    "encoder",
+    "decoder",
+    "position_embedding",
+    "teacher_encoder",
+    "dense_proj",
+    "sparse_proj",
+    "decoder_proj",
+    "reconstruction_head",
+    "tokenizer",
+    "clustering_head",
+    "cls_cluster_head",
+    "teacher_head",
+    "teacher_cls_head",
+)
+
+
+Geometry = Mapping[str, object] | BackboneConfig
+
+
+def _backbone(
+    source: str | PathLike[str] | Geometry | None, *, known: bool
+) -> tuple[BackboneConfig, dict[str, Tensor]]:
+    """The encoder's geometry, and the weights that it starts from if `source` names any.
+
+    Args:
+        known: all weights come from elsewhere.
+    """
+    if not isinstance(source, (str, PathLike)):
+        return BackboneConfig.resolve(source or DEFAULT_BACKBONE), {}
+    # On the meta device there is nothing to fill.
+    if source in BACKBONES and (known or torch.get_default_device().type == "meta"):
+        return BackboneConfig.resolve(str(source)), {}
+    return read_backbone(source)
 
 
 class Student(Autoencoder):
@@ -42,26 +80,38 @@ class Student(Autoencoder):
         do_cls: cluster the CLS token too.
         logits_temp, sk_temp, n_sk_iter, sk_scale: temperature of the predictions; temperature,
             rounds and column exponent of the Sinkhorn-Knopp targets.
-        do_masking, num_masks, masking_ratio, focal_mode: train on that many masked global views;
-            the mode is "gaussian", "block" or None.
-        color_augmentation: colour-augment the masked views.
-        do_cropping, num_local_crops: train on that many local views.
+        do_masking, num_masks, masking_ratio, focal_mode: train on that many masked global views, or
+            as many as there are; the mode is "gaussian", "block" or None.
+        color_augmentation: colour-augment the global views. Local views are augmented always.
+        do_cropping, num_local_crops: train on that many local views, or as many as there are.
         hungarian_match: match predicted sparse tokens to their targets.
+        do_global_align: hold the image and its second global view against each other; of no effect
+            with a teacher.
         momentum_teacher, teacher_momentum: let an exponential moving average of the model give the
             targets.
+        teacher_momentum_final, teacher_momentum_schedule_steps: with both, the momentum goes from
+            `teacher_momentum` to the final one in that many updates, along half a cosine.
         model_checkpoint_path: weights to start from, a safetensors file or a torch pickle of
             tensors (as such or under "state_dict"), read without pickle code. Every tensor that
             this model is built of must be there.
-        vit_pretrained: the encoder's geometry and nothing else: a published backbone's name, a
-            mapping of `BackboneConfig`'s fields or a `BackboneConfig`; None is
-            facebook/vit-mae-base. Nothing is downloaded.
+        vit_pretrained: a ViT whose weights the encoder starts from: a Hub repository such as
+            "facebook/vit-mae-base" or a local folder, each with a ViT's `config.json` and weights.
+            None, and a geometry (a mapping of `BackboneConfig`'s fields or a `BackboneConfig`),
+            starts from random weights, and downloads nothing. So does the name of a published
+            backbone that cannot be downloaded, with a warning, since a whole checkpoint is usually
+            loaded next.
+        vit_config: the geometry, as a mapping or a `BackboneConfig`, instead of `vit_pretrained`;
+            with neither it is that of facebook/vit-mae-base.
 
     Raises:
-        ValueError: an argument is out of range, or `momentum_teacher` comes without
-            `do_clustering`.
+        ValueError: an argument is out of range, `momentum_teacher` comes without `do_clustering`,
+            or `vit_pretrained` with `vit_config`.
+        DownloadError: `vit_pretrained` cannot be had.
         CheckpointError: a weights file does not fit.
     """
 
+    augment: Callable[[Tensor], Tensor]  # of (V, 3, H, W) training views, one draw for all of them
+    _step_counter: Tensor
     clustering_head: ClusteringHead
     cls_cluster_head: ClusteringHead
     teacher_encoder: VisionTransformer
@@ -94,20 +144,29 @@ class Student(Autoencoder):
         do_cropping: bool = True,
         num_local_crops: int = 8,
         hungarian_match: bool = True,
+        do_global_align: bool = False,
         momentum_teacher: bool = False,
         teacher_momentum: float = 0.996,
+        teacher_momentum_final: float | None = None,
+        teacher_momentum_schedule_steps: int | None = None,
         model_checkpoint_path: str | PathLike[str] | None = None,
-        vit_pretrained: str | Mapping[str, object] | BackboneConfig | None = None,
+        vit_pretrained: str | PathLike[str] | Geometry | None = None,
+        vit_config: Geometry | None = None,
     ) -> None:
         if momentum_teacher and not do_clustering:
             raise ValueError(
                 "momentum_teacher=True gives clustering targets: it needs do_clustering=True"
             )
-        backbone = BackboneConfig.resolve(vit_pretrained or DEFAULT_BACKBONE)
+        if vit_pretrained is not None and vit_config is not None:
+            raise ValueError("give one of vit_pretrained and vit_config, not both")
+        backbone, weights = _backbone(
+            vit_pretrained or vit_config, known=model_checkpoint_path is not None
+        )
         config = ModelConfig(
             "STELLARModel", backbone, num_sparse_tokens, num_decoder_layers, spatial_temp
         )
         super().__init__(config, do_recon=do_recon, vq_model=vq_model)
+        self.encoder.load_state_dict(weights, strict=False)
         self.do_koleo = do_koleo
         self.do_clustering, self.num_clusters, self.do_cls = do_clustering, num_clusters, do_cls
         self.logits_temp, self.sk_temp = logits_temp, sk_temp
@@ -116,8 +175,19 @@ class Student(Autoencoder):
         self.masking_ratio, self.focal_mode = masking_ratio, focal_mode
         self.color_augmentation = color_augmentation
         self.do_cropping, self.num_local_crops = do_cropping, num_local_crops
-        self.hungarian_match = hungarian_match
+        self.hungarian_match, self.do_global_align = hungarian_match, do_global_align
         self.momentum_teacher, self.teacher_momentum = momentum_teacher, teacher_momentum
+        self.first_teacher_momentum = teacher_momentum
+        self.teacher_momentum_final = teacher_momentum_final
+        self.teacher_momentum_schedule_steps = teacher_momentum_schedule_steps
+        # No state dict would give it a value after it was made on the meta device.
+        counted = "cpu" if self.sparse_tokens.is_meta else None
+        self.register_buffer(
+            "_step_counter",
+            torch.zeros((), dtype=torch.int64, device=counted),
+            persistent=False,
+        )
+        self.augment = augment_colors
 
         width = backbone.hidden_size
         if do_clustering:
@@ -130,8 +200,32 @@ class Student(Autoencoder):
                 )
         if momentum_teacher:
             attach_teacher(self)
+        for name in PUBLISHED_ORDER:
+            if name in self._modules:
+                self._modules[name] = self._modules.pop(name)
         if model_checkpoint_path is not None:
             load_checkpoint(self, model_checkpoint_path)
+
+    def update_teacher(self) -> None:
+        """Moves the teacher one step towards the model; nothing without a teacher.
+
+        Attributes:
+            teacher_momentum: afterwards, the momentum of this step.
+            _step_counter: () int64, the steps of the schedule so far. It is in no state dict;
+                training that goes on sets it.
+        """
+        if not self.momentum_teacher:
+            return
+        steps = self.teacher_momentum_schedule_steps
+        if self.teacher_momentum_final is not None and steps:
+            self.teacher_momentum = scheduled_momentum(
+                int(self._step_counter),
+                steps,
+                self.first_teacher_momentum,
+                self.teacher_momentum_final,
+            )
+            self._step_counter += 1
+        update_teacher(self, self.teacher_momentum)
 
     def _load_from_state_dict(
         self,

@@ -7,6 +7,7 @@ Its tensors are published as `teacher_encoder.*`, `teacher_sparse_tokens`, `teac
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,12 @@ def attach_teacher(model: Autoencoder) -> None:
         model.sparse_tokens.detach().clone(), requires_grad=False
     )
     model.register_load_state_dict_post_hook(_start_missing_teacher)
+
+
+def scheduled_momentum(step: int, steps: int, first: float, last: float) -> float:
+    """The momentum of update `step`, from 0: a half cosine from `first` to `last` in `steps`."""
+    progress = min(step / steps, 1.0)
+    return last - (last - first) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()

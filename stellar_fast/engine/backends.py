@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -71,7 +72,7 @@ def choose(
     precisions = ("fp32", "bf16") if precision == "auto" else (precision,)
     if backend != "auto":
         names = tuple(resolve_backend(backend, device, each) for each in precisions[:1])
-    elif has_openvino() and set(precisions) <= OPENVINO_FLOATS:
+    elif _runs_openvino() and set(precisions) <= OPENVINO_FLOATS:
         names = ("openvino", "torch")
     else:
         names = (resolve_backend(backend, device, precisions[0]),)
@@ -103,7 +104,7 @@ def resolve_backend(backend: str, device: torch.device, precision: str) -> str:
             backend = "openvino"
         elif half and capability is not None and capability >= (8, 0) and _runs_kernels():
             backend = "triton"
-        elif capability is None and precision in OPENVINO_FLOATS and has_openvino():
+        elif capability is None and precision in OPENVINO_FLOATS and _runs_openvino():
             backend = "openvino"
         else:
             backend = "torch"
@@ -190,6 +191,12 @@ def _runs_kernels() -> bool:
 def has_triton() -> bool:
     """Whether Triton is installed; it is not imported to find out."""
     return find_spec("triton") is not None
+
+
+def _runs_openvino() -> bool:
+    """Whether OpenVINO is there, and not left behind in the parent of a forked process."""
+    graphs = sys.modules.get(f"{__package__}.openvino_graphs")
+    return has_openvino() and (graphs is None or not graphs.is_left_behind())
 
 
 def has_openvino() -> bool:

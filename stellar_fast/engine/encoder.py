@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,24 @@ from .ops import Fp8Ops, Ops
 
 OUTPUTS = ("sparse", "spatial", "dense", "lowrank", "cls")
 PARTS = 3  # of the sequence: CLS, patches, sparse tokens
+# Given where they are asked for: each is made of the others.
+DERIVED = {"concat": ("sparse", "spatial"), "peak_dist": ("spatial",)}
+
+
+def with_parts(outputs: Collection[str]) -> set[str]:
+    """`outputs`, and what of `OUTPUTS` the derived ones among them are made of."""
+    return {*outputs, *(part for name in outputs for part in DERIVED.get(name, ()))}
+
+
+def derived(features: Mapping[str, Tensor], outputs: Collection[str]) -> dict[str, Tensor]:
+    """What of `DERIVED` is asked for, of the features that it is made of."""
+    found = {}
+    if "concat" in outputs:
+        sparse, maps = features["sparse"], features["spatial"].transpose(1, 2)
+        found["concat"] = torch.cat([sparse, maps.to(sparse.dtype)], dim=2)
+    if "peak_dist" in outputs:
+        found["peak_dist"] = features["spatial"].amax(1)
+    return found
 
 
 def wanted_rows(outputs: Collection[str], patches: int, tokens: int) -> dict[str, slice]:
@@ -32,7 +50,7 @@ def wanted_rows(outputs: Collection[str], patches: int, tokens: int) -> dict[str
         "dense": slice(1, 1 + patches),
         "sparse": slice(1 + patches, 1 + patches + tokens),
     }
-    needed = set(outputs)
+    needed = with_parts(outputs)
     if needed & {"spatial", "lowrank"}:
         needed |= {"dense", "sparse"}
     return {name: part for name, part in parts.items() if name in needed}
@@ -129,7 +147,7 @@ def encode(
     outputs: Collection[str],
     out_dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """What of `OUTPUTS` is asked for, and no more.
+    """What of `OUTPUTS` and `DERIVED` is asked for, and no more.
 
     Args:
         images: (B, 3, H, W), uint8 or floats in [0, 1].
@@ -137,8 +155,8 @@ def encode(
         out_dtype: of the features; spatial and lowrank may come wider.
 
     Returns:
-        sparse (B, K, D), spatial (B, P, K), dense (B, P, D), lowrank (B, P, D), cls (B, 1, D); they
-        may be views of one another's memory.
+        sparse (B, K, D), spatial (B, P, K), dense (B, P, D), lowrank (B, P, D), cls (B, 1, D),
+        concat (B, K, D + P), peak_dist (B, K); they may be views of one another's memory.
     """
     backbone = config.backbone
     heads, tokens = backbone.num_attention_heads, config.num_sparse_tokens
@@ -157,7 +175,7 @@ def encode(
     norm = weights.norm
     parts = ops.norm(x, norm.weight, norm.bias, LAYER_NORM_EPS, lengths, out_dtype)
     features: dict[str, Any] = dict(zip(rows, parts, strict=True))
-    if "spatial" in outputs or "lowrank" in outputs:
+    if with_parts(outputs) & {"spatial", "lowrank"}:
         features["spatial"], features["lowrank"] = ops.spatial_map(
             features["dense"],
             features["sparse"],
@@ -168,4 +186,5 @@ def encode(
             config.spatial_temp,
             lowrank="lowrank" in outputs,
         )
-    return {name: features[name] for name in OUTPUTS if name in outputs}
+    features |= derived(features, outputs)
+    return {name: features[name] for name in (*OUTPUTS, *DERIVED) if name in outputs}

@@ -21,7 +21,7 @@ from ..weights.quantize import calibrated
 from . import backends, decoder, encoder, namespaces
 from .caching import ByteCache
 from .calibration import int8_of
-from .encoder import OUTPUTS
+from .encoder import DERIVED, OUTPUTS, with_parts
 from .fidelity import Fidelity, compare
 from .graphs import CudaRecorder, GraphRunner
 from .inputs import as_batch, as_features, check_patches
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 FACTORS = ("spatial", "sparse")  # of `lowrank`
 TYPICAL_BATCH = 8  # images in the product that weights are laid out for
+# Images computed at once. On two CPU cores B/16 ran fastest at 8 and 16, 5 % slower at 32, whose
+# activations outgrow the caches. The GPU's number bounds memory and is not tuned yet.
+MAX_BATCH = {"cpu": 16, "cuda": 256}
 # Patches of an image. Attention takes time by their square: on a processor's two cores, minutes for
 # this many, which is an image of 4096x4096 at patch 16.
 MAX_PATCHES = 65_536
@@ -45,7 +48,7 @@ GRAPH_SHARE = 8  # of the device's memory, the part that inputs and outputs of C
 
 
 def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
-    """Feature names in the order of `OUTPUTS`; None is all of them.
+    """Feature names in the order of `OUTPUTS`, then of `DERIVED`; None is all of the first.
 
     Raises:
         ValueError: an unknown name, or none at all.
@@ -53,12 +56,13 @@ def resolve_outputs(outputs: Collection[str] | None) -> tuple[str, ...]:
     if outputs is None:
         return OUTPUTS
     wanted = {outputs} if isinstance(outputs, str) else set(outputs)
-    unknown = sorted(map(str, wanted - set(OUTPUTS)))
+    known = (*OUTPUTS, *DERIVED)
+    unknown = sorted(map(str, wanted - set(known)))
     if unknown or not wanted:
         raise ValueError(
-            f"outputs must name some of {', '.join(OUTPUTS)}; got {', '.join(unknown) or 'none'}"
+            f"outputs must name some of {', '.join(known)}; got {', '.join(unknown) or 'none'}"
         )
-    return tuple(name for name in OUTPUTS if name in wanted)
+    return tuple(name for name in known if name in wanted)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -110,7 +114,7 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        encoder_weights: EncoderWeights,
+        encoder_weights: EncoderWeights | None,
         decoder_weights: DecoderWeights | None,
         *,
         device: torch.device,
@@ -143,14 +147,16 @@ class Engine:
 
     def _place(
         self,
-        encoder_weights: EncoderWeights,
+        encoder_weights: EncoderWeights | None,
         decoder_weights: DecoderWeights | None,
         device: torch.device,
     ) -> None:
         """Takes weights that are on `device`."""
         rows = min(self.max_batch, TYPICAL_BATCH) * self.config.sequence_length
         self.device = device
-        self._encoder: EncoderWeights = namespaces.prepare(self._ops, encoder_weights, rows)
+        self._encoder_or_none: EncoderWeights | None = namespaces.prepare(
+            self._ops, encoder_weights, rows
+        )
         self._decoder: DecoderWeights | None = namespaces.prepare(self._ops, decoder_weights, rows)
         self._tables: ByteCache[tuple[int, int], Tensor] = ByteCache(
             TABLE_BYTES, lambda table: table.nbytes
@@ -166,6 +172,12 @@ class Engine:
             self._graphs = GraphRunner(
                 recorder, self.max_batch, self.output_dtype, _is_out_of_memory, most
             )
+
+    @property
+    def _encoder(self) -> EncoderWeights:
+        if self._encoder_or_none is None:
+            raise ValueError("this engine was made to reconstruct alone")
+        return self._encoder_or_none
 
     def __repr__(self) -> str:
         return (
@@ -191,18 +203,21 @@ class Engine:
         Args:
             images: float tensor or NumPy array (B, 3, H, W) with RGB in [0, 1], any float dtype,
                 strides and device; uint8 (B, 3, H, W) or (B, H, W, 3); or a list of PIL images and
-                paths. H and W are at least one patch, and `max_patches` together; rows and columns
-                beyond a whole patch are dropped. B may be 0.
-            outputs: the features wanted, of sparse, spatial, dense, lowrank, cls; all by default.
-                Only what they need is computed.
+                paths; or a mapping that holds one of these as "image". H and W are at least one
+                patch, and `max_patches` together; rows and columns beyond a whole patch are
+                dropped. B may be 0.
+            outputs: the features wanted, of sparse, spatial, dense, lowrank, cls, which are given
+                by default, and of concat and peak_dist. Only what they need is computed.
             preset: how listed images are resized: "card" (224x224) or "eval" (shorter side 256,
                 centre crop 224).
-            check_range: refuse floats outside [0, 1] and NaN. Off, the values are taken as they
-                come, such as the overshoot of a bicubic resize.
+            check_range: refuse NaN and floats further from [0, 1] than the overshoot of a bicubic
+                resize. Off, the values are taken as they come.
 
         Returns:
             `output_dtype` tensors on the engine's device: sparse (B, K, D); spatial (B, P, K), rows
-            that sum to 1; dense (B, P, D); lowrank (B, P, D) = spatial @ sparse; cls (B, 1, D).
+            that sum to 1; dense (B, P, D); lowrank (B, P, D) = spatial @ sparse; cls (B, 1, D);
+            concat (B, K, D + P), each sparse token beside its map; peak_dist (B, K), the largest
+            value of each map.
 
         Raises:
             TypeError, ValueError: `images` is something else; the message says what was found.
@@ -299,14 +314,16 @@ class Engine:
         """Fills `out`. `lowrank` is the float32 product of the other two, whatever the precision;
         where the graph would take it in bfloat16, a second one does it."""
         apart = "lowrank" in out and runner.precision != "fp32"
-        given, shapes = dict(out), self._shapes(*self._grid(*images.shape[2:]))
+        needed = with_parts(out) & set(OUTPUTS)
         if apart:
-            del given["lowrank"]
-            for name in FACTORS:
-                if name not in given or given[name].dtype != torch.float32:
-                    shape = (len(images), *shapes[name])
-                    given[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
-        names = tuple(name for name in OUTPUTS if name in given)
+            needed = (needed | set(FACTORS)) - {"lowrank"}
+        given, shapes = dict(out), self._shapes(*self._grid(*images.shape[2:]))
+        for name in needed:
+            exact = apart and name in FACTORS
+            if name not in given or (exact and given[name].dtype != torch.float32):
+                shape = (len(images), *shapes[name])
+                given[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
+        names = tuple(name for name in OUTPUTS if name in needed)
 
         def forward(images: Any, table: Any) -> Mapping[str, Any]:
             return encoder.encode(
@@ -325,6 +342,8 @@ class Engine:
         if apart:
             factors = [(given[name], (-1, -1, shapes[name][1])) for name in FACTORS]
             runner.exact.run("reassemble", reassemble, factors, {"lowrank": out["lowrank"]})
+        for name, tensor in encoder.derived(given, out).items():
+            out[name].copy_(tensor)
 
     def reconstruct(
         self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
@@ -496,7 +515,7 @@ class Engine:
         target = resolve_device(device)
         if target != self.device:
             backends.resolve_backend(self.backend, target, self.precision)
-            weights = namespaces.restore(self._ops, (self._encoder, self._decoder))
+            weights = namespaces.restore(self._ops, (self._encoder_or_none, self._decoder))
             encode, decode = map_nodes(weights, Tensor, lambda tensor: tensor.to(target))
             self._place(encode, decode, target)
         return self
@@ -542,6 +561,8 @@ class Engine:
             "dense": (patches, channels),
             "lowrank": (patches, channels),
             "cls": (1, channels),
+            "concat": (tokens, channels + patches),
+            "peak_dist": (tokens,),
         }
 
     def _reconstructed(self, side: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Half-precision inputs may round a legal 1.0 no further than this past the ends.
-RANGE_SLACK = 1e-3
+# How far past the ends of [0, 1] a pixel may be: bicubic resizing overshoots by a quarter on the
+# hardest edges, and one resize after another by more. Pixels in 0..255 go beyond it, and so do
+# normalised ones.
+OVERSHOOT = 0.5
 
 
 def as_batch(images: Any, preset: str, patch_size: int, max_patches: int) -> tuple[Tensor, bool]:
@@ -19,14 +21,22 @@ def as_batch(images: Any, preset: str, patch_size: int, max_patches: int) -> tup
 
     Args:
         images: a float or uint8 tensor or NumPy array (B, 3, H, W), uint8 also (B, H, W, 3); or a
-            list of PIL images and paths, each decoded and resized by `preset` (`images.PRESETS`).
+            list of PIL images and paths, each decoded and resized by `preset` (`images.PRESETS`);
+            or a mapping that holds one of these as "image".
         patch_size, max_patches: images are of one patch at least, and of no more than these.
 
     Raises:
         TypeError: neither a tensor, an array nor a list of images.
-        ValueError: wrong shape, size, channels or dtype.
+        ValueError: wrong shape, size, channels or dtype, or a mapping without "image".
         ImageError: a listed image could not be decoded.
     """
+    if isinstance(images, Mapping):
+        if "image" not in images:
+            raise ValueError(
+                "encode reads 'image' of a mapping; this one holds "
+                f"{', '.join(map(str, images)) or 'nothing'}"
+            )
+        images = images["image"]
     if isinstance(images, np.ndarray):
         images = _from_numpy(images, patch_size, max_patches)
     if isinstance(images, Tensor):
@@ -134,14 +144,15 @@ def check_patches(patches: int, max_patches: int, what: str) -> None:
 
 
 def check_range(images: Tensor) -> None:
-    """Raises ValueError unless the floats `images`, at least one, lie in [0, 1]; NaN does not."""
+    """Raises ValueError where the floats `images`, at least one, are NaN or further from [0, 1]
+    than a resize overshoots."""
     if images.device.type == "cpu" and images.dtype == torch.float32:
         # By this thread alone: torch's would still be spinning when another runtime's begin.
         array = images.detach().numpy()
         low, high = float(array.min()), float(array.max())
     else:
         low, high = (bound.item() for bound in images.aminmax())
-    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
         found = "NaN" if low != low or high != high else f"values from {low:.4g} to {high:.4g}"
         hint = ""
         if high > 2:
@@ -178,6 +189,7 @@ def as_features(
         )
     elif spatial is not None:
         raise ValueError("spatial goes with sparse tokens, the features dict has its own")
+    features = {name: part for name, part in features.items() if part is not None}
     names = ("lowrank",) if "lowrank" in features else ("spatial", "sparse")
     missing = [name for name in names if name not in features]
     if missing:

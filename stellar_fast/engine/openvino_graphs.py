@@ -29,20 +29,24 @@ def _started() -> tuple[ov.Core, int]:
     return ov.Core(), os.getpid()
 
 
+def is_left_behind() -> bool:
+    """Whether the runtime was started before this process was forked."""
+    return _started.cache_info().currsize > 0 and _started()[1] != os.getpid()
+
+
 def _core() -> ov.Core:
     """The runtime of this process.
 
     Raises:
         ForkError: it was started before the process was forked, and its threads are not here.
     """
-    core, pid = _started()
-    if pid != os.getpid():
+    if is_left_behind():
         raise ForkError(
             "OpenVINO was in use before this process was forked, and would wait here for threads "
             "that only the parent has: start workers with 'spawn' or 'forkserver', or load with "
             "backend='torch'"
         )
-    return core
+    return _started()[0]
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

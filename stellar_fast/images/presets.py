@@ -28,7 +28,7 @@ def apply_preset(image: Image.Image, preset: str) -> Tensor:
     (3, 224, 224). "eval": the published evaluation transform: pixels / 255, shorter side to 256 by
     bicubic without antialiasing and with aligned corners, the longer side cut to a whole number;
     centre crop of 224, a plain slice as in kornia's CenterCrop(224), whose default is not to warp;
-    float32 (3, 224, 224), which overshoots [0, 1] a little and is not clamped.
+    the overshoot of the bicubic clamped to [0, 1], last of all; float32 (3, 224, 224).
 
     Raises:
         ValueError: unknown preset, or an image of another mode.
@@ -63,7 +63,7 @@ def preset_pixels(image: Image.Image, preset: str) -> np.ndarray:
         pixels = from_numpy(np.array(image.getchannel(channel)))[None, None].float().div_(255)
         resized = interpolate(pixels, size=(rows, columns), mode="bicubic", align_corners=True)
         cropped.copy_(resized[0, 0, top : top + SIZE, left : left + SIZE])
-    return result.numpy()
+    return result.clamp_(0, 1).numpy()
 
 
 def load_image(source: Source, preset: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:

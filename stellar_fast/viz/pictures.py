@@ -62,7 +62,7 @@ def save_spatial(
     from .plots import save_maps, seen
 
     pixels = apply_preset(photograph, preset)
-    out = engine.encode(pixels[None], outputs=("spatial",), check_range=preset != "eval")
+    out = engine.encode(pixels[None], outputs=("spatial",))
     patch = engine.config.backbone.patch_size
     grid = (pixels.shape[1] // patch, pixels.shape[2] // patch)
     with replacing(path) as temporary:

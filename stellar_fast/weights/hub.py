@@ -33,10 +33,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..config import BackboneConfig, ModelConfig, list_models
+from ..config import DEPTHS, MODELS, BackboneConfig, ModelConfig
 from ..errors import CheckpointError, DownloadError, listing
 from ..files import MAX_JSON, parse_json
-from .names import published_shapes
+from .names import CLUSTERS, published_shapes
 
 CONFIG_FILE = "config.json"
 PUBLISHED_REPO = "microsoft/STELLAR"
@@ -45,6 +45,7 @@ PUBLISHED_REPO = "microsoft/STELLAR"
 TRIES = 3
 PATIENCE = 5.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
+MOST_CLUSTERS = 10 * CLUSTERS
 COMMIT = re.compile("[0-9a-f]{40}")
 # Bytes that a weights file may have beyond every published tensor in float64: a header, and the
 # tokenizer that a file saved in training holds.
@@ -57,11 +58,27 @@ PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What a `config.json` says of the parts that training alone has.
+
+    Attributes:
+        do_cls: there is a clustering head for the CLS token.
+        num_clusters: prototypes of each clustering head.
+        pixel_head: the decoder draws pixels instead of predicting codes; None: it does not say.
+    """
+
+    do_cls: bool = True
+    num_clusters: int = CLUSTERS
+    pixel_head: bool | None = None
+
+
+@dataclass(frozen=True)
 class Located:
     """One model's geometry, and its weights file on this machine."""
 
     config: ModelConfig
     weights: Path
+    trained: Trained = Trained()
 
 
 def locate(
@@ -72,6 +89,7 @@ def locate(
     cache_dir: PathLike | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    check: Callable[[Trained], None] = lambda trained: None,
 ) -> Located:
     """A model's files: those of a local folder, or downloaded unless the Hub's cache has them.
 
@@ -81,6 +99,7 @@ def locate(
             `os.PathLike`, or a string of any other form. What is on the disk never decides which.
         revision, cache_dir, token, local_files_only: as in `huggingface_hub`; a local folder has
             no use for them.
+        check: may refuse a model before its weights are looked for.
 
     Returns:
         The geometry and the weights file, both of the same commit.
@@ -92,25 +111,55 @@ def locate(
     """
     folder = local_folder(repo)
     if folder is not None:
-        config = read_config(folder / CONFIG_FILE, name)
+        config, trained = read_model(folder / CONFIG_FILE, name)
+        check(trained)
         weights = folder / config.weights
         if not os.path.isfile(weights):  # Path.is_file raises for a name that is too long
             _missing(weights, f"the weights of {name!r} as {folder / CONFIG_FILE} names them")
-        return Located(config, weights)
+        return Located(config, weights, trained)
 
     repo = os.fspath(repo)
-    if repo == PUBLISHED_REPO and name not in list_models():
-        raise ValueError(f"unknown model {name!r}; {repo} has: {', '.join(list_models())}")
-    fetch = partial(
-        _fetch, repo, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-    )
-    index = fetch(CONFIG_FILE, revision, MAX_JSON)
-    config = read_config(index, name)
+    if repo == PUBLISHED_REPO and name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; {repo} has: {', '.join(MODELS)}")
+    get = partial(_fetch, repo, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+    index = get(CONFIG_FILE, revision, MAX_JSON)
+    config, trained = read_model(index, name)
+    check(trained)
     # The cache keeps files in a folder named after their commit. Asking for the weights of that
     # commit keeps both files of one version, whatever is pushed in between.
     commit = index.parent.name
     pinned = commit if COMMIT.fullmatch(commit) else revision
-    return Located(config, fetch(config.weights, pinned, _most_bytes(config)))
+    return Located(config, get(config.weights, pinned, _most_bytes(config)), trained)
+
+
+def list_models(repo: PathLike, revision: str | None, local_files_only: bool) -> list[str]:
+    """Names of the models of a repository or a local folder, in the order of its `config.json`.
+
+    Raises:
+        DownloadError, CheckpointError: as `locate`.
+    """
+    folder = local_folder(repo)
+    if folder is not None:
+        return list(_models(folder / CONFIG_FILE))
+    path = _fetch(
+        os.fspath(repo),
+        CONFIG_FILE,
+        revision,
+        MAX_JSON,
+        cache_dir=None,
+        token=None,
+        local_files_only=local_files_only,
+    )
+    return list(_models(path))
+
+
+def fetch(repo: str, file: str, most_bytes: int) -> Path:
+    """One file of a Hub repository, as `locate` gets it.
+
+    Raises:
+        DownloadError: it cannot be had, or has more than `most_bytes`.
+    """
+    return _fetch(repo, file, None, most_bytes, cache_dir=None, token=None, local_files_only=False)
 
 
 def _most_bytes(config: ModelConfig) -> int:
@@ -120,6 +169,11 @@ def _most_bytes(config: ModelConfig) -> int:
 
 
 def read_config(path: Path, name: str) -> ModelConfig:
+    """The geometry alone of `read_model`."""
+    return read_model(path, name)[0]
+
+
+def read_model(path: Path, name: str) -> tuple[ModelConfig, Trained]:
     """The entry of one model in a `config.json` of the published layout.
 
     Raises:
@@ -127,6 +181,14 @@ def read_config(path: Path, name: str) -> ModelConfig:
         DownloadError: there is no such file, or it cannot be read.
         CheckpointError: the file is not in the published layout; names the field.
     """
+    models = _models(path)
+    if name not in models:
+        raise ValueError(f"unknown model {name!r}; {path} has: {listing(models) or 'none'}")
+    where = f"{path}: models.{name}"
+    return _model(name, models[name], where), _trained(models[name], where)
+
+
+def _models(path: Path) -> dict[str, Any]:
     if not path.is_file():
         _missing(path, "a file of the published layout")
     try:
@@ -146,9 +208,7 @@ def read_config(path: Path, name: str) -> ModelConfig:
     models = _member(content, "models", str(path))
     if not isinstance(models, dict):
         raise CheckpointError(f"{path}: 'models' must be an object of models, got {_show(models)}")
-    if name not in models:
-        raise ValueError(f"unknown model {name!r}; {path} has: {listing(models) or 'none'}")
-    return _model(name, models[name], f"{path}: models.{name}")
+    return models
 
 
 def _show(value: object) -> str:
@@ -169,13 +229,14 @@ def _member(entry: object, field: str, where: str) -> Any:
 
 
 def _model(name: str, entry: object, where: str) -> ModelConfig:
-    """`entry` checked field by field. All five fields are needed, as every published entry has
-    them: a temperature taken for granted would give wrong features without a word."""
+    """`entry` checked field by field. All of them are needed, as every published entry has them: a
+    temperature taken for granted would give wrong features without a word. The backbone is named
+    or described, or follows from its width, as in newer files."""
     weights = _member(entry, "weights", where)
     tokens = _member(entry, "num_sparse_tokens", where)
     layers = _member(entry, "num_decoder_layers", where)
     temperature = _member(entry, "spatial_temp", where)
-    backbone = _member(entry, "backbone", where)
+    backbone = _backbone(entry, where)
     if not isinstance(weights, str) or not _stays_inside(weights):
         raise CheckpointError(
             f"{where}.weights must be the path of a file inside the repository, got "
@@ -193,6 +254,43 @@ def _model(name: str, entry: object, where: str) -> ModelConfig:
         )
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def _backbone(entry: object, where: str) -> Any:
+    if not isinstance(entry, dict) or "embed_dim" not in entry or "backbone" in entry:
+        return _member(entry, "backbone", where)
+    width = entry["embed_dim"]
+    if isinstance(width, bool) or not isinstance(width, int) or width not in DEPTHS:
+        raise CheckpointError(
+            f"{where}.embed_dim must be one of {', '.join(map(str, DEPTHS))}, got {_show(width)}"
+        )
+    layers, heads = DEPTHS[width]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "patch_size": _member(entry, "patch_size", where),
+        "image_size": _member(entry, "image_size", where),
+    }
+
+
+def _trained(entry: dict[str, Any], where: str) -> Trained:
+    do_cls = entry.get("do_cls", True)
+    clusters, kind = entry.get("num_clusters", CLUSTERS), entry.get("recon_type")
+    if not isinstance(do_cls, bool):
+        raise CheckpointError(f"{where}.do_cls must be true or false, got {_show(do_cls)}")
+    if (
+        isinstance(clusters, bool)
+        or not isinstance(clusters, int)
+        or not 0 < clusters <= MOST_CLUSTERS
+    ):
+        raise CheckpointError(
+            f"{where}.num_clusters must be from 1 to {MOST_CLUSTERS}, got {_show(clusters)}"
+        )
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"{where}.recon_type must be a string, got {_show(kind)}")
+    return Trained(do_cls, clusters, None if kind is None else kind != "vq")
 
 
 def _stays_inside(path: str) -> bool:

@@ -98,7 +98,7 @@ def test_paths_and_pil_images_are_resized_by_the_preset(engine, tmp_path):
     from stellar_fast.images.presets import apply_preset
 
     for preset in ("card", "eval"):
-        expected = engine.encode(apply_preset(picture, preset)[None], check_range=False)
+        expected = engine.encode(apply_preset(picture, preset)[None])
         for form in ([picture], [tmp_path / "a.png"], (str(tmp_path / "a.png"),)):
             out = engine.encode(form, preset=preset)
             assert_same_features(out, expected)
@@ -108,7 +108,7 @@ def test_paths_and_pil_images_are_resized_by_the_preset(engine, tmp_path):
 NAN = torch.full((1, 3, 32, 32), 0.5)
 NAN[0, 1, 3, 4] = float("nan")
 SPIKE = torch.full((1, 3, 32, 32), 0.5)
-SPIKE[0, 2, 31, 31] = 1.5
+SPIKE[0, 2, 31, 31] = 1.51
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ SPIKE[0, 2, 31, 31] = 1.5
         (torch.zeros(0, 3, 8, 8), ValueError, "got 8x8"),
         (torch.rand(1, 3, 32, 32) * 255, ValueError, r"values from .* 0\.\.255 go in as uint8"),
         (torch.rand(1, 3, 32, 32) * 4 - 2, ValueError, "normalisation by mean and std is inside"),
-        (SPIKE, ValueError, r"to 1\.5"),
+        (SPIKE, ValueError, r"to 1\.51"),
         (NAN, ValueError, "found NaN"),
         (torch.full((1, 3, 32, 32), float("inf")), ValueError, "to inf"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.int64), ValueError, "int64"),
@@ -138,7 +138,8 @@ SPIKE[0, 2, 31, 31] = 1.5
         (Image.new("RGB", (32, 32)), TypeError, "put it into a list"),
         (b"bytes", TypeError, "put it into a list"),
         (None, TypeError, "NoneType"),
-        ({"image": 1}, TypeError, "dict"),
+        ({"image": 1}, TypeError, "int"),
+        ({"photo": 1}, ValueError, "this one holds photo"),
         ([torch.rand(3, 32, 32)], TypeError, "item 0 is a Tensor"),
         ([None], TypeError, "item 0 is a NoneType"),
     ],
@@ -146,6 +147,39 @@ SPIKE[0, 2, 31, 31] = 1.5
 def test_bad_batches_are_one_clear_error(engine, images, error, message):
     with pytest.raises(error, match=message):
         engine.encode(images)
+
+
+def test_the_overshoot_of_a_resize_is_taken_as_it_is(engine):
+    x = image(1, 32, 32) * 2 - 0.5
+    assert x.min() < -0.4 and x.max() > 1.4
+    assert_same_features(engine.encode(x), engine.encode(x, check_range=False))
+    with pytest.raises(ValueError, match="normalisation by mean and std is inside"):
+        engine.encode(x - 0.1)
+
+
+def test_a_mapping_gives_its_image(engine):
+    x = image(2, 48, 32)
+    expected = engine.encode(x)
+    for mapping in ({"image": x}, {"labels": None, "image": x.numpy()}):
+        found = engine.encode(mapping)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("outputs", [("concat",), ("peak_dist",), ("concat", "peak_dist", "cls")])
+def test_derived_features_are_given_where_asked_for(engine, outputs):
+    x = image(2, 48, 64)
+    everything = engine.encode(x)
+    wanted = {
+        "concat": torch.cat([everything["sparse"], everything["spatial"].transpose(1, 2)], dim=2),
+        "peak_dist": everything["spatial"].amax(1),
+        "cls": everything["cls"],
+    }
+    found = engine.encode(x, outputs=outputs)
+    assert found.keys() == set(outputs)
+    assert_same_features(found, {name: wanted[name] for name in outputs})
+    assert (
+        engine.encode(x[:0], outputs=outputs)[outputs[0]].shape[1:] == wanted[outputs[0]].shape[1:]
+    )
 
 
 def test_the_range_check_can_be_switched_off(engine):

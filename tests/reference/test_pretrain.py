@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import GRADIENT, LOSS, TEACHER, TENSOR
-from checkpoints import filled, golden, images, relative_error
+from checkpoints import filled, golden, images, relative_error, synthetic
 from goldens import golden_image
+from pretraining import unchanged
 from references import reference_of, vqgan_of
 from torch import Tensor
 
@@ -21,6 +22,8 @@ GOLDENS = [
     "pretrain-tiny16",
     "pretrain-tiny16-pixel-nokoleo-nomatch",
     "pretrain-tiny16-teacher",
+    "pretrain-tiny16-globalalign",
+    "pretrain-tiny16-fewviews",
 ]
 
 
@@ -42,14 +45,19 @@ def golden_model(meta: dict[str, Any], dtype: torch.dtype) -> STELLARModel:
         model = STELLARModel(
             vq_model=tokenizer, vit_pretrained=meta["backbone"], **meta["arguments"]
         )
-    return filled(model, meta["weights_seed"]).to(dtype).train()
+    filled(model, meta["weights_seed"]).to(dtype).train()
+    model.augment = unchanged
+    with torch.no_grad():
+        for name, factor in meta.get("scale_after_fill", {}).items():
+            model.get_parameter(name).mul_(factor)
+    return model
 
 
 def golden_inputs(meta: dict[str, Any]) -> dict[str, Tensor]:
-    batch = meta["batch"]
+    batch, arguments = meta["batch"], meta["arguments"]
     count = {
-        "global": meta["arguments"]["num_masks"],
-        "local": meta["arguments"]["num_local_crops"],
+        "global": meta.get("num_global_views", arguments["num_masks"]),
+        "local": meta.get("num_local_views", arguments["num_local_crops"]),
     }
     views = images(batch * count["global"], 224, 224, meta["global_views_seed"])
     crops = images(batch * count["local"], 96, 96, meta["local_views_seed"])
@@ -61,16 +69,18 @@ def golden_inputs(meta: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", GOLDENS)
-def test_golden(name, dtype):
-    """Float64 too: a bound that the model itself does not meet is one of the rounding it had."""
-    expected, meta = golden(name)
-    model = golden_model(meta, dtype)
-    inputs = {
+def inputs_as(dtype: torch.dtype, meta: dict[str, Any]) -> dict[str, Tensor]:
+    return {
         key: value.to(dtype) if value.is_floating_point() else value
         for key, value in golden_inputs(meta).items()
     }
+
+
+def assert_trains_as_published(
+    model: STELLARModel, inputs: dict[str, Tensor], expected: dict[str, Tensor], meta: dict
+) -> None:
+    """A forward and its backward pass: every loss, the total, gradients, and the teacher after."""
+    model.zero_grad()
     predictions = model(inputs)["predictions"]
 
     losses = {key for key, value in predictions.items() if value.requires_grad and not value.ndim}
@@ -99,6 +109,51 @@ def test_golden(name, dtype):
             assert relative_error(gradients[parameter], value) < GRADIENT, key
         elif kind == "after":
             assert relative_error(state[parameter], value) < TEACHER, key
+        elif kind == "afternorm":
+            norm = state[parameter].norm().reshape(1)
+            assert relative_error(norm, value) < TEACHER, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden(name, dtype):
+    """Float64 too: a bound that the model itself does not meet is one of the rounding it had."""
+    expected, meta = golden(name)
+    assert_trains_as_published(golden_model(meta, dtype), inputs_as(dtype, meta), expected, meta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_golden_momentum_schedule(dtype):
+    """Training forwards move the teacher by a momentum that changes; one in eval mode does not."""
+    expected, meta = golden("pretrain-tiny16-teacher-schedule")
+    model, inputs = golden_model(meta, dtype), inputs_as(dtype, meta)
+    assert "_step_counter" not in model.state_dict()
+    student = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith(("teacher_", "tokenizer."))
+    }
+    for number, forward in enumerate(meta["forwards"], 1):
+        shapes = {name: tuple(value.shape) for name, value in student.items()}
+        for name, value in synthetic(shapes, forward["student_weights_seed"]).items():
+            student[name].copy_(value)
+        before = {name: value.clone() for name, value in teacher_of(model).items()}
+        model.train(forward["training"])
+        prefix = f"forward{number}."
+        found = {
+            key.removeprefix(prefix): value
+            for key, value in expected.items()
+            if key.startswith(prefix)
+        }
+        assert_trains_as_published(model, inputs, found, meta)
+        moved = [not torch.equal(value, before[name]) for name, value in teacher_of(model).items()]
+        assert (all(moved) if forward["teacher_changed"] else not any(moved)) and moved
+        assert int(model._step_counter) == found["step_counter"].item()
+        assert model.teacher_momentum == pytest.approx(found["teacher_momentum"].item(), abs=1e-12)
+
+
+def teacher_of(model: STELLARModel) -> dict[str, Tensor]:
+    return {name: v for name, v in model.state_dict().items() if name.startswith("teacher_")}
 
 
 @pytest.mark.parametrize("name", ["reconstruct-tiny16", "reconstruct-tiny14"])

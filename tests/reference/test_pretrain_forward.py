@@ -10,6 +10,7 @@ from checkpoints import relative_error
 from pretraining import GRID, TINY, tiny_inputs, tiny_model
 
 from stellar_fast.errors import MissingExtraError
+from stellar_fast.reference.pretrain.augment import augment_colors
 from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp, soft_cross_entropy
 from stellar_fast.reference.pretrain.koleo import koleo_loss
 from stellar_fast.reference.pretrain.losses import training_loss
@@ -145,23 +146,75 @@ def test_colour_augmentation_touches_the_views_alone():
     ):
         model, inputs = tiny_model(**arguments), tiny_inputs()
         plain = predict(model, inputs)
-        model.color_augmentation = True
+        model.color_augmentation, model.augment = True, augment_colors
         changed = [predict(model, inputs, seed) for seed in range(10)]
         for name in {"koleo_loss", "MSE"} | CLUSTERING & plain.keys():
             moves = sum(not torch.equal(each[name], plain[name]) for each in changed)
             assert moves > 5 if name in moved else moves == 0, name
 
 
+def test_local_views_are_augmented_whatever_is_said_of_the_global_ones():
+    model, inputs = tiny_model(), tiny_inputs()
+    plain = predict(model, inputs)
+    model.augment = augment_colors
+    changed = [predict(model, inputs, seed) for seed in range(10)]
+    for name in {"koleo_loss", "MSE"} | CLUSTERING:
+        moves = sum(relative_error(each[name], plain[name].detach()) > LOSS for each in changed)
+        assert moves > 5 if name == "cls_loss" else moves == 0, name
+
+
+def test_views_are_augmented_in_two_calls_one_draw_each():
+    model, inputs = tiny_model(color_augmentation=True, momentum_teacher=True), tiny_inputs()
+    calls = []
+    model.augment = lambda views: calls.append(tuple(views.shape)) or views
+    predict(model, inputs)
+    assert calls == [(6, 3, 64, 64), (6, 3, 32, 32)]
+    for arguments in ({"do_cropping": False}, {"do_cls": False}):
+        calls.clear()
+        model = tiny_model(color_augmentation=True, **arguments)
+        model.augment = lambda views: calls.append(tuple(views.shape)) or views
+        predict(model, inputs)
+        assert calls == [(6, 3, 64, 64)]
+
+
+def test_global_alignment_without_matching_is_token_by_token():
+    model, inputs = tiny_model(do_global_align=True, hungarian_match=False), tiny_inputs()
+    found = predict(model, inputs)
+    with torch.no_grad():
+        views = inputs["image"], inputs["global_views"][:, 1]
+        tokens = [model.encode(view) for view in views]
+        for name, head, key in (
+            ("clustering_loss", model.clustering_head, "sparse"),
+            ("cls_clustering_loss", model.cls_cluster_head, "cls"),
+        ):
+            first, second = (head(each[key]).flatten(0, 1) for each in tokens)
+            halves = [
+                soft_cross_entropy(one, sinkhorn_knopp(other / 0.06), 0.12)
+                for one, other in ((first, second), (second, first))
+            ]
+            assert relative_error(found[name], sum(halves) / 2) < LOSS, name
+
+
+def test_fewer_views_than_asked_for_are_all_that_are_used():
+    few = tiny_inputs(views=2, crops=2)
+    expected = predict(tiny_model(), few)
+    found = predict(tiny_model(num_masks=8, num_local_crops=5), few)
+    for name in CLUSTERING:
+        assert torch.equal(found[name], expected[name]), name
+
+
 def test_colour_augmentation_without_kornia_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia", None)
     monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
     model = tiny_model(color_augmentation=True, momentum_teacher=True)
+    model.augment = augment_colors
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(MissingExtraError, match=r"stellar-fast\[pretrain\]"):
         model(tiny_inputs())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     few = {key: value for key, value in tiny_inputs().items() if "views" not in key}
     model = tiny_model(color_augmentation=True, do_clustering=False)
+    model.augment = augment_colors
     assert "MSE" in model(few)["predictions"]  # nothing to augment
 
 
@@ -237,8 +290,8 @@ def change(name, function):
         (change("image", lambda x: x[:0]), r"B at least 1, .* \(0, 3, 64, 64\)"),
         (change("image", lambda x: x.numpy()), "got ndarray"),
         (change("image", lambda x: (255 * x).byte()), "torch.uint8"),
-        (change("global_views", lambda x: x[:, :1]), "2 views of global_views.* has 1"),
-        (change("local_views", lambda x: x[:, :1]), "2 views of local_views.* has 1"),
+        (change("global_views", lambda x: x[:, :0]), "2 views of global_views.* has 0"),
+        (change("local_views", lambda x: x[:, :0]), "2 views of local_views.* has 0"),
         (change("global_views", lambda x: x[:2]), r"B = 3 .*\(2, 2, 3, 64, 64\)"),
         (change("local_views", lambda x: x[:, 0]), r"local_views must be .*\(3, 3, 32, 32\)"),
         (change("global_views", lambda x: x.transpose(2, 4)), r"\(3, 2, 64, 64, 3\)"),

@@ -216,7 +216,7 @@ def test_head_logits_are_float32_or_better():
 def test_head_of_other_depths(layers, names, prototype):
     head = ClusteringHead(12, num_clusters=7, predictor_layers=layers, prototype_dim=5)
     state = head.state_dict()
-    assert [name for name in state if name.endswith("weight")] == [*names, "layer.weight"]
+    assert [name for name in state if name.endswith("weight")] == ["layer.weight", *names]
     assert state["layer.weight"].shape == (7, prototype)
     assert head(torch.randn(2, 3, 12)).shape == (2, 3, 7)
 

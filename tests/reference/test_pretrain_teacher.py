@@ -62,10 +62,14 @@ def test_every_training_forward_is_one_step_of_the_average():
         assert all(torch.equal(after[name], before[name]) for name in before if name not in pairs)
 
 
-def test_evaluation_leaves_the_teacher_alone():
-    model = tiny_model(momentum_teacher=True)
+@pytest.mark.parametrize(
+    ("mode", "training"), [("eval", True), ("valid", True), ("valid", False), ("train", False)]
+)
+def test_evaluation_leaves_the_teacher_alone(mode, training):
+    model = tiny_model(momentum_teacher=True).train(training)
     before = snapshot(model)
-    model(tiny_inputs(), mode="eval")
+    found = model(tiny_inputs(), mode=mode)["predictions"]
+    assert ("mask_loss" in found) == (mode != "eval")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -106,9 +110,33 @@ def test_targets_come_from_the_second_global_view():
             assert torch.equal(found[name], expected[name]) == same, (view, name)
 
 
-def test_one_mask_is_too_few_for_a_teacher():
-    with pytest.raises(ValueError, match="num_masks must be 2 or more, got 1"):
-        tiny_model(momentum_teacher=True, num_masks=1)(tiny_inputs())
+@pytest.mark.parametrize("needs", ["momentum_teacher", "do_global_align"])
+@pytest.mark.parametrize(("masks", "views"), [(1, 2), (2, 1)])
+def test_the_second_view_has_to_be_there(needs, masks, views):
+    with pytest.raises(ValueError, match=f"num_masks is {masks}, and each image has {views}"):
+        tiny_model(num_masks=masks, **{needs: True})(tiny_inputs(views=views))
+
+
+def test_the_momentum_follows_its_schedule_and_can_be_set_from_outside():
+    model = tiny_model(
+        momentum_teacher=True,
+        teacher_momentum=0.5,
+        teacher_momentum_final=1.0,
+        teacher_momentum_schedule_steps=2,
+    )
+    found = []
+    for _ in range(4):
+        model.update_teacher()
+        found.append(model.teacher_momentum)
+    assert found == pytest.approx([0.5, 0.75, 1.0, 1.0])
+    model._step_counter.fill_(1)
+    model.update_teacher()
+    assert model.teacher_momentum == pytest.approx(0.75)
+    for other in ({"teacher_momentum_schedule_steps": 0}, {"teacher_momentum_final": 1.0}):
+        model = tiny_model(momentum_teacher=True, teacher_momentum=0.5, **other)
+        model.update_teacher()
+        assert (model.teacher_momentum, int(model._step_counter)) == (0.5, 0)
+    tiny_model().update_teacher()  # has none
 
 
 def test_a_file_without_a_teacher_starts_it_from_the_weights_loaded():

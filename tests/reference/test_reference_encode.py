@@ -46,17 +46,39 @@ def test_golden(name, dtype):
     assert_encodes_as_published(encode, expected, meta)
 
 
-def test_encode_gives_five_features_and_evaluation_the_same(tiny):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_golden_keys(dtype):
+    """All seven, in their order, of images and of a mapping that holds them."""
+    expected, meta = golden("encode-keys-tiny16")
+    model = reference_of(meta, dtype=dtype).requires_grad_()
+
+    def encode(images):
+        found = model.encode(images.to(dtype))
+        assert list(found) == meta["order_of_keys"]
+        without = [key for key, value in found.items() if not value.requires_grad]
+        assert without == meta["keys_without_gradient"]
+        again = model.encode({meta["dict_input_key"]: images.to(dtype), "labels": None})
+        assert all(torch.equal(again[key], value) for key, value in found.items())
+        return found
+
+    assert_encodes_as_published(encode, expected, meta)
+
+
+def test_shapes_of_features_and_evaluation_gives_the_same(tiny):
     batch = images(2, 96, 96, 3)
     features = tiny.encode(batch)
     shapes = {key: tuple(value.shape) for key, value in features.items()}
     assert shapes == {
         "sparse": (2, 8, 64),
         "spatial": (2, 36, 8),
-        "dense": (2, 36, 64),
+        "concat": (2, 8, 100),
         "lowrank": (2, 36, 64),
+        "dense": (2, 36, 64),
         "cls": (2, 1, 64),
+        "peak_dist": (2, 8),
     }
+    with pytest.raises(ValueError, match=r"'image' of a mapping; this one holds \['picture'\]"):
+        tiny.encode({"picture": batch})
     predictions = tiny({"image": batch}, mode="eval")["predictions"]
     for key, value in features.items():
         assert torch.equal(predictions[key], value), key

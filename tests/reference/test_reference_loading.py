@@ -1,6 +1,8 @@
 """Published files into whole and partial reference models, in every spelling in the wild."""
 
+import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stellar_fast.config import BackboneConfig, ModelConfig
-from stellar_fast.errors import CheckpointError
+from stellar_fast.errors import CheckpointError, DownloadError
 from stellar_fast.reference import STELLARModel
 from stellar_fast.reference.vqgan import VQGAN
-from stellar_fast.weights import names
+from stellar_fast.weights import backbone, names
 
 TINY = BackboneConfig(64, 2, 4, 128, 16, image_size=64)
 CONFIG = ModelConfig("tiny", TINY, num_sparse_tokens=4, num_decoder_layers=1)
@@ -36,8 +38,8 @@ def tokenizer(vq_file) -> VQGAN:
 
 
 def build(**arguments) -> STELLARModel:
-    parts = {"do_recon": False, "do_clustering": False} | arguments
-    return STELLARModel(4, num_decoder_layers=1, vit_pretrained=TINY, **parts)
+    parts = {"do_recon": False, "do_clustering": False, "vit_pretrained": TINY} | arguments
+    return STELLARModel(4, num_decoder_layers=1, **parts)
 
 
 def assert_holds(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -55,7 +57,7 @@ def test_encoder_only_build_loads_the_whole_file(published, spell, prefix):
     assert keys.missing_keys == []
     assert set(keys.unexpected_keys) == published.keys() - model.state_dict().keys()
     parts = {name.partition(".")[0] for name in model.state_dict()}
-    assert parts == {"encoder", "sparse_tokens", "dense_proj", "sparse_proj"}
+    assert parts == {"encoder", "sparse_tokens", "dense_proj", "sparse_proj", "position_embedding"}
     assert_holds(model, published)
 
 
@@ -269,5 +271,104 @@ def test_geometry_by_name_mapping_and_object(published):
         )
     assert default.config.backbone == BackboneConfig(768, 12, 12, 3072, 16)
     assert large.config.backbone.hidden_size == 1024
-    with pytest.raises(ValueError, match="vit-mae-tiny"):
-        STELLARModel(4, vit_pretrained="facebook/vit-mae-tiny")
+    by_config = STELLARModel(4, do_recon=False, do_clustering=False, vit_config=fields)
+    assert by_config.config == by_name.config
+    with pytest.raises(ValueError, match="one of vit_pretrained and vit_config"):
+        STELLARModel(4, vit_pretrained=TINY, vit_config=fields)
+
+
+VIT = {"model_type": "vit_mae", **asdict(TINY), "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+
+
+def write_vit(folder, state, suffix=".safetensors", **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(VIT | config))
+    if suffix == ".safetensors":
+        save_file(state, folder / "model.safetensors")
+    else:
+        torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("spell", [str, respell], ids=["published", "renamed"])
+@pytest.mark.parametrize("prefix", ["", "vit."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_vit_of_a_folder_fills_the_encoder(tmp_path, published, suffix, prefix, spell):
+    own = {
+        prefix + spell(name).removeprefix("encoder."): value
+        for name, value in published.items()
+        if name.startswith("encoder.") and ".pooler." not in name
+    }
+    folder = write_vit(tmp_path / "vit", own | {"decoder.mask_token": torch.zeros(3)}, suffix)
+    model = build(vit_pretrained=folder, do_clustering=True, momentum_teacher=True)
+    state = model.state_dict()
+    for name, value in published.items():
+        if name.startswith("encoder.") and ".pooler." not in name:
+            assert torch.equal(state[name], value), name
+            assert torch.equal(state[f"teacher_{name}"], value), name
+    assert state["encoder.pooler.dense.weight"].std() > 0
+
+
+def test_a_vit_that_does_not_fit_is_refused(tmp_path, published):
+    own = {n.removeprefix("encoder."): v for n, v in published.items() if n.startswith("encoder.")}
+    for number, (config, message) in enumerate(
+        [
+            ({"hidden_act": "relu"}, "this ViT has .'hidden_act': 'relu'"),
+            ({"layer_norm_eps": 1e-6}, "this ViT has .'layer_norm_eps': 1e-06"),
+            ({"model_type": "bert"}, "not the config.json of a ViT"),
+            ({"num_hidden_layers": 3}, "missing: encoder.encoder.layer.2"),
+            ({"patch_size": 0}, "patch_size must be a positive integer"),
+        ]
+    ):
+        folder = write_vit(tmp_path / str(number), own, **config)
+        with pytest.raises(CheckpointError, match=message):
+            build(vit_pretrained=folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DownloadError, match=r"config\.json: there is no such file"):
+        build(vit_pretrained=tmp_path / "empty")
+
+
+def test_a_backbone_that_cannot_be_downloaded_is_never_random_in_silence(monkeypatch, published):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match="someone/vit"):
+        build(vit_pretrained="someone/vit")
+    monkeypatch.setitem(backbone.BACKBONES, "facebook/vit-mae-base", TINY)
+    with pytest.warns(RuntimeWarning, match="random weights until a checkpoint is loaded"):
+        model = build(vit_pretrained="facebook/vit-mae-base")
+    model.load_state_dict(published, strict=False)
+    assert_holds(model, published)
+
+
+def test_parameters_are_in_the_published_order():
+    """Optimisers number them by it."""
+    model = build(do_recon=True, do_clustering=True, momentum_teacher=True, num_clusters=8)
+    names = [name for name, _ in model.named_parameters()]
+    block = [name for name in names if name.startswith("encoder.encoder.layer.0.")]
+    parts = [name.removeprefix("encoder.encoder.layer.0.") for name in block]
+    assert [part for part in parts if part.endswith("weight")] == [
+        *(f"attention.attention.{name}.weight" for name in ("query", "key", "value")),
+        "attention.output.dense.weight",
+        "intermediate.dense.weight",
+        "output.dense.weight",
+        "layernorm_before.weight",
+        "layernorm_after.weight",
+    ]
+    assert list(dict.fromkeys(name.partition(".")[0] for name in names)) == [
+        "sparse_tokens",
+        "teacher_sparse_tokens",
+        "encoder",
+        "decoder",
+        "teacher_encoder",
+        "dense_proj",
+        "sparse_proj",
+        "decoder_proj",
+        "reconstruction_head",
+        "clustering_head",
+        "cls_cluster_head",
+        "teacher_head",
+        "teacher_cls_head",
+    ]
+    assert [name for name in names if name.startswith("clustering_head.")] == [
+        "clustering_head.layer.weight",
+        *(f"clustering_head.predictor.layers.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")),
+    ]

@@ -25,6 +25,8 @@ LOSS = 1e-4  # relative
 GRADIENT = 1e-3  # relative, of gradients and of their norms
 TEACHER = 1e-6  # relative L2 of an averaged tensor: two products and a sum in float32
 PRESET = 5e-5  # absolute, of a pixel of the evaluation transform
+PRESET_ROW = 5e-4  # absolute, of the sum of a row of 224 such pixels
+PROBE = 5e-6  # relative L2 of a probe's logits: a LayerNorm eps of 1e-12 shows
 TIE = 1e-3  # tokens may differ where the two best logits are no further apart
 
 # Two float64 evaluations of one formula: thousands of roundings of 1.1e-16.

@@ -46,7 +46,7 @@ class Encoder(Protocol):
     max_batch: int
 
     def encode(
-        self, images: Any, *, outputs: Collection[str] | None = ..., check_range: bool = ...
+        self, images: Any, *, outputs: Collection[str] | None = ...
     ) -> dict[str, Tensor]: ...
 
 
@@ -106,7 +106,6 @@ class Pipeline:
         configuration = plan.configuration
         self._batch_size: int = configuration["batch_size"]
         self._features: list[str] = configuration["features"]
-        self._check_range = configuration["preset"] != "eval"  # its bicubic overshoots [0, 1]
         none = engine.encode(torch.zeros((0, *SHAPE), dtype=torch.uint8), outputs=self._features)
         self._shapes = {name: tuple(none[name].shape[1:]) for name in self._features}
         self._copies = Copies(engine.device)
@@ -339,9 +338,7 @@ class Pipeline:
             if isinstance(thing, _Batch):
                 with self.timer.stage("encode"):
                     images = self._copies.use(thing.moving)
-                    features = self._engine.encode(
-                        images, outputs=self._features, check_range=self._check_range
-                    )
+                    features = self._engine.encode(images, outputs=self._features)
                     ahead.append((thing, self._copies.down(features)))
                 batches += 1
             else:
