@@ -1,10 +1,11 @@
 """Products on 8-bit integers: weights by output channel, inputs by static scales that images give.
 
 Three things keep the error down. Outlying channels of an input move into the weights: input channel
-c is multiplied by 1 / s_c and its column of weights by s_c, s_c a power of how far the channel and
-its column reach, which the rounding of the input has in it at no cost. The range of what enters is
-the one with the least error behind the weights, not the widest: a rare number is rather cut off
-than all others made coarse. And the mean of what rounding does to each output goes into the bias.
+c is multiplied by 1 / s_c and its column of weights by s_c, made of how far the channel and its
+column reach; behind a norm that is one more factor, behind attention it is in the values already.
+The range of what enters is the one with the least error behind the weights, not the widest: a rare
+number is rather cut off than all others made coarse. And the mean of what rounding does to each
+output goes into the bias.
 
 Scales are sought block by block on a sample of the rows that float32 brings there.
 """
@@ -30,6 +31,7 @@ POWERS = (0.35, 0.5, 0.65)  # of the input's reach in s_c, the rest the weights'
 INPUT_CUTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the whole range
 WEIGHT_CUTS = (1.0, 0.94, 0.88, 0.82)
 TINY = 1e-8
+UNSCALED = ("proj", "fc2")  # what has no factors of its input's channels, once all is done
 
 
 def _values(x: Tensor, reach: Tensor) -> Tensor:
@@ -70,15 +72,15 @@ class Inputs:
     high: Tensor
 
 
-def quantized(layer: Linear, seen: Inputs) -> Int8Linear:
-    """`layer`, in float32, on integers."""
+def quantized(layer: Linear, seen: Inputs, scaled: bool = True) -> Int8Linear:
+    """`layer`, in float32, on integers; `scaled` if its input channels may have factors."""
     inputs = torch.cat(seen.rows)
     exact = inputs @ layer.weight.T
     reach = torch.maximum(-seen.low, seen.high).clamp_min(TINY)
     of_weight = layer.weight.abs().amax(0).clamp_min(TINY)
+    factors = [of_weight ** (1 - power) / reach**power for power in POWERS]
     errors, found = [], []
-    for power in POWERS:
-        channels = of_weight ** (1 - power) / reach**power
+    for channels in factors if scaled else [torch.ones_like(reach)]:
         weight, x = layer.weight / channels, inputs * channels
         whole = torch.stack([(seen.low * channels).amin(), (seen.high * channels).amax()])
         limits = _reach(x, whole, weight.square().sum(0))
@@ -92,9 +94,8 @@ def quantized(layer: Linear, seen: Inputs) -> Int8Linear:
     step = _step(weight, x.square().mean(0))
     integers = _integers(weight, step)
     lost = (exact - _values(x, limits) @ integers.mul(step[:, None]).T).mean(0)
-    return Int8Linear(
-        integers.to(torch.int8), layer.bias + lost, Int8Scales(step, channels, limits)
-    )
+    scales = Int8Scales(step, channels if scaled else None, limits)
+    return Int8Linear(integers.to(torch.int8), layer.bias + lost, scales)
 
 
 def quantized_encoder(
@@ -129,7 +130,11 @@ def quantized_encoder(
         seen: dict[int, Inputs] = {}
         chunks = [run(_watched(ops, seen, sample), block, chunk) for chunk in chunks]
         layers = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
-        layers = {name: quantized(layer, seen[id(layer.weight)]) for name, layer in layers.items()}
+        # Behind GELU factors would be one more product for each of its many numbers.
+        layers = {
+            name: quantized(layer, seen[id(layer.weight)], scaled=name != "fc2")
+            for name, layer in layers.items()
+        }
         blocks.append(_unscaled_attention(type(block)(**layers)))
     return dataclasses.replace(weights, blocks=tuple(blocks[:-1]), last=blocks[-1])
 
@@ -182,7 +187,9 @@ def unmeasured(encoder: EncoderWeights) -> EncoderWeights:
 
     def block(node: Any) -> Any:
         layers = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
-        return type(node)(**{name: layer(each, name != "proj") for name, each in layers.items()})
+        return type(node)(
+            **{name: layer(each, name not in UNSCALED) for name, each in layers.items()}
+        )
 
     return dataclasses.replace(
         encoder, blocks=tuple(map(block, encoder.blocks)), last=block(encoder.last)
