@@ -283,7 +283,8 @@ def extract(
         if plan_only:
             engine = load(device=names[0])
             made = extraction.prepare(job, extraction.identify(engine), engine.max_batch, facts)
-            typer.echo(f"{output}: {made.images} images in {len(made.partitions)} partitions")
+            left = f"; left out: {extraction.told(job.skipped)}" if job.skipped else ""
+            typer.echo(f"{output}: {made.images} images in {len(made.partitions)} partitions{left}")
             return
         try:
             if ray is not None:

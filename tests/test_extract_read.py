@@ -60,7 +60,7 @@ def test_links_are_followed_but_not_round_in_circles(tmp_path):
     assert ids(discover(tmp_path / "in")) == ["a.jpg", "linked/b.jpg"]
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_a_failed_line(tmp_path, monkeypatch):
     touch(tmp_path, "a.jpg", "locked/b.jpg")
     scandir = os.scandir
 
@@ -70,8 +70,9 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
+    assert ids(discover(tmp_path)) == ["a.jpg", "locked"]
     with pytest.raises(PermissionError, match="locked"):
-        discover(tmp_path)
+        discover(tmp_path / "locked")
 
 
 def test_a_list_keeps_its_order_and_counts_paths_from_its_own_folder(tmp_path):

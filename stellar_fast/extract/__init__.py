@@ -2,6 +2,7 @@
 
 from .devices import device_names
 from .input import discover
+from .input.sieve import told
 from .job import DEFAULT_FEATURES, Job, identify, parse_share, plan, prepare, todo
 from .output.foreign import DTYPES, FEATURES
 from .output.layout import Plan, check_sums, complete, read_manifest, read_plan
@@ -34,4 +35,5 @@ __all__ = [
     "run",
     "run_devices",
     "todo",
+    "told",
 ]

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..images.presets import check_preset
 from ..images.reader import MAX_PIXELS
 from .input import discover
 from .input.addresses import Allowed, is_address, localized, shown
+from .input.sieve import Sieve
 from .output.folder import Locks, check_output, clear
 from .output.foreign import DTYPES, FEATURES, FORMATS
 from .output.layout import (
@@ -49,6 +50,7 @@ class Job:
         items: the images; None where those of an existing plan are taken as they are.
         batch_size: None is the existing plan's, or else the engine's `max_batch`.
         share: (k, n): only every n-th partition, from the k-th on; k is from 1 to n.
+        skipped: what the input has beside its images, by the reason.
     """
 
     output: Path
@@ -58,6 +60,7 @@ class Job:
     options: Options
     share: tuple[int, int]
     overwrite: bool
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def features(self) -> list[str]:
@@ -170,7 +173,8 @@ def plan(
         "partition_size": size,
     }
     allowed = Allowed.of(os.fspath(source), allow_protocols, allow_hosts)
-    items = None if resume else discover(source, column, allowed)
+    sieve = Sieve()
+    items = None if resume else discover(source, column, allowed, sieve)
     if existing is not None:
         _check_same(target, existing.configuration, configuration)
         if batch_size is None:
@@ -181,7 +185,9 @@ def plan(
     options = Options(
         workers, on_error, max_errors, retry_failed, dummy_reader, dummy_writer, allowed, limits
     )
-    return Job(target, configuration, items, batch_size, options, share, overwrite)
+    return Job(
+        target, configuration, items, batch_size, options, share, overwrite, dict(sieve.skipped)
+    )
 
 
 def parse_share(text: str) -> tuple[int, int]:

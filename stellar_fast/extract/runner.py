@@ -92,7 +92,7 @@ def summarized(
 ) -> Iterator[tuple[list[int], Summary, Progress]]:
     """What is to be done, and places to count it; `stats.json` is written whatever happens."""
     indices, done = todo(job, made)
-    summary = Summary(workers=job.options.workers)
+    summary = Summary(workers=job.options.workers, skipped=job.skipped)
     for manifest in done.values():
         summary.earlier_images += manifest["images"]
         summary.earlier_failed += manifest["failed"]

@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .input.sieve import told
+
 STAGES = ("read", "decode", "wait", "encode", "blocked", "write")
 # Share of the engine's time without work from which another stage limits the run.
 IDLE = 0.1
@@ -53,6 +55,7 @@ class Summary:
         engines: processes that encoded.
         workers: decoding processes of all engines.
         earlier_images, earlier_failed: of the partitions that were complete before.
+        skipped: what the input has beside its images, by the reason; empty where it was not listed.
     """
 
     images: int = 0
@@ -62,6 +65,7 @@ class Summary:
     workers: int = 1
     earlier_images: int = 0
     earlier_failed: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
@@ -98,6 +102,7 @@ class Summary:
             "earlier_images": self.earlier_images,
             "rows": self.rows,
             "failed": self.failed,
+            "skipped": dict(self.skipped),
             "partitions": self.partitions,
             "engines": self.engines,
             "workers": self.workers,
@@ -109,13 +114,14 @@ class Summary:
     def __str__(self) -> str:
         total = self.seconds.get("total", 0.0)
         earlier = f"{self.earlier_images} images were done before" if self.earlier_images else ""
+        left = f"; left out: {told(self.skipped)}" if self.skipped else ""
         if not self.images:
-            return f"nothing to do, {earlier}"
+            return f"nothing to do, {earlier}{left}"
         text = (
             f"{self.images} images, {self.rows} rows, {self.failed} failed, {total:.2f} s, "
             f"{self.images / total:.1f} images/s"
         )
-        return f"{text}; {earlier}" if earlier else text
+        return (f"{text}; {earlier}" if earlier else text) + left
 
     @property
     def stages(self) -> str:
