@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from .callers import unaffected
 from .config import MODELS, ModelConfig
 from .engine import backends
 from .engine.backends import resolve_device
@@ -37,6 +40,7 @@ VQ_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
 PathLike = str | os.PathLike[str]
 
 
+@unaffected
 def load(
     name: str,
     *,
@@ -91,7 +95,7 @@ def load(
     if weights not in ("pretrained", "synthetic"):
         raise ValueError(f"weights must be 'pretrained' or 'synthetic', got {weights!r}")
     target = resolve_device(device)
-    located = None
+    located = hashed = None
     if weights == "pretrained":
         located = hub.locate(
             name,
@@ -101,6 +105,7 @@ def load(
             token=token,
             local_files_only=local_files_only,
         )
+        hashed = _hashed(located.weights)
         precision = _precision_of(located.weights, precision)
     precision = resolve_precision(precision, target)
     resolved = backends.resolve_backend(backend, target, precision)
@@ -136,9 +141,26 @@ def load(
         max_batch=max_batch,
         max_patches=max_patches,
         weights=source,
+        weights_sha256=None if hashed is None else hashed.result(),
         backend=resolved,
         cuda_graphs=cuda_graphs,
     )
+
+
+def _hashed(path: Path) -> Future[str]:
+    """The SHA-256 of a file as it is now, computed while its tensors are read and packed: later
+    there may be another file of this name."""
+    file = path.open("rb")
+
+    def digest() -> str:
+        with file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    pool = ThreadPoolExecutor(1, "sha256")
+    try:
+        return pool.submit(digest)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _precision_of(path: Path, asked: str) -> str:
@@ -154,6 +176,7 @@ def _precision_of(path: Path, asked: str) -> str:
     return saved
 
 
+@unaffected
 def load_stellar(
     name: str,
     purpose: Literal["encode", "reconstruct", "pretrain"] = "encode",

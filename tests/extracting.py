@@ -54,7 +54,8 @@ class Wrapped:
     """An engine with another `encode`."""
 
     def __init__(self, engine, encode) -> None:
-        for name in ("config", "device", "precision", "backend", "weights", "max_batch"):
+        names = ("config", "device", "precision", "backend", "max_batch")
+        for name in (*names, "weights", "weights_sha256"):
             setattr(self, name, getattr(engine, name))
         self.encode = encode
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..callers import unaffected
 from ..config import ModelConfig
 from ..engine.backends import resolve_device
 from ..errors import ForkError, StellarError
@@ -91,6 +92,7 @@ class Engine:
         max_batch: int,
         weights: str,
         max_patches: int = MAX_PATCHES,
+        weights_sha256: str | None = None,
         backend: str = "torch",
         cuda_graphs: bool = False,
     ) -> None:
@@ -106,6 +108,7 @@ class Engine:
         self.max_batch = max_batch
         self.max_patches = max_patches
         self.weights = weights
+        self.weights_sha256 = weights_sha256
         self.backend = backend
         self.cuda_graphs = cuda_graphs
         self._ops = backends.ops_of(backend)
@@ -143,6 +146,7 @@ class Engine:
             "an Engine cannot be pickled; load one in each process with stellar_fast.load"
         )
 
+    @unaffected
     def encode(
         self,
         images: Any,
@@ -204,6 +208,7 @@ class Engine:
             self._chunked(encode_chunk, (batch,), out, grid)
         return out
 
+    @unaffected
     def reconstruct(
         self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -256,6 +261,7 @@ class Engine:
             self._chunked(reconstruct_chunk, parts, out)
         return out
 
+    @unaffected
     def calibrate(self, images: Any, *, preset: str = "card") -> Engine:
         """Sets the static scales of an fp8 engine by what `images` bring forth; returns the engine.
 
@@ -287,6 +293,7 @@ class Engine:
         self._place(weights, self._decoder, self.device)
         return self
 
+    @unaffected
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the packed weights, for `load(name, repo=folder)`; fp8 scales included.
 
@@ -303,6 +310,7 @@ class Engine:
         """This engine, always in evaluation mode; for code written for the published module."""
         return self
 
+    @unaffected
     def to(self, device: str | torch.device) -> Engine:
         """Moves the weights, as a module's `to` does, and returns this engine.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +26,6 @@ from .output.layout import (
     difference,
     digest_of,
     read_plan,
-    sha256_of,
     write_plan,
 )
 from .work.pipeline import Encoder, Options
@@ -254,24 +252,12 @@ def _partitions(items: Sequence[Item], size: int) -> list[Partition]:
 
 def identify(engine: Encoder) -> dict[str, Any]:
     """What decides an engine's features: for the plan's configuration."""
+    digest = engine.weights_sha256
     return {
         "model": json.loads(json.dumps(asdict(engine.config))),
-        "weights": _weights_identity(engine.weights),
+        "weights": f"sha256:{digest}" if digest is not None else engine.weights,
         "precision": engine.precision,
     }
-
-
-def _weights_identity(weights: str) -> str:
-    path = Path(weights)
-    if not path.is_file():
-        return weights  # no file, such as "synthetic"
-    status = path.stat()
-    return f"sha256:{_cached_sha256(str(path), status.st_mtime_ns, status.st_size)}"
-
-
-@functools.lru_cache(8)
-def _cached_sha256(path: str, modified: int, size: int) -> str:
-    return sha256_of(path)
 
 
 def prepare(

@@ -21,6 +21,7 @@ MAX_DIRECTORY = 64 << 20
 MAX_ZEROS = 64 << 20
 # Links that are followed for one, as Linux has it, and characters of a path with links in it.
 MAX_HOPS, MAX_FOLLOWED = 40, 1024
+_ZIP_MEMBER = b"PK\x03\x04"
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -314,7 +315,7 @@ class Zip:
         first = min((info.header_offset for info in self._zip.infolist()), default=0)
         file.seek(0)
         # Its directory is at the end of the file, and tells nothing of what another one has.
-        if first and file.read(4) == zipfile.stringFileHeader:
+        if first and file.read(4) == _ZIP_MEMBER:
             raise ValueError(f"{place}: has another zip before the one that is read; unpack it")
 
     def names(self) -> list[str]:

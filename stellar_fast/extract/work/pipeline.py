@@ -46,6 +46,7 @@ class Encoder(Protocol):
     precision: str
     backend: str
     weights: str
+    weights_sha256: str | None  # of the file that they were loaded from
     max_batch: int
 
     def encode(
@@ -141,7 +142,8 @@ class Pipeline:
         self._batch_size: int = configuration["batch_size"]
         self._features: list[str] = configuration["features"]
         self._check_range = configuration["preset"] != "eval"  # its bicubic overshoots [0, 1]
-        none = engine.encode(torch.zeros((0, *SHAPE), dtype=torch.uint8), outputs=self._features)
+        nothing = torch.zeros((0, *SHAPE), dtype=torch.uint8, device="cpu")
+        none = engine.encode(nothing, outputs=self._features)
         self._shapes = {name: tuple(none[name].shape[1:]) for name in self._features}
         self._copies = Copies(engine.device)
         self._buffers: queue.Queue[Tensor] = queue.Queue()

@@ -1,0 +1,68 @@
+"""What a caller has switched on in torch for the whole process, and the engine must not see."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_CPU = torch.device("cpu")
+
+
+def unaffected(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, which then does what it does without `torch.set_default_device`,
+    `torch.set_float32_matmul_precision` and `torch.compile`, a graph break of its caller."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_dynamo_compiling():
+            # Packed weights are of types that it cannot look into. It is imported by now.
+            return torch._dynamo.disable(function)(*args, **kwargs)
+        with on_cpu(), _exact_products():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def on_cpu() -> AbstractContextManager[object]:
+    """Tensors that are made in here without a device are on the CPU."""
+    return nullcontext() if torch.get_default_device() == _CPU else _CPU
+
+
+class _Kept:
+    """The precision that the caller has set, while any thread is in `_exact_products`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.precision = ""
+
+
+_KEPT = _Kept()
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of float32 have float32's precision in here. The setting is the process's: another
+    thread's products may have it too meanwhile."""
+    if torch.get_float32_matmul_precision() == "highest" and not _KEPT.inside:
+        yield
+        return
+    with _KEPT.lock:
+        if not _KEPT.inside:
+            _KEPT.precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+        _KEPT.inside += 1
+    try:
+        yield
+    finally:
+        with _KEPT.lock:
+            _KEPT.inside -= 1
+            if not _KEPT.inside:
+                torch.set_float32_matmul_precision(_KEPT.precision)

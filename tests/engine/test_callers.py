@@ -1,0 +1,94 @@
+"""Whatever the caller has switched on in torch, the engine gives the same bits."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from engines import image, small_engine
+from extracting import feature, index
+from pictures import photograph
+
+import stellar_fast
+from stellar_fast.callers import unaffected
+from stellar_fast.extract import plan, run
+from stellar_fast.images import load_image
+
+
+def test_the_default_device_of_the_caller(tmp_path):
+    photograph(40, 30).save(tmp_path / "a.png")
+    engine = small_engine()
+    x = image(2, 32, 32)
+    before = engine.encode(x), load_image(tmp_path / "a.png", "eval")
+    try:
+        torch.set_default_device("meta")
+        for found, wanted in zip(
+            (small_engine_loaded().encode(x), engine.encode(x)), (None, before[0]), strict=True
+        ):
+            for name, value in found.items():
+                assert value.device.type == "cpu", name
+                assert wanted is None or torch.equal(value, wanted[name])
+        assert torch.equal(load_image(tmp_path / "a.png", "eval"), before[1])
+        for listed in ([tmp_path / "a.png"], [], np.zeros((1, 32, 32, 3), np.uint8)[:, ::-1]):
+            assert engine.encode(listed, preset="eval")["cls"].device.type == "cpu"
+        for preset in ("card", "eval"):
+            (tmp_path / "in").mkdir(exist_ok=True)
+            photograph(40, 30).save(tmp_path / "in" / "a.png")
+            run(plan(tmp_path / "in", tmp_path / preset, preset=preset), engine)
+            assert index(tmp_path / preset)["status"] == ["ok"]
+        engine.save(tmp_path / "saved")
+        assert torch.empty(1).device.type == "meta"  # the caller's own, still
+    finally:
+        torch.set_default_device(None)
+    assert np.isfinite(feature(tmp_path / "eval", "cls")).all()
+
+
+def small_engine_loaded():
+    return stellar_fast.load("stellar-b16", weights="synthetic", device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_precision_of_the_callers_products(precision):
+    engine, x = small_engine(), image(2, 32, 32)
+    before = engine.encode(x)
+    seen = []
+    inner = unaffected(lambda: seen.append(torch.get_float32_matmul_precision()))
+    try:
+        torch.set_float32_matmul_precision(precision)
+        after = engine.encode(x)
+        inner()
+        unaffected(inner)()
+        threads = [threading.Thread(target=unaffected(inner)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with pytest.raises(ZeroDivisionError):
+            unaffected(lambda: 1 / 0)()
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"] * 10
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_compiled_callers_break_their_graph():
+    """The packed weights are of types that no compiler looks into."""
+    engine, x = small_engine(), image(2, 32, 32)
+    before = engine.encode(x)
+
+    class Head(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.engine, self.head = engine, torch.nn.Linear(64, 3)
+
+        def forward(self, x):
+            return self.head(self.engine.encode(x, outputs=("cls",))["cls"]).sum()
+
+    after = torch.compile(engine.encode, backend="eager")(x)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    head = Head()
+    loss = torch.compile(head, backend="eager")(x)
+    assert torch.allclose(loss, head(x))
+    loss.backward()
+    assert head.head.weight.grad is not None
