@@ -287,7 +287,8 @@ def complete_jpeg(file: IO[bytes]) -> tuple[IO[bytes], ...] | None:
     tells nothing: of a picture in several scans, or one of whose restart intervals some are absent.
     The file's position is changed.
     """
-    content = bare("JPEG", file).file.read()
+    file.seek(0)
+    content = file.read()
     facts = _frame_of(content)
     if facts is None:
         return None

@@ -21,7 +21,8 @@
 7. Greyscale and 1-bit: three equal channels. CMYK and YCCK: Adobe's inverted convention in JPEG,
    then the plain conversion. YCbCr, HSV and LAB: Pillow's conversion. ICC profiles are not applied.
 8. More than 8 bits a channel: the 8 high ones of as many as the file says (Pillow's own conversion
-   of greyscale clips to white), and white is where the file says that it is. 32-bit integers are
+   of greyscale clips to white; colours of JPEG 2000 and PNM are rounded instead), and white is
+   where the file says that it is. 32-bit integers are
    taken as 16-bit values and refused outside 0..65535, as are negative 8-bit ones; floats are
    refused, as they have no agreed range.
 9. Pillow's warnings (damaged metadata) never decide. They reach Python's `warnings` as they are,
@@ -43,7 +44,8 @@ import stat
 import struct
 import threading
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from io import BytesIO, UnsupportedOperation
 from typing import IO, Any, cast
 
@@ -59,6 +61,7 @@ from ..errors import ImageError
 from . import metadata
 from .jpeg import count_scans
 from .jpeg2000 import check as check_jpeg2000
+from .jpeg2000 import with_another_bit
 from .settings import without_settings
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image
@@ -253,14 +256,22 @@ def _decode_format(name: str, file: IO[bytes], max_pixels: int) -> Image.Image:
         for key, value in (("exif", bare.exif), ("xmp", bare.xmp)):
             if value is not None:
                 image.info[key] = value
-        low = None
+        mend = None
         if _raw_mode(image) == _RGB16 and "transparency" in image.info:
             with _opened(name, bare.file) as low:
                 check_costs(low, max_pixels)
                 # Of 16 bits, this gives the low byte where the other one gives the high one.
                 low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
                 low.load()
-        return _to_rgb(image, max_pixels, low)
+            mend = partial(_without_colour, low=low, key=image.info["transparency"])
+        elif name == "JPEG2000" and image.mode in ("LA", "RGB", "RGBA"):
+            coarse = with_another_bit(file)
+            if coarse is not None:
+                check_costs(image, max_pixels)
+                with _opened(name, coarse) as other:
+                    other.load()
+                mend = partial(_unwrapped, coarse=other)
+        return _to_rgb(image, max_pixels, mend)
 
 
 def _opened(name: str, file: IO[bytes]) -> ImageFile.ImageFile:
@@ -304,28 +315,42 @@ def _check_pnm(file: IO[bytes], max_pixels: int) -> None:
 _BEFORE_OPENING = {"WEBP": _check_webp, "PPM": _check_pnm}
 
 
-def _to_rgb(image: Image.Image, max_pixels: int, low: Image.Image | None = None) -> Image.Image:
+def _to_rgb(
+    image: Image.Image,
+    max_pixels: int,
+    mend: Callable[[Image.Image], Image.Image] | None = None,
+) -> Image.Image:
     """
     Args:
-        low: of 16 bits a channel, a picture of the low bytes.
+        mend: gives the pixels that are meant for those that Pillow loaded.
     """
     check_size(*image.size, max_pixels)
     check_costs(image, max_pixels)
     key = _key_of(image)
+    if isinstance(image, TiffImageFile):
+        _name_samples(image)
     image.load()
     check_size(*image.size, max_pixels)  # some formats learn their size while decoding
     # After loading: TIFF orients itself there, and drops the tag.
     transpose = _TRANSPOSE.get(orientation_of(image))
-    if low is None:
-        rgb = _convert(image, key)
-    else:
-        rgb = _without_colour(image, low, image.info["transparency"])
+    rgb = _convert(image if mend is None else mend(image), key)
     if transpose is not None:
         rgb = rgb.transpose(transpose)
     elif rgb is image:
         rgb = rgb.copy()
     rgb.info = {}  # or the orientation would be applied again to what is upright now
     return rgb
+
+
+def _name_samples(image: TiffImageFile) -> None:
+    """Of planes of 16 bits that are not packed, Pillow takes each for one of 8."""
+    bits = image.tag_v2.get(_TIFF_BITS, (1,))[0]
+    order = "L" if image.tag_v2.prefix == b"II" else "B"
+    for at, tile in enumerate(image.tile):
+        if bits == 16 and tile.codec_name == "raw" and isinstance(tile.args, tuple):
+            plane, *others = tile.args
+            if plane in ("R", "G", "B", "A"):
+                image.tile[at] = tile._replace(args=(f"{plane};16{order}", *others))
 
 
 def _raw_mode(image: Image.Image) -> Any:
@@ -353,7 +378,11 @@ def _key_of(image: Image.Image) -> Any:
 
 
 def _without_colour(image: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image.Image:
-    """An RGB picture in white where it has a colour of 16 bits."""
+    """A picture in white where it has a colour of 16 bits a channel.
+
+    Args:
+        image, low: of the high and of the low bytes.
+    """
     pixels, others = np.array(image), np.asarray(low)
     hidden = np.ones(pixels.shape[:2], bool)
     for channel, value in enumerate(key):
@@ -361,6 +390,17 @@ def _without_colour(image: Image.Image, low: Image.Image, key: tuple[int, ...]) 
         hidden &= others[..., channel] == value & 255
     pixels[hidden] = BACKGROUND[:3]
     return Image.fromarray(pixels)
+
+
+def _unwrapped(image: Image.Image, coarse: Image.Image) -> Image.Image:
+    """A picture of more than 8 bits whose brightest values Pillow rounds up to 256, and so to 0.
+
+    Args:
+        coarse: the same with values above 128 for those of the brighter half.
+    """
+    pixels = np.array(image)
+    pixels[(pixels == 0) & (np.asarray(coarse) > 128)] = 255
+    return Image.fromarray(pixels, image.mode)
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
