@@ -9,6 +9,8 @@ torch and all that needs it are imported inside the commands, so that help is qu
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,9 +64,33 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """The console script."""
+    _open_streams()
     # Pillow warns of damaged metadata that change no pixel, in the middle of the progress bar.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     app(prog_name="stellar-fast")
+
+
+def _open_streams() -> None:
+    """Gives a process that was started without some of its three streams those of nobody: files
+    that it opened would be taken for them, and written to."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            mode = "w" if descriptor else "r"
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Prints a line; where nobody reads any longer, as behind `| head -1`, nothing."""
+    try:
+        typer.echo(printable(text, keep="\n"), err=err)
+    except BrokenPipeError:
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, 2 if err else 1)  # or flushing at the end would fail too
+        os.close(nobody)
 
 
 @contextmanager
@@ -75,12 +101,12 @@ def _reported(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         if debug:
             raise
-        typer.echo("error: interrupted", err=True)
+        _say("error: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except (StellarError, ValueError, TypeError, OSError) as error:
         if debug:
             raise
-        typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
+        _say(f"error: {printable(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -88,7 +114,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from . import __version__
 
-        typer.echo(f"stellar-fast {__version__}")
+        _say(f"stellar-fast {__version__}")
         raise typer.Exit
 
 
@@ -122,7 +148,7 @@ def models() -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        typer.echo("  ".join(cells).rstrip())
+        _say("  ".join(cells).rstrip())
 
 
 @app.command()
@@ -159,6 +185,9 @@ def extract(
     column: Annotated[
         str | None, typer.Option(help="Of a table of paths: the only one, path, url or file.")
     ] = None,
+    skip_duplicates: Annotated[
+        bool, typer.Option("--skip-duplicates", help="Leave out lines that name a file again.")
+    ] = False,
     preset: Preset = "card",
     precision: Precision = "auto",
     devices: Annotated[
@@ -251,6 +280,7 @@ def extract(
             batch_size=batch_size,
             partition_size=partition_size,
             column=column,
+            skip_duplicates=skip_duplicates,
             workers=workers,
             max_pixels=max_pixels,
             decode_seconds=decode_seconds,
@@ -284,7 +314,7 @@ def extract(
             engine = load(device=names[0])
             made = extraction.prepare(job, extraction.identify(engine), engine.max_batch, facts)
             left = f"; left out: {extraction.told(job.skipped)}" if job.skipped else ""
-            typer.echo(f"{output}: {made.images} images in {len(made.partitions)} partitions{left}")
+            _say(f"{output}: {made.images} images in {len(made.partitions)} partitions{left}")
             return
         try:
             if ray is not None:
@@ -301,14 +331,17 @@ def extract(
                     job, load, names, facts=facts, log_seconds=log_seconds
                 )
         except KeyboardInterrupt:
-            typer.echo("complete parts stay: the same command goes on from there", err=True)
+            _say("complete parts stay: the same command goes on from there", err=True)
             raise
-        typer.echo(f"{output}: {summary}")
+        _say(f"{output}: {summary}")
         if summary.images:
-            typer.echo(f"  {summary.stages}")
+            _say(f"  {summary.stages}")
         if summary.all_failed:
             reasons = f"the reasons are in {output}/part-*/index.parquet"
-            typer.echo(f"{summary.all_failed} images failed; {reasons}", err=True)
+            _say(f"{summary.all_failed} images failed; {reasons}", err=True)
+            if not dummy_writer:
+                for line in extraction.told_failures(job.output):
+                    _say(line, err=True)
     if summary.all_failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -346,9 +379,10 @@ def maps(
             revision=revision,
             local_files_only=local_files_only,
         )
-        title = f"{engine.config.name}: {image.name}"
+        synthetic = " (synthetic weights)" if engine.weights == "synthetic" else ""
+        title = f"{engine.config.name}{synthetic}: {image.name}"
         save_spatial(output, engine, photograph, preset, title)
-        typer.echo(f"{output}: {engine.config.num_sparse_tokens} maps")
+        _say(f"{output}: {engine.config.num_sparse_tokens} maps")
 
 
 @app.command()
@@ -388,7 +422,7 @@ def reconstruct(
         out = engine.reconstruct(engine.encode(pixels[None], outputs=("lowrank",)))
         pixels = out["reconstruction"][0]
         save_picture(output, pixels)
-        typer.echo(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
+        _say(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
 
 
 @app.command()
@@ -403,7 +437,7 @@ def demo(
     with _reported(debug):
         from .demo import demo as run_demo
 
-        run_demo(out, model, say=typer.echo)
+        run_demo(out, model, say=_say)
 
 
 def _load(model: str, *, repo: str | None, **arguments: Any) -> Engine:
@@ -411,5 +445,5 @@ def _load(model: str, *, repo: str | None, **arguments: Any) -> Engine:
 
     engine = load(model, repo=repo or PUBLISHED_REPO, **arguments)
     if engine.weights == "synthetic":
-        typer.echo("note: the weights are synthetic, random numbers: nothing was learned", err=True)
+        _say("note: the weights are synthetic, random numbers: nothing was learned", err=True)
     return engine

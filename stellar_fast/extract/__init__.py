@@ -1,6 +1,7 @@
 """Features of many images: what to read, the plan, the pipeline, and what is written."""
 
 from .devices import device_names
+from .failures import told_failures
 from .input import discover
 from .input.sieve import told
 from .job import DEFAULT_FEATURES, Job, identify, parse_share, plan, prepare, todo
@@ -36,4 +37,5 @@ __all__ = [
     "run_devices",
     "todo",
     "told",
+    "told_failures",
 ]

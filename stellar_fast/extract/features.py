@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import StellarError
+from ..files import is_machines, told_of
 from .output.layout import PathLike, Plan, check_sums, complete, read_plan
 from .output.readers import Opened, ok, read_index
 
@@ -182,6 +183,10 @@ class Features:
             try:
                 check_sums(self.folder, self._plan, manifest["partition"])
             except (StellarError, OSError) as error:
+                if is_machines(error) or is_machines(error.__cause__ or error):
+                    raise StellarError(
+                        f"{self.folder}: cannot be read: {told_of(error)}"
+                    ) from error
                 damaged.append((self._plan.partitions[manifest["partition"]].name, str(error)))
         if damaged:
             names = _listed([name for name, _ in damaged])

@@ -76,6 +76,7 @@ def plan(
     batch_size: int | None = None,
     partition_size: int | None = None,
     column: str | None = None,
+    skip_duplicates: bool = False,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
     decode_seconds: float = DECODE_SECONDS,
@@ -104,6 +105,7 @@ def plan(
         batch_size: images in one call of the engine.
         partition_size: images in one partition; `PARTITION_SIZE` if left out.
         column: of a table, the one with the paths.
+        skip_duplicates: leave out lines of a list that name a file again; an error otherwise.
         workers: processes that decode; None is one for each core.
         max_pixels: the largest width times height of an image.
         decode_seconds: to decode one image in.
@@ -120,6 +122,7 @@ def plan(
             or that was begun with another configuration or other images.
         StellarError: the existing plan cannot be read.
     """
+    source, output = (os.path.expanduser(os.fspath(path)) for path in (source, output))
     chosen = _check_features(features)
     for name, value, known in (
         ("dtype", dtype, DTYPES),
@@ -172,7 +175,7 @@ def plan(
     }
     allowed = Allowed.of(os.fspath(source), allow_protocols, allow_hosts)
     sieve = Sieve()
-    items = None if resume else discover(source, column, allowed, sieve)
+    items = None if resume else discover(source, column, allowed, sieve, skip_duplicates)
     if existing is not None:
         _check_same(target, existing.configuration, configuration)
         if batch_size is None:

@@ -139,7 +139,9 @@ class Progress:
             total: images to do.
             seconds: between lines.
         """
-        self._bar = tqdm(total=total, unit="image", disable=None)
+        silent = total == 0 or sys.stderr is None  # there is nothing to tell, or nobody
+        self._bar = tqdm(total=total, unit="image", disable=silent or None)
+        self._silent = silent
         self._total, self._every = total, seconds
         self._done = self._failed = 0
         self._start = self._last = time.perf_counter()
@@ -157,7 +159,7 @@ class Progress:
         self._seconds.update(seconds)
         self._bar.update(images)
         now = time.perf_counter()
-        if not self._bar.disable or now - self._last < self._every:
+        if self._silent or not self._bar.disable or now - self._last < self._every:
             return
         rate = (self._done - self._last_done) / (now - self._last)
         summary = Summary(seconds=dict.fromkeys(STAGES, 0.0) | dict(self._seconds))

@@ -23,6 +23,7 @@ def discover(
     column: str | None = None,
     allowed: Allowed | None = None,
     sieve: Sieve | None = None,
+    skip_duplicates: bool = False,
 ) -> list[Item]:
     """The images of a folder, of lists or of tars; whether they can be read is found out later.
 
@@ -43,7 +44,8 @@ def discover(
     Args:
         column: of a table, the one with the paths; the only one, or one of `COLUMNS`, if left out.
         allowed: what may be opened beyond the defaults; the input's own host, if left out.
-        sieve: counts what a folder or tars have beside their images.
+        sieve: counts what is left out: what a folder or tars have beside their images, and lines.
+        skip_duplicates: leave out lines of lists that name a file again.
 
     Raises:
         ValueError: none of these, no image in it, one image twice, or an address that may not be
@@ -66,7 +68,7 @@ def discover(
     elif suffix == TAR_SUFFIX:
         items = read_tars(text, root, names, sieve, allowed)
     elif suffix in LISTS:
-        items = read_lists(names, suffix, column, allowed)
+        items = read_lists(names, suffix, column, allowed, sieve, skip_duplicates)
     elif len(names) > 1:
         raise ValueError(
             f"{shown(text)}: a pattern names tars or lists; this names {shown(names[0])}"

@@ -7,12 +7,13 @@ are read, `web` which hosts.
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import re
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ...errors import ImageError
@@ -168,6 +169,17 @@ def _filesystem(address: Address) -> tuple[Any, str]:
         raise ValueError(f"{shown(str(address))}: {error}") from None
 
 
+def check_stores(protocols: Iterable[str]) -> None:
+    """Raises ValueError where the package that reads a store is missing, before any image is."""
+    from fsspec import get_filesystem_class
+
+    for protocol in sorted(set(protocols) - LOCAL - WEB - ARCHIVES):
+        try:
+            get_filesystem_class(protocol)
+        except ImportError as error:
+            raise ValueError(f"{protocol}://: {error}") from None
+
+
 # Lists, tars and archives
 
 
@@ -301,7 +313,7 @@ def expand(pattern: str, allowed: Allowed = NOTHING_MORE) -> tuple[str, list[str
     Raises:
         ValueError: a wildcard that matches nothing; more names than there may be.
     """
-    front, chain, back = pattern.partition("::")
+    front, chain, back = pattern.partition("::") if is_address(pattern) else (pattern, "", "")
     on_the_web = is_address(pattern) and parse(pattern).protocol in WEB
     if on_the_web:
         front, chain, back = pattern, "", ""
@@ -311,7 +323,8 @@ def expand(pattern: str, allowed: Allowed = NOTHING_MORE) -> tuple[str, list[str
     found: list[str] = []
     for name in expand_braces(pattern):
         check(name, allowed)
-        if on_the_web or not re.search(r"[*?\[]", name.partition("::")[0]):
+        shape = name.partition("::")[0] if is_address(name) else name
+        if on_the_web or not re.search(r"[*?\[]", shape):
             found.append(name)
             continue
         matches = _glob(name, allowed)
@@ -323,13 +336,13 @@ def expand(pattern: str, allowed: Allowed = NOTHING_MORE) -> tuple[str, list[str
 
 def _glob(pattern: str, allowed: Allowed) -> list[str]:
     if not is_address(pattern):
-        pattern = f"file://{os.path.abspath(pattern)}"
+        return sorted(glob.glob(os.path.abspath(pattern), recursive=True))
     address = parse(check(pattern, allowed)) if not parse(pattern).local else parse(pattern)
+    if address.protocol in LOCAL:
+        return _glob(address.path, allowed)
     with _told(pattern):
         if address.protocol in ARCHIVES:
             raise ValueError(f"{shown(pattern)}: no pattern is read inside an archive")
         fs, path = _filesystem(address)
         matches = sorted(fs.glob(path))
-        if address.protocol in LOCAL:
-            return matches
         return sorted(_whole(address, _rest(fs.unstrip_protocol(match))) for match in matches)

@@ -15,8 +15,8 @@ from ...printable import printable
 from ..footer import Group, read_footer
 from ..records import Item
 from .addresses import Address, Allowed, check, is_address, localized, parse, scrubbed, shown
-from .door import open_file
-from .sieve import SUFFIXES, suffix_of
+from .door import check_stores, open_file
+from .sieve import SUFFIXES, Sieve, suffix_of
 
 # What the column of paths may be called, where a table has several.
 COLUMNS = ("path", "url", "file")
@@ -33,8 +33,19 @@ DELTA = (5, 6, 7)  # of parquet.thrift, Encoding: what Arrow cannot read as a di
 Lines = Iterator[tuple[int, str]]
 
 
-def read_lists(names: list[str], suffix: str, column: str | None, allowed: Allowed) -> list[Item]:
+def read_lists(
+    names: list[str],
+    suffix: str,
+    column: str | None,
+    allowed: Allowed,
+    sieve: Sieve,
+    skip_duplicates: bool,
+) -> list[Item]:
     """The images that lists name, in their order.
+
+    Args:
+        sieve: counts the lines that are left out.
+        skip_duplicates: leave out lines that name a file again; they are an error otherwise.
 
     Raises:
         ValueError: a list cannot be read, names no images, one twice, or what may not be read.
@@ -69,11 +80,14 @@ def read_lists(names: list[str], suffix: str, column: str | None, allowed: Allow
                     where, id = _locate(line, own, allowed)
                 except ValueError as error:
                     raise ValueError(f"{shown(name)}, line {number}: {error}") from None
+                if where in first and skip_duplicates:
+                    sieve.skip("lines that name a file again")
+                    continue
                 numbers.append(number)
                 if where in first:
                     raise ValueError(
                         f"{line_of(first[where])} and {line_of(len(items))} name the same file, "
-                        f"{shown(where)}; every image may be listed once"
+                        f"{shown(where)}; every image may be listed once, or --skip-duplicates"
                     )
                 first[where] = len(items)
                 items.append(Item(id, where))
@@ -81,7 +95,12 @@ def read_lists(names: list[str], suffix: str, column: str | None, allowed: Allow
                     raise ValueError(f"{shown(name)}: more than the limit of {MAX_LINES} lines")
         if len(items) == starts[-1]:
             raise ValueError(f"{shown(name)}: the list names no images")
+    check_stores({_store_of(where) for where in first if is_address(where)})
     return items
+
+
+def _store_of(where: str) -> str:
+    return where.rpartition("::")[2].partition("://")[0]
 
 
 def _locate(line: str, own: Address, allowed: Allowed) -> tuple[str, str]:
@@ -89,6 +108,8 @@ def _locate(line: str, own: Address, allowed: Allowed) -> tuple[str, str]:
     if is_address(line):
         return check(line, allowed, local=own.local), shown(line)
     if own.protocol == "file":  # a list on this machine, as it is
+        if line.startswith("~/"):
+            line = os.path.expanduser(line)
         where = os.path.join(os.path.dirname(own.path), line)
         return check(line, allowed) if line.startswith("/") else _path(where, line), printable(line)
     check(line, allowed)  # how it is spelled

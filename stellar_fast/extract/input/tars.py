@@ -58,6 +58,9 @@ def _read_tar(root: str, allowed: Allowed, place: str) -> tuple[list[Item], Siev
     except FileNotFoundError:
         raise ValueError(f"{shown(place)}: no such tar") from None
     with file:
+        if file.seek(0, 2) == 0:
+            sieve.skip("empty tars")
+            return [], sieve
         for name, member in files(file, shown(place)):
             if not sieve.keeps(name):
                 continue

@@ -149,8 +149,14 @@ class Pipeline:
         self._buffers: queue.Queue[Tensor] = queue.Queue()
         dtype = pixels_dtype(configuration["preset"])
         # One is filled, others wait, and others are encoded.
-        for _ in range(BATCHES_AHEAD + 2 + self._copies.ahead):
-            self._buffers.put(self._copies.buffer(self._batch_size, dtype))
+        try:
+            for _ in range(BATCHES_AHEAD + 2 + self._copies.ahead):
+                self._buffers.put(self._copies.buffer(self._batch_size, dtype))
+        except (RuntimeError, MemoryError) as error:
+            raise StellarError(
+                f"not enough memory for batches of {self._batch_size} images; give a smaller "
+                "--batch-size"
+            ) from error
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._made: dict[str, Any] = {
