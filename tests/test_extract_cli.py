@@ -188,7 +188,7 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
     flags = "--features cls,dense --overwrite --local-files-only --revision main --device cpu"
     more = "--format parquet --partition-size 9 --on-error record --max-errors 8 --dummy-reader"
     limits = "--max-pixels 1000000 --decode-seconds 9 --worker-memory 3000"
-    allow = "--allow-host nas:80 --allow-protocol ftp --allow-host other"
+    allow = "--allow-host nas:80 --allow-protocol ftp --allow-host other --skip-duplicates"
     result = invoke(
         *("extract", tmp_path, tmp_path / "out", "--repo", repo, "--model", "small"),
         *f"{arguments} {flags} {more} {limits} {allow}".split(),
@@ -202,6 +202,7 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
         "batch_size": 5,
         "partition_size": 9,
         "column": None,
+        "skip_duplicates": True,
         "workers": 3,
         "on_error": "record",
         "max_errors": 8,
