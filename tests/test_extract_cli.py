@@ -264,6 +264,7 @@ def test_ray_is_handed_the_job_and_chooses_devices_itself(repo, picture, tmp_pat
         return Summary(images=2, rows=1, seconds=dict.fromkeys((*extract.stats.STAGES, "total"), 1))
 
     monkeypatch.setattr(ray_runner, "run", run)
+    monkeypatch.setattr(extract, "told_failures", lambda output: [])  # there is none
     arguments = ("extract", tmp_path, tmp_path / "out", "--repo", repo, "--model", "small")
     result = invoke(*arguments, "--ray", "head:6379", "--workers", 3, "--log-seconds", 7)
     assert result.exit_code == cli.SOME_FAILED, result.output

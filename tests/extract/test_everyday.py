@@ -180,6 +180,8 @@ def test_lines_that_name_a_file_again(repo, tmp_path):
     sieve = Sieve()
     assert ids(source, skip_duplicates=True, sieve=sieve) == ["0.png", "1.png"]
     assert sieve.skipped == {"lines that name a file again": 2}
+    (tmp_path / "in" / "m.txt").write_text("1.png\n")
+    assert ids(f"{tmp_path}/in/?.txt", skip_duplicates=True) == ["0.png", "1.png"]
     arguments = ("extract", source, tmp_path / "out", *small(repo))
     refused(invoke(*arguments), "line 1 and .*line 3 name the same file.*--skip-duplicates")
     result = invoke(*arguments, "--skip-duplicates")
@@ -193,7 +195,7 @@ def test_a_store_whose_package_is_missing_is_told_before_any_work(monkeypatch, t
     monkeypatch.setattr("fsspec.get_filesystem_class", missing)
     for line in ("s3://bucket/a.jpg", "zip://a.jpg::s3://bucket/a.zip"):
         (tmp_path / "l.txt").write_text(f"https://host/b.jpg\n{line}\n")
-        with pytest.raises(ValueError, match="s3://: Install s3fs"):
+        with pytest.raises(ValueError, match="l.txt: names s3:// addresses: Install s3fs"):
             discover(tmp_path / "l.txt")
     (tmp_path / "l.txt").write_text("https://host/b.jpg\nc.jpg\nzip://a.jpg::/x/a.zip\n")
     assert len(discover(tmp_path / "l.txt")) == 3

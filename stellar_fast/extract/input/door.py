@@ -22,6 +22,7 @@ from . import web
 from .addresses import (
     ARCHIVES,
     LOCAL,
+    STORES,
     WEB,
     Address,
     Allowed,
@@ -169,15 +170,19 @@ def _filesystem(address: Address) -> tuple[Any, str]:
         raise ValueError(f"{shown(str(address))}: {error}") from None
 
 
-def check_stores(protocols: Iterable[str]) -> None:
-    """Raises ValueError where the package that reads a store is missing, before any image is."""
+def check_stores(protocols: Iterable[str], name: str) -> None:
+    """Raises ValueError where the package that reads a store is missing: before any image is read.
+
+    Args:
+        name: of the list that names addresses of these protocols.
+    """
     from fsspec import get_filesystem_class
 
-    for protocol in sorted(set(protocols) - LOCAL - WEB - ARCHIVES):
+    for protocol in sorted(STORES.intersection(protocols)):
         try:
             get_filesystem_class(protocol)
         except ImportError as error:
-            raise ValueError(f"{protocol}://: {error}") from None
+            raise ValueError(f"{name}: names {protocol}:// addresses: {error}") from None
 
 
 # Lists, tars and archives

@@ -70,6 +70,7 @@ def read_lists(
             raise ValueError(f"{shown(name)}: no such list") from None
         place = localized(name)
         own = parse(place) if is_address(place) else Address("file", place)
+        number = 0
         with file:
             for number, line in lines(file, shown(name), column, own):
                 if len(line) > MAX_LINE:
@@ -93,9 +94,10 @@ def read_lists(
                 items.append(Item(id, where))
                 if len(items) > MAX_LINES:
                     raise ValueError(f"{shown(name)}: more than the limit of {MAX_LINES} lines")
-        if len(items) == starts[-1]:
+        if not number:
             raise ValueError(f"{shown(name)}: the list names no images")
-    check_stores({_store_of(where) for where in first if is_address(where)})
+        places = (item.file for item in items[starts[-1] :])
+        check_stores({_store_of(place) for place in places if is_address(place)}, shown(name))
     return items
 
 
@@ -272,6 +274,7 @@ def _parquet_lines(file: IO[bytes], name: str, column: str | None, own: Address)
 
     try:
         groups = read_footer(file)  # before Arrow, which a damaged one may end the process of
+        _check_alone(file)
     except ValueError as error:
         raise ValueError(f"{name}: cannot be read as Parquet: {error}") from None
     try:
@@ -289,6 +292,18 @@ def _parquet_lines(file: IO[bytes], name: str, column: str | None, own: Address)
         raise
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet: {_said(error)}") from None
+
+
+def _check_alone(file: IO[bytes]) -> None:
+    """Raises ValueError where two Parquet files follow each other: the last one's footer would be
+    read, and by it the first one's pages."""
+    file.seek(0)
+    before = b""
+    while block := file.read(1 << 20):
+        if b"PAR1PAR1" in before + block:  # the end of one and the beginning of the next
+            raise ValueError("several such files follow each other in it; give them one by one")
+        before = block[-7:]
+    file.seek(0)
 
 
 def _sparing(batches: Iterator[Any]) -> Iterator[Any]:
