@@ -35,13 +35,34 @@ def on_cpu() -> AbstractContextManager[object]:
     return nullcontext() if torch.get_default_device() == _CPU else _CPU
 
 
+def _precisions() -> tuple[str, ...]:
+    """What products of float32 are computed in, by whichever of torch's two interfaces the caller
+    has set it: the older one fails where it was the newer."""
+    try:
+        return (torch.get_float32_matmul_precision(),)
+    except RuntimeError:
+        return tuple(backend.matmul.fp32_precision for backend in _BACKENDS)
+
+
+def _set_precisions(values: tuple[str, ...]) -> None:
+    if len(values) == 1:
+        torch.set_float32_matmul_precision(values[0])
+        return
+    for backend, value in zip(_BACKENDS, values, strict=True):
+        backend.matmul.fp32_precision = value
+
+
+_BACKENDS = (torch.backends.cuda, torch.backends.mkldnn)
+_EXACT = ("highest", "ieee", "none")
+
+
 class _Kept:
-    """The precision that the caller has set, while any thread is in `_exact_products`."""
+    """The precisions that the caller has set, while any thread is in `_exact_products`."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.inside = 0
-        self.precision = ""
+        self.precisions: tuple[str, ...] = ()
 
 
 _KEPT = _Kept()
@@ -51,13 +72,14 @@ _KEPT = _Kept()
 def _exact_products() -> Iterator[None]:
     """Products of float32 have float32's precision in here. The setting is the process's: another
     thread's products may have it too meanwhile."""
-    if torch.get_float32_matmul_precision() == "highest" and not _KEPT.inside:
+    if not _KEPT.inside and all(value in _EXACT for value in _precisions()):
         yield
         return
     with _KEPT.lock:
         if not _KEPT.inside:
-            _KEPT.precision = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
+            _KEPT.precisions = _precisions()
+            exact = "highest" if len(_KEPT.precisions) == 1 else "ieee"
+            _set_precisions((exact,) * len(_KEPT.precisions))
         _KEPT.inside += 1
     try:
         yield
@@ -65,4 +87,4 @@ def _exact_products() -> Iterator[None]:
         with _KEPT.lock:
             _KEPT.inside -= 1
             if not _KEPT.inside:
-                torch.set_float32_matmul_precision(_KEPT.precision)
+                _set_precisions(_KEPT.precisions)

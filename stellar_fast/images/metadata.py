@@ -23,10 +23,16 @@ from typing import IO, Any, cast
 
 # Runs of bytes that are left in; behind so many, all is.
 MAX_PIECES = 1 << 16
-MAX_NOTE = 1 << 20  # bytes of Exif or XMP
+MAX_NOTE, MAX_NOTES = 1 << 20, 16  # bytes of Exif or XMP, and chunks that may hold some
 _XMP_OF_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_OF_PNG = b"XML:com.adobe.xmp"
 _EXIF_OF_TEXT = b"Raw profile type exif"
+_NOTES = {  # chunks of a PNG, and what those begin with that may hold an orientation
+    b"eXIf": b"",
+    b"tEXt": _EXIF_OF_TEXT,
+    b"zTXt": _EXIF_OF_TEXT,
+    b"iTXt": _XMP_OF_PNG,
+}
 # Segments that are looked at: all with a length that may be before the first scan.
 _START_OF_SCAN, _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 
@@ -113,7 +119,7 @@ def _bare_png(file: IO[bytes]) -> Bare:
     length, at, pieces = _length(file), 8, _Pieces()
     result = Bare(file)
     pieces.add(0, 8)
-    kind = b""
+    kind, notes = b"", 0
     while at + 8 <= length and kind != b"IEND" and len(pieces.found) < MAX_PIECES:
         file.seek(at)
         size, kind = struct.unpack(">I4s", file.read(8))
@@ -122,9 +128,12 @@ def _bare_png(file: IO[bytes]) -> Bare:
         end = min(at + 12 + size, length)
         if kind[:1].isupper() or kind == b"tRNS":
             pieces.add(at, end - at)
-        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and size <= MAX_NOTE:
+        elif kind in _NOTES and size <= MAX_NOTE and notes < MAX_NOTES:
             body, check = file.read(size), file.read(4)
-            if check == zlib.crc32(kind + body).to_bytes(4, "big"):
+            if body.startswith(_NOTES[kind]) and check == zlib.crc32(kind + body).to_bytes(
+                4, "big"
+            ):
+                notes += 1
                 _note_png(result, kind, body)
         at = end
     if kind != b"IEND" and at < length:
@@ -144,7 +153,7 @@ def _note_png(result: Bare, kind: bytes, body: bytes) -> None:
         result.xmp = _unpacked(text) if packed else text
     elif kind != b"iTXt" and keyword == _EXIF_OF_TEXT and result.exif is None:
         text = _unpacked(text[1:]) if kind == b"zTXt" else text
-        digits = b"".join(text.split(b"\n")[3:])  # below a name and a length
+        digits = b"".join(b"".join(text.split(b"\n")[3:]).split())  # below a name and a length
         if re.fullmatch(rb"(?:[0-9A-Fa-f]{2})+", digits):
             result.exif = bytes.fromhex(digits.decode("ascii"))
 
@@ -294,7 +303,7 @@ def complete_jpeg(file: IO[bytes]) -> tuple[IO[bytes], ...] | None:
         return None
     units, interval, scan = facts
     expected = -(-units // interval) - 1 if interval else 0
-    if len(re.findall(rb"\xff[\xd0-\xd7]", content[scan:])) != expected:
+    if sum(1 for _ in re.finditer(rb"\xff[\xd0-\xd7]", content[scan:])) != expected:
         return None
     if re.search(rb"\xff[^\x00\xd0-\xd7\xff]", content[scan:], re.DOTALL):
         return None  # more than pixels follows

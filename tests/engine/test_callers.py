@@ -1,13 +1,18 @@
 """Whatever the caller has switched on in torch, the engine gives the same bits."""
 
+import subprocess
+import sys
 import threading
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from engines import image, small_engine
 from extracting import feature, index
 from pictures import photograph
+from tiny import BACKBONE
 
 import stellar_fast
 from stellar_fast.callers import unaffected
@@ -23,7 +28,7 @@ def test_the_default_device_of_the_caller(tmp_path):
     try:
         torch.set_default_device("meta")
         for found, wanted in zip(
-            (small_engine_loaded().encode(x), engine.encode(x)), (None, before[0]), strict=True
+            (loaded(tmp_path / "repo").encode(x), engine.encode(x)), (None, before[0]), strict=True
         ):
             for name, value in found.items():
                 assert value.device.type == "cpu", name
@@ -43,8 +48,11 @@ def test_the_default_device_of_the_caller(tmp_path):
     assert np.isfinite(feature(tmp_path / "eval", "cls")).all()
 
 
-def small_engine_loaded():
-    return stellar_fast.load("stellar-b16", weights="synthetic", device="cpu", precision="fp32")
+def loaded(folder):
+    write_checkpoint(
+        folder, "tiny", backbone=asdict(BACKBONE), num_sparse_tokens=2, num_decoder_layers=1
+    )
+    return stellar_fast.load("tiny", repo=folder, device="cpu", precision="fp32")
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -70,6 +78,22 @@ def test_the_precision_of_the_callers_products(precision):
         torch.set_float32_matmul_precision("highest")
     assert seen == ["highest"] * 10
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["mkldnn", "cuda", ""])
+def test_the_newer_interface_of_precisions(name):
+    """In a process of its own: torch cannot go back to the older one."""
+    place = f"torch.backends.{name}.matmul" if name else "torch.backends"
+    probe = (
+        "import torch; from stellar_fast.callers import unaffected\n"
+        "b = torch.backends; both = lambda: (b.cuda.matmul.fp32_precision, "
+        "b.mkldnn.matmul.fp32_precision)\n"
+        f"{place}.fp32_precision = 'tf32'; before = both()\n"
+        "inside = unaffected(both)(); assert set(inside) <= {'ieee', 'none'}, inside\n"
+        "assert both() == before and 'tf32' in before, (before, both())"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_compiled_callers_break_their_graph():

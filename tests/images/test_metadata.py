@@ -3,6 +3,7 @@
 import io
 import struct
 import threading
+import time
 import warnings
 import zlib
 
@@ -120,6 +121,15 @@ def test_pieces_are_bounded(monkeypatch):
     monkeypatch.setattr(metadata, "MAX_PIECES", 5)
     many = b"".join(chunk(b"PLTE", bytes(3)) + chunk(b"tEXt", b"k\0v") for _ in range(50))
     np.testing.assert_array_equal(pixels(png_with(many)), np.asarray(PICTURE))
+
+
+def test_notes_that_unpack_to_much_are_bounded():
+    """Each of thousands to a megabyte: together, a minute."""
+    one = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(metadata.MAX_NOTE)))
+    data = png_with(*[one] * 5000)
+    began = time.process_time()
+    np.testing.assert_array_equal(pixels(data), np.asarray(PICTURE))
+    assert time.process_time() - began < 2
 
 
 # JPEG
