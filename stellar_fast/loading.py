@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .callers import unaffected
 from .config import MODELS, ModelConfig
 from .engine import backends
 from .engine.backends import resolve_device
+from .engine.callers import unaffected
 from .engine.engine import MAX_PATCHES, Engine
 from .errors import CheckpointError
 from .precision import DTYPES, resolve_precision

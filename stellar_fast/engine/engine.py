@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..callers import unaffected
 from ..config import ModelConfig
 from ..engine.backends import resolve_device
 from ..errors import ForkError, StellarError
@@ -20,6 +19,7 @@ from ..weights.packed import DecoderWeights, EncoderWeights, map_nodes, position
 from ..weights.quantize import calibrated
 from . import backends, decoder, encoder
 from .caching import ByteCache
+from .callers import unaffected
 from .encoder import OUTPUTS
 from .graphs import CudaRecorder, GraphRunner
 from .inputs import as_batch, as_features, check_patches

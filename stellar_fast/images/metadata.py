@@ -248,21 +248,49 @@ _TIFF_TAGS = frozenset(
 
 def _repaired_tiff(content: bytes) -> bytes | None:
     """With the first page's directory of only those tags."""
-    order = {b"II": "<", b"MM": ">"}[content[:2]]
-    if struct.unpack_from(f"{order}H", content, 2)[0] == 43:
-        (first,) = struct.unpack_from(f"{order}Q", content, 8)
-        count_of, entry, pointer = "Q", 20, 8
-    else:
-        (first,) = struct.unpack_from(f"{order}I", content, 4)
-        count_of, entry, pointer = "H", 12, 4
-    (count,) = struct.unpack_from(order + count_of, content, first)
-    start = first + struct.calcsize(order + count_of)
-    entries = [content[at : at + entry] for at in range(start, start + count * entry, entry)]
+    order, first, kind, size, places = _directory(content)
+    entries = [content[at : at + size] for at in places]
     kept = [one for one in entries if struct.unpack_from(f"{order}H", one)[0] in _TIFF_TAGS]
-    if len(kept) == len(entries) or any(len(one) < entry for one in kept):
+    if len(kept) == len(entries) or any(len(one) < size for one in kept):
         return None
-    directory = struct.pack(order + count_of, len(kept)) + b"".join(kept) + bytes(pointer)
+    pointer = bytes(8 if kind == "Q" else 4)  # to no other page
+    directory = struct.pack(order + kind, len(kept)) + b"".join(kept) + pointer
     return content[:first] + directory + content[first + len(directory) :]
+
+
+def _directory(content: bytes) -> tuple[str, int, str, int, range]:
+    """Of a TIFF: its byte order, where the first directory begins, the type of its count, the bytes
+    of an entry, and where each entry is.
+
+    Raises:
+        struct.error: there is none.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(content[:2], "<")
+    big = struct.unpack_from(f"{order}H", content, 2)[0] == 43
+    kind, size = ("Q", 20) if big else ("H", 12)
+    (first,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", content, 8 if big else 4)
+    (count,) = struct.unpack_from(order + kind, content, first)
+    start = first + struct.calcsize(order + kind)
+    if start + count * size > len(content):
+        raise struct.error("the directory is cut off")
+    return order, first, kind, size, range(start, start + count * size, size)
+
+
+def as_black_is_zero(file: IO[bytes]) -> bytes | None:
+    """A greyscale TIFF whose 0 is white as one whose 0 is black, its negative; None of others. The
+    file's position is changed."""
+    file.seek(0)
+    content = bytearray(file.read())
+    try:
+        order, _, _, size, places = _directory(bytes(content))
+    except struct.error:
+        return None
+    tags = {struct.unpack_from(f"{order}H", content, at)[0]: at for at in places}
+    at = tags.get(262, 0) + (12 if size == 20 else 8)  # the photometric interpretation
+    if 262 not in tags or 338 in tags or struct.unpack_from(f"{order}H", content, at)[0] != 0:
+        return None
+    struct.pack_into(f"{order}H", content, at, 1)
+    return bytes(content)
 
 
 def _repaired_jp2(content: bytes) -> bytes | None:

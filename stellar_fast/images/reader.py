@@ -17,7 +17,8 @@
 5. Several frames or pages: the first; a PIL image gives the frame it stands at.
 6. Transparency (an alpha channel, a transparent palette entry, a transparent colour) is composited
    over white, which pages show behind such pictures; dropping the channel would show whatever
-   colour the transparent pixels happen to hold. A BMP whose alpha is 0 everywhere has none.
+   colour the transparent pixels happen to hold. A BMP whose alpha is 0 everywhere has none, nor
+   has a TIFF that does not say that its fourth channel is alpha.
 7. Greyscale and 1-bit: three equal channels. CMYK and YCCK: Adobe's inverted convention in JPEG,
    then the plain conversion. YCbCr, HSV and LAB: Pillow's conversion. ICC profiles are not applied.
 8. More than 8 bits a channel: the 8 high ones of as many as the file says (Pillow's own conversion
@@ -50,7 +51,7 @@ from io import BytesIO, UnsupportedOperation
 from typing import IO, Any, cast
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -78,8 +79,10 @@ REASON_LENGTH = 300
 _PNM_HEADER = re.compile(rb"P[456](?:(?:\s|#[^\r\n]*[\r\n])++\d++){2}\s")
 _PNM_HEADER_BYTES = 1 << 16
 _TIFF_TILE = (322, 323)  # tags: width and height of a tile
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PALETTE, _TIFF_SAMPLE_FORMAT = 258, 262, 320, 339
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PALETTE = 258, 262, 320
+_TIFF_EXTRA_SAMPLES, _TIFF_SAMPLE_FORMAT = 338, 339
 _RGB16 = "RGB;16B"
+_UNKNOWN_PIXELS = "unknown pixel mode"  # Pillow's words
 
 # Held where this module changes the process's warning filters, so that its threads restore them in
 # turn.
@@ -181,6 +184,10 @@ class _Damaged(ImageError):
     """A file that cannot be opened as what it begins like."""
 
 
+class _Unknown(_Damaged):
+    """Pixels of a kind that Pillow does not know."""
+
+
 def _decode_file(file: IO[bytes], max_pixels: int) -> Image.Image:
     try:
         file.seek(0)
@@ -192,7 +199,11 @@ def _decode_file(file: IO[bytes], max_pixels: int) -> Image.Image:
     except Exception as error:
         if _is_final(error):
             raise
-        other = _decode_repaired(name, file, max_pixels)
+        other = None
+        if not isinstance(error, _Unknown):
+            other = _decode_repaired(name, file, max_pixels)
+        elif (negative := metadata.as_black_is_zero(file)) is not None:
+            other = ImageOps.invert(_decode_format(name, BytesIO(negative), max_pixels))
         if other is None:
             raise
         return other
@@ -282,6 +293,9 @@ def _opened(name: str, file: IO[bytes]) -> ImageFile.ImageFile:
         return cast("ImageFile.ImageFile", opener(file, ""))
     except (SyntaxError, IndexError, TypeError, struct.error) as error:
         reason = _one_line(error) or type(error).__name__
+        if reason == _UNKNOWN_PIXELS:
+            reason = f"{name} with samples of a kind, depth or order that is not read"
+            raise _Unknown("", reason) from error
         raise _Damaged("", f"damaged {name} file: {reason}") from error
 
 
@@ -369,12 +383,27 @@ def _key_of(image: Image.Image) -> Any:
         return key
     raw_mode = _raw_mode(image)
     if isinstance(key, int) and image.mode == "L":
-        bits = {"L;2": 2, "L;4": 4}.get(raw_mode, 8)
+        bits = _grey_bits(image, key) if raw_mode is None else {"L;2": 2, "L;4": 4}.get(raw_mode, 8)
         return (key & ((1 << bits) - 1)) * (255 // ((1 << bits) - 1))
     if isinstance(key, tuple):
-        wide = raw_mode == _RGB16 or max(key) > 255
-        return tuple(value >> 8 if wide else value for value in key)
+        # Of 16 bits there are but the high bytes; loaded, such a key alone tells that there were.
+        wide = raw_mode == _RGB16 or (raw_mode is None and max(key) > 255)
+        return tuple(value >> 8 if wide else value & 255 for value in key)
     return key
+
+
+def _grey_bits(image: Image.Image, key: int) -> int:
+    """The depth of a loaded grey PNG in the file, which Pillow does not keep: one by which the
+    transparent value is among the pixels, or else 8."""
+    counts = image.histogram()
+    if key < 256 and counts[key]:
+        return 8
+    for bits in (2, 4):
+        step = 255 // ((1 << bits) - 1)
+        spread = all(value % step == 0 for value, count in enumerate(counts) if count)
+        if spread and key < 1 << bits:
+            return bits
+    return 8
 
 
 def _without_colour(image: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image.Image:
@@ -466,9 +495,12 @@ def _convert(image: Image.Image, key: Any) -> Image.Image:
 
 
 def _has_unused_alpha(image: Image.Image) -> bool:
-    """Of a BMP, whose fourth channel many programs leave at 0."""
-    bmp = isinstance(image, BmpImageFile) and image.mode == "RGBA"
-    return bmp and image.getchannel("A").getextrema() == (0, 0)
+    """Of a BMP, whose fourth channel many programs leave at 0, and of a TIFF that does not say what
+    the fourth one is."""
+    unsaid = isinstance(image, BmpImageFile) or (
+        isinstance(image, TiffImageFile) and _TIFF_EXTRA_SAMPLES not in image.tag_v2
+    )
+    return unsaid and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
 
 
 def _over_background(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from pictures import photograph
 from tiny import BACKBONE
 
 import stellar_fast
-from stellar_fast.callers import unaffected
+from stellar_fast.engine.callers import unaffected
 from stellar_fast.extract import plan, run
 from stellar_fast.images import load_image
 
@@ -85,7 +85,7 @@ def test_the_newer_interface_of_precisions(name):
     """In a process of its own: torch cannot go back to the older one."""
     place = f"torch.backends.{name}.matmul" if name else "torch.backends"
     probe = (
-        "import torch; from stellar_fast.callers import unaffected\n"
+        "import torch; from stellar_fast.engine.callers import unaffected\n"
         "b = torch.backends; both = lambda: (b.cuda.matmul.fp32_precision, "
         "b.mkldnn.matmul.fp32_precision)\n"
         f"{place}.fp32_precision = 'tf32'; before = both()\n"

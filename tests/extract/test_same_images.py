@@ -213,6 +213,15 @@ def test_entries_that_cannot_be_read_stop_nothing(tmp_path):
     assert found(root / "x.tar")[0] == ["a.png"]  # a folder of this name
 
 
+def test_a_folder_among_the_files_of_a_pattern(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of("a.jpg"))
+    touch(tmp_path, "b.tar/b.jpg")
+    for pattern in ("*.tar", "{a,b}.tar"):
+        ids, skipped = found(tmp_path / pattern)
+        assert ids == ["a.jpg"]
+        assert skipped == {"folders among the files of a pattern": 1}
+
+
 def test_paths_longer_than_the_system_takes(tmp_path):
     touch(tmp_path, "a.jpg")
     here = os.getcwd()

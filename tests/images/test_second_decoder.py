@@ -123,6 +123,18 @@ def test_png_grey(bits, keyed, dirty):
         np.testing.assert_array_equal(pixels(data), expected)
 
 
+@pytest.mark.parametrize("bits", GREY)
+def test_png_grey_that_the_caller_has_loaded(bits):
+    numbers = drawn(bits, 1)
+    for key in (0, 1, (1 << bits) - 1):
+        numbers[3, 5] = key
+        data = png(numbers, bits, 0, key_of(np.array([key])))
+        with Image.open(io.BytesIO(data)) as image:
+            lazy = np.asarray(decode(image))
+            np.testing.assert_array_equal(np.asarray(decode(image)), lazy)  # loaded by now
+        np.testing.assert_array_equal(lazy, pixels(data))
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("keyed", [False, True])
 def test_png_rgb(bits, keyed):
@@ -135,6 +147,9 @@ def test_png_rgb(bits, keyed):
     if keyed:
         expected[(numbers == key).all(-1)] = 255
     np.testing.assert_array_equal(pixels(data), expected)
+    if keyed and bits == 8:
+        dirty = png(numbers, bits, 2, key_of(key.astype(np.uint16) + 256))
+        np.testing.assert_array_equal(pixels(dirty), expected)
     if keyed:
         with Image.open(io.BytesIO(data)) as lazy:  # not read by this package alone
             found = np.asarray(decode(lazy))
@@ -205,8 +220,8 @@ def test_tiff_grey(bits, white, order, packed):
     try:
         found = pixels(data)
     except ImageError as error:
-        assert "unknown pixel mode" in error.reason
-        assert bits in (12, 16)  # of which Pillow knows some
+        assert "kind, depth or order" in error.reason
+        assert bits == 12 and order == ">"
         return
     np.testing.assert_array_equal(found, expected)
 
@@ -214,7 +229,7 @@ def test_tiff_grey(bits, white, order, packed):
 def test_tiffs_that_are_read():
     """Depths and polarities that must not become errors."""
     for bits, order, photometric in (
-        *((12, "<", 1), (16, "<", 0), (16, "<", 1), (16, ">", 1)),
+        *((12, "<", 0), (12, "<", 1), (16, "<", 0), (16, "<", 1), (16, ">", 0), (16, ">", 1)),
         *((bits, order, p) for bits in (1, 2, 4, 8) for order in "<>" for p in (0, 1)),
     ):
         for packed in (None, "zlib"):
@@ -308,11 +323,39 @@ def test_signed_and_other_numbers_are_errors():
     for numbers in (signed, drawn(16, 1).astype(np.int16) - 5, drawn(8, 1).astype(np.float32)):
         with io.BytesIO() as file:
             tifffile.imwrite(file, numbers[..., 0], photometric="minisblack")
-            with pytest.raises(ImageError, match=r"negative|outside|float|unknown pixel mode"):
+            with pytest.raises(ImageError, match=r"negative|outside|float|kind, depth or order"):
                 decode(file.getvalue())
     with io.BytesIO() as file:
         tifffile.imwrite(file, np.abs(signed[..., 0] // 2), photometric="minisblack")
         np.testing.assert_array_equal(pixels(file.getvalue())[..., 0], np.abs(signed[..., 0] // 2))
+
+
+def test_a_fourth_channel_of_a_tiff_that_is_not_explained():
+    """All 0, it is none; otherwise it is alpha, as Pillow has it."""
+    numbers = drawn(8, 4)
+    for alpha, expected in (
+        (0, numbers[..., :3]),
+        (None, over_white(numbers[..., :3], numbers[..., 3:])),
+    ):
+        written = numbers.copy()
+        if alpha is not None:
+            written[..., 3] = alpha
+        data = bytearray(tiff(written, 8, extrasamples=["unassalpha"], metadata=None))
+        at = data.index(struct.pack("<HHI", 338, 3, 1))
+        struct.pack_into("<H", data, at, 65000)  # a private tag in its place
+        assert np.abs(pixels(bytes(data)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("top", [1, 3, 15, 100, 255, 1023, 4095, 65535])
+@pytest.mark.parametrize("kind", [b"P5", b"P6"])
+def test_pnm_of_any_depth(kind, top):
+    channels = 1 if kind == b"P5" else 3
+    numbers = np.random.default_rng(top).integers(0, top + 1, (HEIGHT, WIDTH, channels))
+    numbers[0, 0], numbers[0, 1] = 0, top
+    body = numbers.astype(">u2" if top > 255 else np.uint8).tobytes()
+    found = pixels(kind + f" {WIDTH} {HEIGHT} {top}\n".encode() + body)
+    assert np.abs(found - rgb_of(numbers * 255 / top)).max() <= 1
+    assert (found[0, 0] == 0).all() and (found[0, 1] == 255).all()
 
 
 # BMP, by hand

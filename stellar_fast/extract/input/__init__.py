@@ -58,6 +58,10 @@ def discover(
     root, names = (text[: text.rfind("/") + 1], [text])
     if is_address(text) or not os.path.lexists(text):
         root, names = door.expand(text, allowed)
+        folders = {name for name in names if not is_address(name) and os.path.isdir(name)}
+        if len(folders) < len(names):  # or one is the input
+            names = [name for name in names if name not in folders]
+            sieve.skip("folders among the files of a pattern", len(folders))
     suffixes = {_suffix(name) for name in names}
     if len(suffixes) > 1 and suffixes & {TAR_SUFFIX, *LISTS}:
         kinds = printable(" ".join(sorted(suffixes)))

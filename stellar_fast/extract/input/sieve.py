@@ -46,6 +46,9 @@ class Sieve:
         return True
 
     def skip(self, reason: str, count: int = 1) -> None:
+        """Counts what is left out."""
+        if not count:
+            return
         known = reason in self.skipped or len(self.skipped) < MOST_REASONS
         short = not reason.startswith(".") or len(reason) <= LONGEST_SUFFIX + len(" files")
         self.skipped[reason if known and short else "other files"] += count
