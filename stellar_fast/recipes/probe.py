@@ -17,8 +17,8 @@ from .search import unit
 # and the temperature of their votes (DINO, arXiv 2104.14294, after arXiv 1805.01978).
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-# Where an id, `TAR::MEMBER`, goes from a tar to what is in it.
-_TAR = re.compile(r"\.tar::", re.IGNORECASE)
+# Where an id, `TAR::MEMBER`, goes from a tar to what is in it; with the digest of a query.
+_TAR = re.compile(r"\.tar(?:\?[0-9a-f]{16})?::", re.IGNORECASE)
 
 
 def pooled(features: Features, name: str = "sparse") -> np.ndarray:

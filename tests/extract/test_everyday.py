@@ -103,6 +103,23 @@ def test_batches_that_fit_no_memory_are_told(repo, tmp_path):
     refused(invoke(*arguments, "--batch-size", 10**9), "give a smaller --batch-size")
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "synthetic"])
+def test_a_picture_of_maps_says_that_its_weights_are_synthetic(
+    weights, repo, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    titles = []
+    monkeypatch.setattr(
+        "stellar_fast.viz.pictures.save_spatial", lambda *arguments: titles.append(arguments[-1])
+    )
+    photograph(30, 30).save(tmp_path / "a.png")
+    arguments = ("maps", tmp_path / "a.png", tmp_path / "b.png", *small(repo))
+    assert invoke(*arguments, "--weights", weights).exit_code == 0
+    assert titles == [
+        "small (synthetic weights): a.png" if weights == "synthetic" else "small: a.png"
+    ]
+
+
 # Failures
 
 
@@ -247,11 +264,13 @@ def test_why_a_server_is_not_reached():
 def test_lists_and_tars_whose_address_has_a_query():
     from archived import write_tar
 
-    answers = {"/x/a.txt": b"b.jpg\n/c.jpg\n../d.jpg\n", "/x/a.tar": write_tar(1, 10)}
+    lines = b"b.jpg\n/c.jpg\n../d.jpg\n//other.example/e.jpg\n"
+    answers = {"/x/a.txt": lines, "/x/a.tar": write_tar(1, 10)}
     with serving(answers) as server:
         found = discover(server.url("x/a.txt?download=true"))
         assert [item.file for item in found] == [
-            server.url(name) for name in ("x/b.jpg", "c.jpg", "d.jpg")
+            *(server.url(name) for name in ("x/b.jpg", "c.jpg", "d.jpg")),
+            "http://other.example/e.jpg",
         ]
         (item,) = discover(server.url("x/a.tar?download=true"))
         assert item.size == 10

@@ -123,6 +123,7 @@ def test_rows_are_those_of_numpy(index, features):
         ("./cat//1.jpg", "cat"),
         ("a.tar::cat/1.jpg", "cat"),
         ("x/a.TAR::./cat/1.jpg", "cat"),
+        ("a.tar?0123456789abcdef::cat/1.jpg", "cat"),
         ("a.tar::x/cat/1.jpg", "cat"),
         ("cat/a.tar::1.jpg", "cat"),
         ("a::b/1.jpg", "a::b"),
