@@ -37,17 +37,17 @@ _NOTES = {  # chunks of a PNG, and what those begin with that may hold an orient
 _START_OF_SCAN, _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 
 
-class Spliced(io.RawIOBase):
-    """A file of some pieces of another one, and of bytes behind them."""
+# Of another file, the first byte and the length; or what is there instead.
+Piece = tuple[int, int] | bytes
 
-    def __init__(self, file: IO[bytes], pieces: list[tuple[int, int]], behind: bytes = b"") -> None:
-        """
-        Args:
-            pieces: first byte of each, and its length.
-        """
-        self._file, self._pieces, self._behind = file, pieces, behind
-        self._starts = list(accumulate((length for _, length in pieces), initial=0))
-        self._length = self._starts[-1] + len(behind)
+
+class Spliced(io.RawIOBase):
+    """A file that is made of pieces of another one."""
+
+    def __init__(self, file: IO[bytes], pieces: list[Piece]) -> None:
+        self._file, self._pieces = file, pieces
+        lengths = (len(one) if isinstance(one, bytes) else one[1] for one in pieces)
+        self._starts = list(accumulate(lengths, initial=0))
         self._at = 0
 
     def readable(self) -> bool:
@@ -57,19 +57,19 @@ class Spliced(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        self._at = max(0, offset + (0, self._at, self._starts[-1])[whence])
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        piece = bisect_right(self._starts, self._at) - 1
-        if piece < len(self._pieces):
-            start, length = self._pieces[piece]
-            inside = self._at - self._starts[piece]
-            self._file.seek(start + inside)
-            content = self._file.read(min(len(buffer), length - inside))
+        number = bisect_right(self._starts, self._at) - 1
+        if number >= len(self._pieces):
+            return 0
+        piece, inside = self._pieces[number], self._at - self._starts[number]
+        if isinstance(piece, bytes):
+            content = piece[inside : inside + len(buffer)]
         else:
-            inside = self._at - self._starts[-1]
-            content = self._behind[inside : inside + len(buffer)]
+            self._file.seek(piece[0] + inside)
+            content = self._file.read(min(len(buffer), piece[1] - inside))
         buffer[: len(content)] = content
         self._at += len(content)
         return len(content)
@@ -86,16 +86,17 @@ class Bare:
 
 class _Pieces:
     def __init__(self) -> None:
-        self.found: list[tuple[int, int]] = []
+        self.found: list[Piece] = []
 
     def add(self, start: int, length: int) -> None:
-        if self.found and sum(self.found[-1]) == start:
-            start, before = self.found.pop()
-            length += before
+        last = self.found[-1] if self.found else b""
+        if not isinstance(last, bytes) and sum(last) == start:
+            self.found.pop()
+            start, length = last[0], last[1] + length
         self.found.append((start, length))
 
-    def spliced(self, file: IO[bytes], behind: bytes = b"") -> IO[bytes]:
-        return cast("IO[bytes]", io.BufferedReader(Spliced(file, self.found, behind)))
+    def spliced(self, file: IO[bytes]) -> IO[bytes]:
+        return cast("IO[bytes]", io.BufferedReader(Spliced(file, self.found)))
 
 
 def bare(name: str, file: IO[bytes]) -> Bare:
@@ -105,6 +106,8 @@ def bare(name: str, file: IO[bytes]) -> Bare:
         return _bare_png(file)
     if name in ("JPEG", "MPO"):
         return _bare_jpeg(file)
+    if name == "TIFF":
+        return _bare_tiff(file)
     return Bare(file)
 
 
@@ -168,7 +171,7 @@ def _unpacked(content: bytes) -> bytes:
 # JPEG: JFIF and Adobe's segment say what the colours are.
 
 
-def _bare_jpeg(file: IO[bytes], behind: bytes = b"") -> Bare:
+def _bare_jpeg(file: IO[bytes]) -> Bare:
     length, at, pieces = _length(file), 2, _Pieces()
     result = Bare(file)
     pieces.add(0, 2)
@@ -200,8 +203,115 @@ def _bare_jpeg(file: IO[bytes], behind: bytes = b"") -> Bare:
         at += 2 + size
     if at < length:
         pieces.add(at, length - at)
-    result.file = pieces.spliced(file, behind)
+    result.file = pieces.spliced(file)
     return result
+
+
+# TIFF: the first page, with the tags of its pixels, and of how they are to be understood (TIFF 6.0;
+# 317 and 339 of its part 2; 32995 to 32998 of SGI, 50674 of LERC). Pillow reads no tag behind one
+# that it cannot read.
+
+_TIFF_TAGS = frozenset(
+    (
+        *(254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317),
+        *(320, 322, 323, 324, 325, 338, 339, 347, 512, 513, 514, 515, 519, 520, 521, 529, 530),
+        *(531, 532, 32995, 32996, 32997, 32998, 50674),
+    )
+)
+_TIFF_PHOTOMETRIC, _TIFF_EXTRA_SAMPLES, _TIFF_XMP = 262, 338, 700
+MAX_TAGS = 1 << 12
+
+
+@dataclass
+class _Directory:
+    """The first directory of a TIFF.
+
+    Attributes:
+        order: of bytes, as `struct` has it.
+        big: it is a BigTIFF.
+        start, size: in the file.
+        entries: tag by tag, in their order.
+    """
+
+    order: str
+    big: bool
+    start: int
+    size: int
+    entries: list[tuple[int, bytes]]
+
+    def field(self, entry: bytes) -> tuple[int, int]:
+        """How many values a tag has, and its value or the place where they are."""
+        return struct.unpack_from(self.order + ("QQ" if self.big else "II"), entry, 4)
+
+    def __bytes__(self) -> bytes:
+        count = struct.pack(self.order + ("Q" if self.big else "H"), len(self.entries))
+        last = bytes(8 if self.big else 4)  # no other page
+        return count + b"".join(entry for _, entry in self.entries) + last
+
+
+def _directory(file: IO[bytes]) -> _Directory | None:
+    """None of a file that is damaged, which the decoder tells of."""
+    file.seek(0)
+    head = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2], "<")
+    try:
+        big = struct.unpack_from(f"{order}H", head, 2)[0] == 43
+        kind, size = ("Q", 20) if big else ("H", 12)
+        (start,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", head, 8 if big else 4)
+        file.seek(start)
+        (count,) = struct.unpack(order + kind, file.read(struct.calcsize(order + kind)))
+        if count > MAX_TAGS:
+            return None
+        entries = []
+        for _ in range(count):
+            entry = file.read(size)
+            if len(entry) < size:
+                return None
+            entries.append((struct.unpack_from(f"{order}H", entry)[0], entry))
+    except (struct.error, OverflowError, OSError):
+        return None
+    length = struct.calcsize(order + kind) + count * size + (8 if big else 4)
+    return _Directory(order, big, start, length, entries)
+
+
+def _bare_tiff(file: IO[bytes]) -> Bare:
+    directory = _directory(file)
+    if directory is None:
+        return Bare(file)
+    xmp = None
+    for tag, entry in directory.entries:
+        if tag == _TIFF_XMP:
+            count, place = directory.field(entry)
+            if count <= MAX_NOTE:
+                file.seek(min(place, _length(file)))
+                xmp = file.read(count)
+    directory.entries = [one for one in directory.entries if one[0] in _TIFF_TAGS]
+    return Bare(_with_directory(file, directory), xmp=xmp)
+
+
+def _with_directory(file: IO[bytes], directory: _Directory) -> IO[bytes]:
+    """The file with another, not longer directory in the place of the first."""
+    new = bytes(directory).ljust(directory.size, b"\0")
+    start, end = directory.start, directory.start + directory.size
+    pieces: list[Piece] = [(0, start), new, (end, max(0, _length(file) - end))]
+    return cast("IO[bytes]", io.BufferedReader(Spliced(file, pieces)))
+
+
+def as_black_is_zero(file: IO[bytes]) -> IO[bytes] | None:
+    """A greyscale TIFF whose 0 is white as one whose 0 is black, its negative; None of others. The
+    file's position is changed."""
+    directory = _directory(file)
+    tags = dict(directory.entries) if directory is not None else {}
+    if directory is None or _TIFF_PHOTOMETRIC not in tags or _TIFF_EXTRA_SAMPLES in tags:
+        return None
+    at = 12 if directory.big else 8  # where an entry has its value
+    if struct.unpack_from(f"{directory.order}H", tags[_TIFF_PHOTOMETRIC], at) != (0,):
+        return None
+    entry = bytearray(tags[_TIFF_PHOTOMETRIC])
+    struct.pack_into(f"{directory.order}H", entry, at, 1)
+    tags[_TIFF_PHOTOMETRIC] = bytes(entry)
+    directory.entries = list(tags.items())
+    return _with_directory(file, directory)
 
 
 # Formats whose metadata seldom stop Pillow: they are left out when it was stopped.
@@ -237,62 +347,6 @@ def _repaired_webp(content: bytes) -> bytes | None:
     return whole if extended else None
 
 
-# Of the pixels, or of how they are to be understood (TIFF 6.0; 317 and 339 of its part 2).
-_TIFF_TAGS = frozenset(
-    (
-        *(254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322),
-        *(323, 324, 325, 338, 339, 347, 512, 513, 514, 515, 519, 520, 521, 529, 530, 531, 532),
-    )
-)
-
-
-def _repaired_tiff(content: bytes) -> bytes | None:
-    """With the first page's directory of only those tags."""
-    order, first, kind, size, places = _directory(content)
-    entries = [content[at : at + size] for at in places]
-    kept = [one for one in entries if struct.unpack_from(f"{order}H", one)[0] in _TIFF_TAGS]
-    if len(kept) == len(entries) or any(len(one) < size for one in kept):
-        return None
-    pointer = bytes(8 if kind == "Q" else 4)  # to no other page
-    directory = struct.pack(order + kind, len(kept)) + b"".join(kept) + pointer
-    return content[:first] + directory + content[first + len(directory) :]
-
-
-def _directory(content: bytes) -> tuple[str, int, str, int, range]:
-    """Of a TIFF: its byte order, where the first directory begins, the type of its count, the bytes
-    of an entry, and where each entry is.
-
-    Raises:
-        struct.error: there is none.
-    """
-    order = {b"II": "<", b"MM": ">"}.get(content[:2], "<")
-    big = struct.unpack_from(f"{order}H", content, 2)[0] == 43
-    kind, size = ("Q", 20) if big else ("H", 12)
-    (first,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", content, 8 if big else 4)
-    (count,) = struct.unpack_from(order + kind, content, first)
-    start = first + struct.calcsize(order + kind)
-    if start + count * size > len(content):
-        raise struct.error("the directory is cut off")
-    return order, first, kind, size, range(start, start + count * size, size)
-
-
-def as_black_is_zero(file: IO[bytes]) -> bytes | None:
-    """A greyscale TIFF whose 0 is white as one whose 0 is black, its negative; None of others. The
-    file's position is changed."""
-    file.seek(0)
-    content = bytearray(file.read())
-    try:
-        order, _, _, size, places = _directory(bytes(content))
-    except struct.error:
-        return None
-    tags = {struct.unpack_from(f"{order}H", content, at)[0]: at for at in places}
-    at = tags.get(262, 0) + (12 if size == 20 else 8)  # the photometric interpretation
-    if 262 not in tags or 338 in tags or struct.unpack_from(f"{order}H", content, at)[0] != 0:
-        return None
-    struct.pack_into(f"{order}H", content, at, 1)
-    return bytes(content)
-
-
 def _repaired_jp2(content: bytes) -> bytes | None:
     """With the resolution as a box of no meaning."""
     head, mark, rest = content.partition(b"jp2c")
@@ -308,7 +362,6 @@ def _repaired_avif(content: bytes) -> bytes | None:
 
 _REPAIRS: dict[str, Callable[[bytes], bytes | None]] = {
     "WEBP": _repaired_webp,
-    "TIFF": _repaired_tiff,
     "JPEG2000": _repaired_jp2,
     "AVIF": _repaired_avif,
 }

@@ -203,7 +203,7 @@ def _decode_file(file: IO[bytes], max_pixels: int) -> Image.Image:
         if not isinstance(error, _Unknown):
             other = _decode_repaired(name, file, max_pixels)
         elif (negative := metadata.as_black_is_zero(file)) is not None:
-            other = ImageOps.invert(_decode_format(name, BytesIO(negative), max_pixels))
+            other = ImageOps.invert(_decode_format(name, negative, max_pixels))
         if other is None:
             raise
         return other

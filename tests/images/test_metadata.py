@@ -1,6 +1,7 @@
 """Metadata and Pillow's settings never decide whether a picture is read, nor what it shows."""
 
 import io
+import random
 import struct
 import threading
 import time
@@ -10,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from pictures import photograph
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from stellar_fast import ImageError
 from stellar_fast.images import decode, metadata
@@ -381,3 +382,74 @@ def test_the_callers_limit_of_text_plays_no_part(monkeypatch):
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 10)
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 10)
     np.testing.assert_array_equal(pixels(png_with(TEXTS["ztxt"])), np.asarray(PICTURE))
+
+
+# Damages, drawn
+
+
+def _with_all_metadata(format: str) -> tuple[bytes, list[tuple[int, int]]]:
+    """A picture, and where its metadata are in the file."""
+    notes = Image.Exif()
+    notes[0x0131], notes[0x010E] = "a program" * 9, "a description" * 9
+    notes.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/">' + b'<a b="c"/>' * 30 + b"</x:xmpmeta>"
+    options = {"exif": notes.tobytes(), "icc_profile": profile, "xmp": xmp}
+    if format == "GIF":
+        data = saved("GIF", comment=b"c" * 200)
+        bodies = [b"c" * 200]
+    elif format == "PNG":
+        text = PngImagePlugin.PngInfo()
+        text.add_text("Comment", "hello" * 40)
+        data = saved("PNG", exif=options["exif"], icc_profile=profile, pnginfo=text)
+        bodies = [options["exif"][6:], b"hello" * 40]
+    elif format.startswith("TIFF"):
+        packed = "tiff_lzw" if format == "TIFF LZW" else None
+        facts = {"exif": notes, "icc_profile": profile, "dpi": (72, 72), "software": "x" * 50}
+        data = saved("TIFF", compression=packed, **facts)
+        (first,) = struct.unpack_from("<I", data, 4)
+        (count,) = struct.unpack_from("<H", data, first)
+        places = range(first + 2, first + 2 + 12 * count, 12)
+        others = (270, 282, 283, 296, 305, 306, 700, 34665, 34675)
+        return data, [
+            (at + 2, at + 12) for at in places if struct.unpack_from("<H", data, at)[0] in others
+        ]
+    else:
+        lossless = {"lossless": True} if format == "WEBP" else {}
+        data = saved(format, **options, **lossless)
+        bodies = [options["exif"][6:], profile, xmp]
+    return data, [(data.index(body), data.index(body) + len(body)) for body in bodies]
+
+
+def _damages(format: str, seeds: range) -> None:
+    data, spans = _with_all_metadata(format)
+    expected = pixels(data)
+    for seed in seeds:
+        chosen = random.Random(seed)
+        low, high = chosen.choice(spans)
+        damaged = bytearray(data)
+        for _ in range(chosen.randrange(1, 12)):
+            damaged[chosen.randrange(low, high)] = chosen.choice([0, 255, chosen.randrange(256)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            np.testing.assert_array_equal(pixels(bytes(damaged)), expected, f"seed {seed}")
+
+
+DAMAGED = ["JPEG", "PNG", "WEBP", "TIFF", "TIFF LZW", "AVIF", "GIF"]
+
+
+@pytest.mark.parametrize("format", DAMAGED)
+def test_damaged_metadata_change_nothing(format):
+    _damages(format, range(60))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("format", DAMAGED)
+def test_much_damaged_metadata_change_nothing(format):
+    _damages(format, range(1000, 4000))
+
+
+def test_the_orientation_in_the_xmp_of_a_tiff():
+    expected = np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270))
+    np.testing.assert_array_equal(pixels(saved("TIFF", tiffinfo={700: XMP})), expected)
+    np.testing.assert_array_equal(pixels(saved("TIFF", exif=exif())), expected)
