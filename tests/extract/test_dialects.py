@@ -74,6 +74,7 @@ def test_a_first_line_that_is_a_path_is_an_image(first, suffix, tmp_path):
 
 @pytest.mark.parametrize("name", ["path", "image", "Image Path", "0", "file.name", "a;b", "x_1"])
 def test_a_name_of_the_only_column_is_no_image(name, tmp_path):
+    touch(tmp_path, "path", "image/a.jpg")  # a folder of such a name, as there often is
     assert ids(put(tmp_path / "a.csv", f"{name}\na.jpg\nb.jpg\n")) == ["a.jpg", "b.jpg"]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,30 @@ def test_a_tar_has_the_images_of_its_folder(form, tmp_path):
     for name, content in (("soft", b"one"), ("up", b"one"), ("hard", b"one"), ("blob", b"two")):
         assert door.read_item(contents[f"{name}.jpg"]) == content
     assert door.read_item(contents["through.jpg"]) == b"one"
+
+
+def test_a_zip_has_the_images_of_its_folder(tmp_path):
+    make(tmp_path / "in")
+    (tmp_path / "in" / "dog" / "gone.jpg").symlink_to("none.jpg")
+    ids, _ = found(tmp_path / "in")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for path in sorted((tmp_path / "in").rglob("*")):
+            name = path.relative_to(tmp_path / "in").as_posix()
+            if path.is_symlink():
+                link = zipfile.ZipInfo(name)
+                link.create_system, link.external_attr = 3, 0o120777 << 16
+                archive.writestr(link, os.readlink(path))
+            elif path.is_file():
+                archive.write(path, name)
+    items = discover(f"zip://::{tmp_path}/a.zip")
+    assert [item.id for item in items] == ids
+    by_name = {item.id: item for item in items}
+    for name, content in (("cat/soft", b"one"), ("dog/up", b"one"), ("dog/blob", b"two")):
+        assert door.read_item(by_name[f"{name}.jpg"]) == content
+    assert door.read_item(by_name["dog/through.jpg"]) == b"one"
+    assert (
+        door.read_item(by_name["dog/gone.jpg"]) == b"none.jpg"
+    )  # which is no picture: a failed line
 
 
 def linked(path: Path, *links: tuple[str, str, bytes]) -> Path:

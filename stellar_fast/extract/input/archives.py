@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -279,8 +280,9 @@ class Tar:
             if isinstance(member, Member):
                 self._members[name] = member
 
-    def names(self) -> list[str]:
-        return list(self._members)
+    def names(self) -> list[tuple[str, str]]:
+        """The files, and by which name each is read."""
+        return [(name, name) for name in self._members]
 
     def read(self, name: str, limit: int) -> bytes:
         """
@@ -318,8 +320,18 @@ class Zip:
         if first and file.read(4) == _ZIP_MEMBER:
             raise ValueError(f"{place}: has another zip before the one that is read; unpack it")
 
-    def names(self) -> list[str]:
-        return [info.filename for info in self._zip.infolist() if not info.is_dir()]
+    def names(self) -> list[tuple[str, str]]:
+        """The files, and by which name each is read: of a link, by what it leads to, if that is in
+        the zip."""
+        files = {info.filename: info for info in self._zip.infolist() if not info.is_dir()}
+        links = {}
+        for name, info in files.items():
+            if stat.S_ISLNK(info.external_attr >> 16) and info.file_size <= MAX_FOLLOWED:
+                target = _text(self.read(name, MAX_FOLLOWED))
+                links[_normal(name)] = Member(name, 0, 0, False, False, link=target)
+        own = {_normal(name): name for name in files}
+        ends = {link.name: own.get(_end(name, links) or name) for name, link in links.items()}
+        return [(name, ends.get(name) or name) for name in files]
 
     def read(self, name: str, limit: int) -> bytes:
         """

@@ -284,7 +284,7 @@ def find(source: str, allowed: Allowed) -> Iterator[tuple[str, str]]:
     with _told(source):
         if address.protocol in ARCHIVES:
             root = address.path.strip("/")
-            found = [(name, name) for name in _open_archive(address, allowed).names()]
+            found = _open_archive(address, allowed).names()
         else:
             fs, root = _filesystem(address)
             root = root.rstrip("/")

@@ -14,7 +14,7 @@ from typing import IO, Any
 from ...printable import printable
 from ..footer import Group, read_footer
 from ..records import Item
-from .addresses import WEB, Address, Allowed, check, is_address, localized, parse, scrubbed, shown
+from .addresses import Address, Allowed, check, is_address, localized, parse, scrubbed, shown
 from .door import check_stores, open_file
 from .sieve import SUFFIXES, Sieve, suffix_of
 
@@ -107,8 +107,6 @@ def _store_of(where: str) -> str:
 
 def _locate(line: str, own: Address, allowed: Allowed) -> tuple[str, str]:
     """Where a line of the list at `own` points, and the image's id."""
-    if own.protocol in WEB and line.startswith("//"):  # another host, as pages name it
-        line = f"{own.protocol}:{line}"
     if is_address(line):
         return check(line, allowed, local=own.local), shown(line)
     if own.protocol == "file":  # a list on this machine, as it is
@@ -263,7 +261,7 @@ def _is_row(head: list[tuple[int, list[str]]], name: str, own: Address, marks: s
     if path is not None or "/" in only or (numbered and only != second):
         return True
     beside = os.path.join(os.path.dirname(own.path), only)
-    return own.protocol == "file" and os.path.lexists(beside)
+    return own.protocol == "file" and only not in COLUMNS and os.path.isfile(beside)
 
 
 def _numbered(text: str) -> str:
