@@ -548,7 +548,9 @@ def _high_byte(
 def describe_error(error: Exception, done: str = "decoded") -> str:
     """One line for what Pillow, the file system or the memory raised."""
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        # Stores say so of all that they cannot reach; why is another error's.
+        cause = error.__cause__ if error.errno is None else None
+        return "no such file" if cause is None else f"no such file: {_one_line(cause)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[:1].lower() + error.strerror[1:]
     text = _one_line(error)
@@ -559,5 +561,5 @@ def describe_error(error: Exception, done: str = "decoded") -> str:
     return f"cannot be {done} ({type(error).__name__}{': ' if text else ''}{text})"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:REASON_LENGTH]

@@ -260,6 +260,20 @@ def test_why_a_server_is_not_reached():
             door.read_item(Item("a", f"http://{host}/a.jpg"), Allowed.of(f"http://{host}/"))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.tar", ""])
+def test_why_a_store_is_not_reached(name, monkeypatch):
+    """The Hub's file system finds no file where it cannot connect."""
+
+    def unreached(address):
+        raise FileNotFoundError(str(address)) from ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(door, "_filesystem", unreached)
+    with pytest.raises((ValueError, OSError), match=r"no such \w+: Name or service not known"):
+        discover(f"hf://datasets/a/b/{name}")
+    with pytest.raises(stellar_fast.ImageError, match="no such file: Name or service not known"):
+        door.read_item(Item("a", "hf://datasets/a/b/c.jpg"))
+
+
 def test_lists_and_tars_whose_address_has_a_query():
     from archived import write_tar
 

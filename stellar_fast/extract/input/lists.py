@@ -66,8 +66,9 @@ def read_lists(
         try:
             # Tables are looked at in places; from elsewhere they are read whole first.
             file = open_file(name, allowed, whole=True)
-        except FileNotFoundError:
-            raise ValueError(f"{shown(name)}: no such list") from None
+        except FileNotFoundError as error:
+            why = str(error).partition("no such file")[2]
+            raise ValueError(f"{shown(name)}: no such list{why}") from None
         place = localized(name)
         own = parse(place) if is_address(place) else Address("file", place)
         number = 0

@@ -40,7 +40,7 @@ class Sieve:
         if suffix not in SUFFIXES:
             self.skip(f"{printable(suffix)} files" if suffix else "files without a suffix")
             return False
-        if any(part.startswith(".") and part.strip(".") for part in path.split("/")):
+        if any(part.startswith(".") and part not in (".", "..") for part in path.split("/")):
             self.skip("hidden images")
             return False
         return True

@@ -55,8 +55,9 @@ def _read_tar(root: str, allowed: Allowed, place: str) -> tuple[list[Item], Siev
     seen = set()
     try:
         file = open_file(place, allowed)
-    except FileNotFoundError:
-        raise ValueError(f"{shown(place)}: no such tar") from None
+    except FileNotFoundError as error:
+        why = str(error).partition("no such file")[2]
+        raise ValueError(f"{shown(place)}: no such tar{why}") from None
     with file:
         if file.seek(0, 2) == 0:
             sieve.skip("empty tars")
