@@ -64,6 +64,14 @@ def segments(count: int, code: int, body: bytes) -> bytes:
     return data[:2] + bombs.jpeg_segment(code, body) * count + data[2:]
 
 
+# A frame of 4 billion pixels, to be replaced by the background: Pillow fills it when it opens.
+GIF_FRAME = (
+    b"GIF89a\x09\0\x09\0\xf0\0\0"
+    + bytes(6)
+    + b"!\xf9\4\x08\0\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;"
+)
+
+
 # Refused by the limit that the reason names, at a cost that has nothing to do with the pixels.
 REFUSED = {
     "png of many pixels": (bombs.png(60_000, 60_000, pixels=b""), "60000x60000 is more than"),
@@ -78,6 +86,7 @@ REFUSED = {
     "webp canvas": (bombs.webp(16_384, 16_384), "16384x16384 is more than"),
     "webp canvas of one frame": (bombs.webp(16_384, 16_384, animated=False), "is more than"),
     "gif canvas": (bombs.gif(65_535, 65_535), "65535x65535 is more than"),
+    "gif frame": (GIF_FRAME, "exceeds limit of 50000000 pixels"),
     "bmp": (bombs.bmp(60_000, 60_000), "60000x60000 is more than"),
     "tiff": (bombs.tiff_of(30_000, 30_000), "30000x30000 is more than"),
     "tiff tile": (bombs.tiff_of(9, 9, tile=[16_384, 16_384]), "tiles of 16384x16384 are more than"),
@@ -94,6 +103,12 @@ REFUSED = {
         "of 16384 components",
     ),
 }
+
+
+def test_a_caller_without_a_limit_of_pixels_is_protected_too(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ImageError, match="exceeds limit of 50000000 pixels"):
+        images.decode(GIF_FRAME)
 
 
 @pytest.mark.parametrize("name", REFUSED)

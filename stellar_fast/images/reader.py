@@ -6,8 +6,8 @@
    of PNM the binary kinds, P4 to P6.
 2. Size: width times height of the header is checked against `max_pixels` before any pixel is
    decoded, and again after; a side is at most `MAX_SIDE`, as resizing takes memory for each of its
-   pixels. Pillow's limit for a whole picture plays no part, nor does its warning; what its decoders
-   check themselves (WebP, frames of GIF, tiles of TIFF) still holds. Small files that cost more
+   pixels. Pillow's own limit plays no part, nor does its warning: what its decoders check by that
+   (WebP, frames of GIF, tiles of TIFF), they check by `max_pixels`. Small files that cost more
    than their pixels are refused: a JPEG of several scans that has more than `MAX_SCANS`, each a few
    bytes and a pass over all pixels; a TIFF whose tiles are larger than `max_pixels`; a JPEG 2000
    cut into more pieces than `jpeg2000.check` allows; a PNM header of more than 64 KiB.
@@ -115,7 +115,7 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError(f"max_pixels must be positive, got {max_pixels}")
     name = describe(source)
     try:
-        with without_settings():
+        with without_settings(max_pixels):
             try:
                 return _decode_any(source, max_pixels)
             except Warning:  # rule 9

@@ -13,9 +13,12 @@ from contextlib import contextmanager
 
 from PIL import Image, ImageFile
 
+NO_LIMIT = 1 << 62  # pixels: where the caller has none, this is the same to it
+
 
 class _Here(threading.local):
     inside = False
+    max_pixels = 0
 
 
 _HERE = _Here()
@@ -29,25 +32,27 @@ class _Flag(int):
 
 
 class _Limit(int):
-    """A limit of the caller's, of which Pillow takes the double, and which it compares."""
+    """A limit of the caller's: Pillow refuses more than its double, and warns of more than it."""
 
-    def __rmul__(self, other: int) -> int | float:  # type: ignore[misc, override]
-        return float("inf") if _HERE.inside else int(self) * other
+    def __rmul__(self, other: int) -> int:
+        return _HERE.max_pixels if _HERE.inside else int(self) * other
 
     def __lt__(self, other: int) -> bool:  # of `other > limit`
         return not _HERE.inside and int(self) < other
 
 
 @contextmanager
-def without_settings() -> Iterator[None]:
-    """In here, cut off pictures are errors and Pillow limits no pixels, whatever the caller set."""
+def without_settings(max_pixels: int) -> Iterator[None]:
+    """In here, cut off pictures are errors, and Pillow refuses what it would allocate for more than
+    `max_pixels` while it opens a file, whatever the caller set."""
     flag, limit = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     if flag and not isinstance(flag, _Flag):
         ImageFile.LOAD_TRUNCATED_IMAGES = _Flag(flag)  # type: ignore[assignment]
-    if limit is not None and not isinstance(limit, _Limit):
-        Image.MAX_IMAGE_PIXELS = _Limit(limit)
-    earlier, _HERE.inside = _HERE.inside, True
+    if not isinstance(limit, _Limit):
+        Image.MAX_IMAGE_PIXELS = _Limit(NO_LIMIT if limit is None else limit)
+    earlier = _HERE.inside, _HERE.max_pixels
+    _HERE.inside, _HERE.max_pixels = True, max_pixels
     try:
         yield
     finally:
-        _HERE.inside = earlier
+        _HERE.inside, _HERE.max_pixels = earlier
