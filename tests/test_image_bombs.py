@@ -150,6 +150,7 @@ DECODED = {
     "png wide": bombs.png(1 << 20, 1),
     "png tall": bombs.png(1, 1 << 20),
     "jpeg": bombs.jpeg(SIDE, SIDE),
+    "jpeg without its end": saved(Image.new("RGB", (SIDE, SIDE)), "JPEG")[:-2],
     "progressive jpeg of four": bombs.jpeg(SIDE, SIDE, progressive=True, components=4),
     "jpeg of 100 scans": bombs.jpeg(SIDE, SIDE, scans=100),
     "webp clear": saved(CLEAR, "WEBP", exif=TURNED, method=0),
