@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -246,8 +247,6 @@ def test_tables_behind_one_another_are_an_error(tmp_path):
 
 def damaged(content: bytes, seed: int) -> bytes:
     """The list with some bytes changed to those that mean something in lists."""
-    import random
-
     chosen = random.Random(seed)
     result = bytearray(content)
     for _ in range(chosen.randrange(1, 4)):
@@ -286,11 +285,40 @@ def fuzzed(tmp_path: Path, seeds: range) -> Counter[str]:
     return outcomes
 
 
+def fuzzed_tables(tmp_path: Path, seeds: range) -> Counter[str]:
+    """Parquet with bytes changed: all rows, or one error."""
+    outcomes: Counter[str] = Counter()
+    for seed in seeds:
+        chosen = random.Random(seed)
+        path = tmp_path / "a.parquet"
+        table = pyarrow.table({"path": [f"{n}.jpg" for n in range(8)], "n": range(8)})
+        parquet.write_table(
+            table,
+            path,
+            compression=chosen.choice(["none", "snappy", "zstd"]),
+            use_dictionary=chosen.choice([True, False]),
+            row_group_size=chosen.choice([3, 8]),
+        )
+        content = bytearray(path.read_bytes())
+        for _ in range(chosen.randrange(1, 4)):
+            content[chosen.randrange(len(content))] = chosen.randrange(256)
+        try:
+            found = len(ids(put(path, bytes(content))))
+        except ValueError as error:
+            assert str(error).isprintable() and len(str(error)) < 1000
+            outcomes["errors"] += 1
+            continue
+        assert found == 8, (seed, bytes(content))
+        outcomes["lists"] += 1
+    return outcomes
+
+
 def test_damaged_lists_give_all_paths_or_an_error(tmp_path):
-    outcomes = fuzzed(tmp_path, range(600))
-    assert outcomes["errors"] > 50 and outcomes["lists"] > 50
+    for outcomes in (fuzzed(tmp_path, range(600)), fuzzed_tables(tmp_path, range(1300, 1500))):
+        assert outcomes["errors"] > 20 and outcomes["lists"] > 20
 
 
 @pytest.mark.soak
 def test_twenty_thousand_damaged_lists(tmp_path):
-    assert fuzzed(tmp_path, range(1000, 21_000)).total() == 20_000
+    assert fuzzed(tmp_path, range(1000, 16_000)).total() == 15_000
+    assert fuzzed_tables(tmp_path, range(1000, 6000)).total() == 5000

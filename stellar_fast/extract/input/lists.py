@@ -286,7 +286,13 @@ def _parquet_lines(file: IO[bytes], name: str, column: str | None, own: Address)
         repeated = [chosen] if _check_parquet(groups, name, chosen) else None
         table = parquet.ParquetFile(file, read_dictionary=repeated)
         batches = _sparing(table.iter_batches(ROWS, columns=[chosen], use_threads=False))
-        yield from _column((batch.column(0) for batch in batches), name, chosen, 1)
+        found = 0
+        for number, value in _column((batch.column(0) for batch in batches), name, chosen, 1):
+            yield number, value
+            found = number
+        # A page that is damaged may have fewer, and Arrow then gives fewer.
+        if found != sum(group.rows for group in groups):
+            raise OSError(f"it gives {found} of its {sum(group.rows for group in groups)} rows")
     except ValueError as error:
         if isinstance(error, ArrowException | UnicodeDecodeError):
             raise ValueError(f"{name}: cannot be read as Parquet: {_said(error)}") from None
