@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -65,9 +67,33 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """The console script."""
+    _open_streams()
     # Pillow warns of damaged metadata that change no pixel, in the middle of the progress bar.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     app(prog_name="stellar-fast")
+
+
+def _open_streams() -> None:
+    """Gives a process that was started without some of its three streams those of nobody: files
+    that it opened would be taken for them, and written to."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            mode = "w" if descriptor else "r"
+            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Prints a line; where nobody reads any longer, as behind `| head -1`, nothing."""
+    try:
+        typer.echo(printable(text, keep="\n"), err=err)
+    except BrokenPipeError:
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nobody, 2 if err else 1)  # or flushing at the end would fail too
+        os.close(nobody)
 
 
 @contextmanager
@@ -78,12 +104,12 @@ def _reported(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         if debug:
             raise
-        typer.echo("error: interrupted", err=True)
+        _say("error: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except (StellarError, ValueError, TypeError, OSError) as error:
         if debug:
             raise
-        typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
+        _say(f"error: {printable(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -91,7 +117,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from . import __version__
 
-        typer.echo(f"stellar-fast {__version__}")
+        _say(f"stellar-fast {__version__}")
         raise typer.Exit
 
 
@@ -125,7 +151,7 @@ def models() -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        typer.echo("  ".join(cells).rstrip())
+        _say("  ".join(cells).rstrip())
 
 
 # What stands for the value of an option of `extract`, if not its type.
@@ -222,6 +248,8 @@ def extract(
         from .extract import job as jobs
         from .extract import precision as precisions
         from .extract import runner
+        from .extract.failures import told_failures
+        from .extract.input.sieve import told as told_skipped
 
         names = options.pop("features").split(",")
         features = [name.strip() for name in names if name.strip()]
@@ -245,7 +273,8 @@ def extract(
         names = runner.device_names(devices)
         if plan_only:
             plan = jobs.make_plan(job, jobs.decided(job, load(device=names[0])), facts)
-            typer.echo(f"{output}: {plan.images} images in {len(plan.partitions)} partitions")
+            left = f"; left out: {told_skipped(job.skipped)}" if job.skipped else ""
+            _say(f"{output}: {plan.images} images in {len(plan.partitions)} partitions{left}")
             return
         told: dict[str, Any] = {"facts": facts, "log_seconds": log_seconds}
         try:
@@ -260,14 +289,17 @@ def extract(
             else:
                 summary = runner.run_devices(job, load, names, **told)
         except KeyboardInterrupt:
-            typer.echo("complete parts stay: the same command goes on from there", err=True)
+            _say("complete parts stay: the same command goes on from there", err=True)
             raise
-        typer.echo(f"{output}: {summary}")
+        _say(f"{output}: {summary}")
         if summary.images:
-            typer.echo(f"  {summary.stages}")
+            _say(f"  {summary.stages}")
         if summary.all_failed:
             reasons = f"the reasons are in {output}/part-*/index.parquet"
-            typer.echo(f"{summary.all_failed} images failed; {reasons}", err=True)
+            _say(f"{summary.all_failed} images failed; {reasons}", err=True)
+            if job.writes:
+                for line in told_failures(job.output):
+                    _say(line, err=True)
     if summary.all_failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -359,9 +391,10 @@ def maps(
             revision=revision,
             local_files_only=local_files_only,
         )
-        title = f"{engine.config.name}: {image.name}"
+        synthetic = " (synthetic weights)" if engine.weights == "synthetic" else ""
+        title = f"{engine.config.name}{synthetic}: {image.name}"
         save_spatial(output, engine, photograph, preset, title)
-        typer.echo(f"{output}: {engine.config.num_sparse_tokens} maps")
+        _say(f"{output}: {engine.config.num_sparse_tokens} maps")
 
 
 @app.command()
@@ -401,7 +434,7 @@ def reconstruct(
         out = engine.reconstruct(engine.encode(pixels[None], outputs=("lowrank",)))
         pixels = out["reconstruction"][0]
         save_picture(output, pixels)
-        typer.echo(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
+        _say(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
 
 
 @app.command()
@@ -416,7 +449,7 @@ def demo(
     with _reported(debug):
         from .demo import demo as run_demo
 
-        run_demo(out, model, say=typer.echo)
+        run_demo(out, model, say=_say)
 
 
 def _load(model: str, *, repo: str | None, **arguments: Any) -> Engine:
@@ -424,5 +457,5 @@ def _load(model: str, *, repo: str | None, **arguments: Any) -> Engine:
 
     engine = load(model, repo=repo or PUBLISHED_REPO, **arguments)
     if engine.weights == "synthetic":
-        typer.echo("note: the weights are synthetic, random numbers: nothing was learned", err=True)
+        _say("note: the weights are synthetic, random numbers: nothing was learned", err=True)
     return engine

@@ -17,6 +17,7 @@ from typing import IO, Any, NoReturn
 from .errors import StellarError
 
 _UNFOLLOWED = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_MACHINES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE)
 # Bytes of a config.json or of a safetensors header; the published ones have some 1,000 and 100,000.
 MAX_JSON = 10_000_000
 
@@ -52,6 +53,20 @@ def writing(path: Path) -> Iterator[None]:
         raise StellarError(
             f"{path}: cannot be written: {error.strerror or error}{remedy}"
         ) from error
+
+
+def is_machines(error: BaseException) -> bool:
+    """Whether an error is of this machine or this process, and tells nothing of the file."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno in _MACHINES
+    )
+
+
+def told_of(error: BaseException) -> str:
+    """What such an error says, and what to do."""
+    text = str(getattr(error, "strerror", None) or error or "out of memory")
+    full = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    return f"{text}; close some, or raise `ulimit -n`" if full else text
 
 
 def to_disk(file: IO[Any]) -> None:

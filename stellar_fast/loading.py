@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from .config import MODELS, ModelConfig
 from .engine import backends
 from .engine.backends import resolve_device
+from .engine.callers import unaffected
 from .engine.engine import MAX_BATCH, MAX_PATCHES, Engine
 from .errors import CheckpointError
 from .precision import DTYPES, check_precision
@@ -33,6 +36,7 @@ VQ_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
 PathLike = str | os.PathLike[str]
 
 
+@unaffected
 def load(
     name: str,
     *,
@@ -92,7 +96,7 @@ def load(
     if weights not in ("pretrained", "synthetic"):
         raise ValueError(f"weights must be 'pretrained' or 'synthetic', got {weights!r}")
     target = resolve_device(device)
-    located = None
+    located = hashed = None
     if weights == "pretrained":
         located = hub.locate(
             name,
@@ -102,6 +106,7 @@ def load(
             token=token,
             local_files_only=local_files_only,
         )
+        hashed = _hashed(located.weights)
         precision = _precision_of(located.weights, precision)
     config = _local_config(name, repo) if located is None else located.config
     resolved, precision = backends.choose(backend, precision, target, config)
@@ -136,6 +141,7 @@ def load(
         max_batch=max_batch,
         max_patches=max_patches,
         weights=source,
+        weights_sha256=None if hashed is None else hashed.result(),
         backend=resolved,
         cuda_graphs=cuda_graphs,
     )
@@ -154,6 +160,22 @@ def load(
     return engine
 
 
+def _hashed(path: Path) -> Future[str]:
+    """The SHA-256 of a file as it is now, computed while its tensors are read and packed: later
+    there may be another file of this name."""
+    file = path.open("rb")
+
+    def digest() -> str:
+        with file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    pool = ThreadPoolExecutor(1, "sha256")
+    try:
+        return pool.submit(digest)
+    finally:
+        pool.shutdown(wait=False)
+
+
 def _precision_of(path: Path, asked: str) -> str:
     """The precision of weights that an engine saved, or the one asked for."""
     saved = saving.saved_precision(path)
@@ -167,6 +189,7 @@ def _precision_of(path: Path, asked: str) -> str:
     return saved
 
 
+@unaffected
 def load_stellar(
     model: str = "stellar-b16",
     purpose: Literal["encode", "reconstruct", "pretrain"] = "encode",

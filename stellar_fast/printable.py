@@ -12,15 +12,16 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
 
 
-def printable(text: str) -> str:
-    """`text` with every character that does not show as itself written as an escape.
+def printable(text: str, *, keep: str = "") -> str:
+    """`text` with every character that does not show as itself written as an escape, but for those
+    in `keep`.
 
     Bytes that are no UTF-8, as file names have them, become `\\xe9`; others `\\x1b`, `\\n`,
     `\\u202e`. What shows stays as it is, so most names come back unchanged.
     """
     if text.isprintable() and _BLANK.isdisjoint(text):
         return text
-    return "".join(map(_escaped, text))
+    return "".join(one if one in keep else _escaped(one) for one in text)
 
 
 def _escaped(character: str) -> str:

@@ -21,6 +21,7 @@ from ..weights.quantize import calibrated
 from . import backends, decoder, encoder, namespaces
 from .caching import ByteCache
 from .calibration import int8_of
+from .callers import unaffected
 from .encoder import DERIVED, OUTPUTS, with_parts
 from .fidelity import Fidelity, compare
 from .graphs import CudaRecorder, GraphRunner
@@ -123,6 +124,7 @@ class Engine:
         max_batch: int,
         weights: str,
         max_patches: int = MAX_PATCHES,
+        weights_sha256: str | None = None,
         backend: str = "torch",
         cuda_graphs: bool = False,
     ) -> None:
@@ -138,6 +140,7 @@ class Engine:
         self.max_batch = max_batch
         self.max_patches = max_patches
         self.weights = weights
+        self.weights_sha256 = weights_sha256
         self.backend = backend
         self.cuda_graphs = cuda_graphs
         self._load_exact: Callable[..., Engine] | None = None
@@ -190,6 +193,7 @@ class Engine:
             "an Engine cannot be pickled; load one in each process with stellar_fast.load"
         )
 
+    @unaffected
     def encode(
         self,
         images: Any,
@@ -345,6 +349,7 @@ class Engine:
         for name, tensor in encoder.derived(given, out).items():
             out[name].copy_(tensor)
 
+    @unaffected
     def reconstruct(
         self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -402,6 +407,7 @@ class Engine:
         with self._scope():
             return dict(self._chunked(reconstruct_chunk, parts, shapes))
 
+    @unaffected
     def calibrate(self, images: Any, *, preset: str = "card") -> Engine:
         """Sets the static scales of an fp8 or int8 engine by what `images` bring forth; returns the
         engine.
@@ -446,6 +452,7 @@ class Engine:
         self._place(weights, self._decoder, self.device)
         return self
 
+    @unaffected
     def fidelity(
         self, images: Any, *, preset: str = "card", reference: Engine | None = None
     ) -> Fidelity:
@@ -486,6 +493,7 @@ class Engine:
                 "one that was saved calibrated"
             )
 
+    @unaffected
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the packed weights, with their scales, for `load(name, repo=folder)`.
 
@@ -504,6 +512,7 @@ class Engine:
         """This engine, always in evaluation mode; for code written for the published module."""
         return self
 
+    @unaffected
     def to(self, device: str | torch.device) -> Engine:
         """Moves the weights, as a module's `to` does, and returns this engine.
 

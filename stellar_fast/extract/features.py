@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import StellarError
+from ..files import is_machines, told_of
 from .output.layout import PathLike, Plan, check_sums, complete, read_plan
 from .output.readers import Opened, ok, read_index
 
@@ -39,7 +40,8 @@ def open_features(folder: PathLike, *, allow_incomplete: bool = False) -> Featur
     Raises:
         StellarError: `folder` is no such output, partitions are missing, or a file of one is.
     """
-    folder = Path(folder)
+    # Absolute: the process may go elsewhere, and a pickle to another one.
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
     if not folder.is_dir():
         raise StellarError(f"{folder}: no such folder")
     plan = read_plan(folder)
@@ -181,6 +183,10 @@ class Features:
             try:
                 check_sums(self.folder, self._plan, manifest["partition"])
             except (StellarError, OSError) as error:
+                if is_machines(error) or is_machines(error.__cause__ or error):
+                    raise StellarError(
+                        f"{self.folder}: cannot be read: {told_of(error)}"
+                    ) from error
                 damaged.append((self._plan.partitions[manifest["partition"]].name, str(error)))
         if damaged:
             names = _listed([name for name, _ in damaged])
@@ -272,6 +278,11 @@ class Feature:
         return f"<Feature {self.name}: {self.dtype} {self.shape}>"
 
     def __getitem__(self, rows: Any) -> np.ndarray:
+        if isinstance(rows, tuple):
+            raise IndexError(
+                "one index chooses rows, and a second one what they give: "
+                f"{self.name}[row][...], {self.name}[rows][:, ...]"
+            )
         if isinstance(rows, slice):
             return self._slice(*rows.indices(len(self)))
         chosen = _checked(np.asarray(rows), len(self))
@@ -355,10 +366,10 @@ def _checked(rows: np.ndarray, length: int) -> np.ndarray:
             "rows are chosen by an integer, a slice, or a one-dimensional sequence of integers or "
             f"booleans; got {rows.dtype} of shape {rows.shape}"
         )
-    rows = rows.astype(np.int64)
-    wrong = rows[(rows < -length) | (rows >= length)]
+    wrong = rows[(rows < -length) | (rows >= length)]  # before large ones are cast
     if wrong.size:
         raise IndexError(f"row {wrong.flat[0]} is out of range: there are {length} rows")
+    rows = rows.astype(np.int64)
     return np.where(rows < 0, rows + length, rows)
 
 

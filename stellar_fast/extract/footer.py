@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 MOST_FOOTER = 64 << 20  # bytes
@@ -70,11 +71,21 @@ def read_footer(file: IO[bytes]) -> list[Group]:
         found = _Reader(content).fields(_FILE, 0)
         groups = [Group(group[3], tuple(map(_column, group[1]))) for group in found[4]]
         rows = found[3]
+        # Of another type than the format has, a field is None.
+        if not all(isinstance(number, int) for number in (rows, *_numbers(groups))):
+            raise TypeError
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError("its footer is damaged") from error
     if any(group.rows < 0 for group in groups) or rows != sum(group.rows for group in groups):
         raise ValueError(f"its row groups have not the {rows} rows that it says")
     return groups
+
+
+def _numbers(groups: list[Group]) -> Iterator[int]:
+    for group in groups:
+        yield group.rows
+        for column in group.columns:
+            yield from (column.codec, column.size, *column.encodings)
 
 
 def _column(found: dict[int, Any]) -> Column:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +13,7 @@ from ..errors import StellarError
 from ..images.presets import check_preset
 from .input import discover
 from .input.addresses import Allowed, is_address, localized, shown
+from .input.sieve import Sieve
 from .options import Job, Options
 from .output.folder import Locks, check_output, clear
 from .output.foreign import DTYPES, FEATURES, FORMATS
@@ -26,7 +26,6 @@ from .output.layout import (
     difference,
     digest_of,
     read_plan,
-    sha256_of,
     write_plan,
 )
 from .work.pipeline import Encoder, Wanted
@@ -54,6 +53,7 @@ def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
             or that was begun with another configuration or other images.
         StellarError: the existing plan cannot be read.
     """
+    source, output = (os.path.expanduser(os.fspath(path)) for path in (source, output))
     chosen = Options(**options)
     configuration = _check(chosen)
     target = _check_place(source, output)
@@ -66,7 +66,10 @@ def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
     size: int = chosen.partition_size or known_size or PARTITION_SIZE
     configuration |= {"input": shown(localized(os.fspath(source))), "partition_size": size}
     allowed = Allowed.of(os.fspath(source), chosen.allow_protocol, chosen.allow_host)
-    items = None if chosen.resume else discover(source, chosen.column, allowed)
+    sieve = Sieve()
+    items = None
+    if not chosen.resume:
+        items = discover(source, chosen.column, allowed, sieve, chosen.skip_duplicates)
     batch_size = chosen.batch_size
     if existing is not None:
         _check_same(target, existing.configuration, configuration)
@@ -77,7 +80,17 @@ def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
     most = chosen.max_pixels
     limits = Limits(most, chosen.decode_seconds, chosen.worker_memory or memory_for(most))
     workers = chosen.workers or cores()
-    return Job(target, configuration, items, batch_size, workers, chosen, allowed, limits)
+    return Job(
+        target,
+        configuration,
+        items,
+        batch_size,
+        workers,
+        chosen,
+        allowed,
+        limits,
+        dict(sieve.skipped),
+    )
 
 
 def _check(options: Options) -> dict[str, Any]:
@@ -173,9 +186,10 @@ def _partitions(items: Sequence[Item], size: int) -> list[Partition]:
 
 def identify(engine: Encoder) -> dict[str, Any]:
     """What decides an engine's features: for the plan's configuration."""
+    digest = engine.weights_sha256
     return {
         "model": json.loads(json.dumps(asdict(engine.config))),
-        "weights": _weights_identity(engine.weights),
+        "weights": f"sha256:{digest}" if digest is not None else engine.weights,
         "precision": engine.precision,
     }
 
@@ -183,19 +197,6 @@ def identify(engine: Encoder) -> dict[str, Any]:
 def decided(job: Job, engine: Encoder) -> dict[str, Any]:
     """What an engine decides of the plan's configuration."""
     return {**identify(engine), "batch_size": job.batch_size or engine.max_batch}
-
-
-def _weights_identity(weights: str) -> str:
-    path = Path(weights)
-    if not path.is_file():
-        return weights  # no file, such as "synthetic"
-    status = path.stat()
-    return f"sha256:{_cached_sha256(str(path), status.st_mtime_ns, status.st_size)}"
-
-
-@functools.lru_cache(8)
-def _cached_sha256(path: str, modified: int, size: int) -> str:
-    return sha256_of(path)
 
 
 def make_plan(job: Job, engine: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Plan:

@@ -6,7 +6,7 @@ Nothing heavy is imported: the command line reads this for its help.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,7 @@ class Options:
     ] = "card"
     batch_size: Annotated[int | None, "Images encoded at once; 16 on a CPU, 256 on a GPU."] = None
     partition_size: Annotated[int | None, "Images in each part of the output; 4096."] = None
+    skip_duplicates: Annotated[bool, "Leave out lines that name a file again."] = False
     column: Annotated[str | None, "Of a table of paths: the only one, path, url or file."] = None
     workers: Annotated[int | None, "Processes that decode; one for each core."] = None
     max_pixels: Annotated[int, "Width times height of an image; a larger one has failed."] = (
@@ -85,6 +86,7 @@ class Job:
         batch_size: None is the engine's `max_batch`.
         workers: processes that decode for each engine.
         allowed, limits: of reading and decoding an image, by the options.
+        skipped: what the input has beside its images, by the reason.
     """
 
     output: Path
@@ -95,6 +97,7 @@ class Job:
     options: Options
     allowed: Allowed
     limits: Limits
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def writes(self) -> bool:

@@ -110,7 +110,7 @@ class Tally:
 
     def __init__(self, job: Job, plan: Plan, log_seconds: float) -> None:
         self.wanted, done = todo(job, plan)
-        self.summary = Summary(workers=job.workers)
+        self.summary = Summary(workers=job.workers, skipped=job.skipped)
         self.left = set(self.wanted)
         self._most, self._failures = job.options.max_errors, 0
         for manifest in done.values():

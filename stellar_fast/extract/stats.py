@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .input.sieve import told as told_skipped
+
 STAGES = ("read", "decode", "wait", "encode", "blocked", "write")
 # Share of the engine's time without work from which another stage limits the run.
 IDLE = 0.1
@@ -55,6 +57,7 @@ class Summary:
         earlier_images, earlier_failed: of the partitions that other runs completed, before this
             one or meanwhile.
         elsewhere: partitions that other runs were making at the end of this one.
+        skipped: what the input has beside its images, by the reason; empty where it was not listed.
     """
 
     images: int = 0
@@ -65,6 +68,7 @@ class Summary:
     earlier_images: int = 0
     earlier_failed: int = 0
     elsewhere: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @property
@@ -101,6 +105,7 @@ class Summary:
             "earlier_images": self.earlier_images,
             "rows": self.rows,
             "failed": self.failed,
+            "skipped": dict(self.skipped),
             "partitions": self.partitions,
             "partitions_elsewhere": self.elsewhere,
             "engines": self.engines,
@@ -122,6 +127,8 @@ class Summary:
             told.append(f"{self.earlier_images} images were done by earlier or other runs")
         if self.elsewhere:
             told.append(f"partitions that other runs are still at: {self.elsewhere}")
+        if self.skipped:
+            told.append(f"left out: {told_skipped(self.skipped)}")
         return "; ".join(told)
 
     @property
@@ -140,7 +147,9 @@ class Progress:
             total: images to do.
             seconds: between lines.
         """
-        self._bar = tqdm(total=total, unit="image", disable=None)
+        silent = total == 0 or sys.stderr is None  # there is nothing to tell, or nobody
+        self._bar = tqdm(total=total, unit="image", disable=silent or None)
+        self._silent = silent
         self._total, self._every = total, seconds
         self._done = self._failed = 0
         self._start = self._last = time.perf_counter()
@@ -158,7 +167,7 @@ class Progress:
         self._seconds.update(seconds)
         self._bar.update(images)
         now = time.perf_counter()
-        if not self._bar.disable or now - self._last < self._every:
+        if self._silent or not self._bar.disable or now - self._last < self._every:
             return
         rate = (self._done - self._last_done) / (now - self._last)
         summary = Summary(seconds=dict.fromkeys(STAGES, 0.0) | dict(self._seconds))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
+from io import BytesIO
 from typing import IO
 
 from ..errors import ImageError
@@ -47,6 +48,33 @@ def check(file: IO[bytes]) -> None:
                     )
     except (struct.error, IndexError, UnboundLocalError, ZeroDivisionError):
         return
+
+
+def with_another_bit(file: IO[bytes]) -> IO[bytes] | None:
+    """A picture of more than 8 bits a channel as if each had one more; None of 8 bits or fewer.
+
+    The values then begin at a half of what they were, or are twice as far from the middle: the
+    brighter half stays the brighter one. The file's position is changed.
+
+    Raises:
+        ImageError: its channels are luminance and colour differences, which Pillow rounds wrongly
+            before it converts them.
+    """
+    try:
+        start = _codestream(file) + 4  # behind two markers
+        file.seek(0)
+        content = bytearray(file.read())
+        (components,) = struct.unpack_from(">H", content, start + 36)
+        depths = range(start + 38, start + 38 + 3 * components, 3)
+        if all(content[at] & 0x7F < 8 for at in depths):
+            return None
+    except (struct.error, IndexError):
+        return None
+    if b"colr\x01\x00\x00" + (18).to_bytes(4, "big") in content[:start]:
+        raise ImageError("", "JPEG 2000 of more than 8 bits in YCC; 8 bits are read")
+    for at in depths:
+        content[at] = min(content[at] + 1, 0x25)  # 38 bits are the most
+    return BytesIO(bytes(content))
 
 
 def _codestream(file: IO[bytes]) -> int:

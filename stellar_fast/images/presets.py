@@ -57,7 +57,7 @@ def preset_pixels(image: Image.Image, preset: str) -> np.ndarray:
             "<PIL image>", f"{width}x{height} is too long and narrow for the preset 'eval'"
         )
     top, left = (rows - SIZE) // 2, (columns - SIZE) // 2
-    result = empty(3, SIZE, SIZE)
+    result = empty(3, SIZE, SIZE, device="cpu")
     for channel, cropped in enumerate(result):
         # One at a time: in float32, a picture of many pixels is gigabytes.
         pixels = from_numpy(np.array(image.getchannel(channel)))[None, None].float().div_(255)

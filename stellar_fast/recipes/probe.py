@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from ..errors import MissingExtraError
 from ..extract.features import Features
+from ..extract.input.addresses import WEB, is_address, parse
 from .search import unit
 
 # Of the usual nearest-neighbour evaluation of self-supervised features: the number of neighbours
 # and the temperature of their votes (DINO, arXiv 2104.14294, after arXiv 1805.01978).
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
+# Where an id, `TAR::MEMBER`, goes from a tar to what is in it; with the digest of a query.
+_TAR = re.compile(r"\.tar(?:\?[0-9a-f]{16})?::", re.IGNORECASE)
 
 
 def pooled(features: Features, name: str = "sparse") -> np.ndarray:
@@ -35,18 +39,24 @@ def pooled(features: Features, name: str = "sparse") -> np.ndarray:
 
 
 def folder_labels(features: Features) -> list[str]:
-    """The label of every row, where each class has a folder of its own: the one its file is in.
+    """The label of every row, where each class has a folder of its own: the one its file is in, in
+    its tar or zip if it is in one; and the tar's own folder where the tar has no folders.
 
     Raises:
         ValueError: a file is in no folder.
     """
-    labels = []
-    for id in features.ids:
-        folder, slash, _ = id.rpartition("/")
-        if not slash:
-            raise ValueError(f"{id}: is in no folder that could be its class")
-        labels.append(folder.rpartition("/")[2])
-    return labels
+    return [_label(id) for id in features.ids]
+
+
+def _label(id: str) -> str:
+    path = id
+    if is_address(id):  # of an archive, the member comes first; of the web, the host is no folder
+        address = parse(id)
+        path = address.name.partition("/")[2] if address.protocol in WEB else address.name
+    folders = [part for part in path.split("/")[:-1] if part not in ("", ".")]
+    if not folders:
+        raise ValueError(f"{id}: is in no folder that could be its class")
+    return _TAR.split(folders[-1])[-1]
 
 
 def linear_probe(vectors: np.ndarray, labels: Sequence[Any], *, c: float = 1.0) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL.Image import Image
 
 from ..errors import MissingExtraError
 from ..extract.features import Feature, Features
@@ -70,9 +72,15 @@ def search(
         images: paths or PIL images.
 
     Raises:
-        ValueError: the engine is of another model or other weights, or the index of other features.
+        TypeError: `images` is one image and no list.
+        ValueError: the engine is of another model or other weights, or the index of other features;
+            `k` is less than 1.
         ImageError: an image cannot be read.
     """
+    if isinstance(images, str | bytes | os.PathLike | Image):
+        raise TypeError(f"images are a list, got one {type(images).__name__}; put it into one")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     check_engine(features, engine)
     if index.ntotal != len(features):
         raise ValueError(f"the index has {index.ntotal} rows, the features {len(features)}")

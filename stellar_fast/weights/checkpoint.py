@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError, DownloadError, listing
 from ..files import MAX_JSON, parse_json
 from . import pickles
-from .names import Shapes, canonical
+from .names import Shapes, canonical, canonical_name
 
 PathLike = str | os.PathLike[str]
 # Narrower floats mean nothing without scales, which the published layout has no place for.
@@ -59,6 +61,15 @@ def read_state(path: PathLike, *, inside: str | None = None) -> dict[str, Tensor
         raise CheckpointError(f"{path}: {error}") from None
 
 
+# What wrappers put before the names of a module's parameters.
+_WRAPPERS = {
+    "module.": "DataParallel",
+    "_orig_mod.": "torch.compile",
+    "_forward_module.": "a trainer",
+    "_fsdp_wrapped_module.": "FSDP",
+}
+
+
 def _again(path: Path) -> str:
     """The remedy for a damaged file. While it is there, the Hub's cache gives it out again, and
     `path` is only a link to it."""
@@ -79,6 +90,11 @@ def _refuse_what_is_no_weights_file(path: Path, head: bytes) -> None:
             f"(oid {fields.get('oid', '?')}); run 'git lfs pull' in its repository, or download "
             "the file itself"
         )
+    if head.lstrip().startswith(b"{") and b"weight_map" in head:
+        raise CheckpointError(
+            f"{path}: expected weights, found the index of a checkpoint in several files; put them "
+            "into one: save_file({name: tensor ...}) of safetensors.torch, over all of them"
+        )
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise CheckpointError(
             f"{path}: expected weights, found an HTML page, such as a login or an error page; "
@@ -89,12 +105,22 @@ def _refuse_what_is_no_weights_file(path: Path, head: bytes) -> None:
 def _read_safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
     read_header(path, head)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with opened(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: damaged safetensors ({reason(error)}); {_again(path)}"
         ) from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """`safe_open`, of a file that may have any name: safetensors takes only names in UTF-8."""
+    with path.open("rb") as file:
+        odd = any("\udc80" <= character <= "\udcff" for character in str(path))
+        name = f"/dev/fd/{file.fileno()}" if odd else path
+        with safe_open(name, framework="pt", device="cpu") as tensors:
+            yield tensors
 
 
 def read_header(path: Path, head: bytes) -> dict[str, Any]:
@@ -214,11 +240,12 @@ def check_tensors(
     kinds = {"missing": missing, "of another shape": misshapen, "unknown": unknown}
     wrong = [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]
     if wrong:
+        hint = _hint(missing, unknown)
         raise CheckpointError(
-            f"{where}: {len(expected)} tensors expected; {'; '.join(wrong)}. Is this the file of "
-            "this model?"
+            f"{where}: {len(expected)} tensors expected; {'; '.join(wrong)}. {hint}"
         )
-    for name in tqdm(expected, desc=f"Checking {Path(where).name}", unit="tensor", disable=None):
+    silent = sys.stderr is None or None  # None is: unless it is a terminal
+    for name in tqdm(expected, desc=f"Checking {Path(where).name}", unit="tensor", disable=silent):
         tensor = state[name]
         if tensor.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
@@ -230,6 +257,18 @@ def check_tensors(
                 f"{where}: {name} holds NaN or infinity; the file is damaged, or the training "
                 "run diverged"
             )
+
+
+def _hint(missing: Collection[str], unknown: Collection[str]) -> str:
+    wanted = set(missing)
+    for prefix, wrapper in _WRAPPERS.items():
+        inside = (name.removeprefix(prefix) for name in unknown if name.startswith(prefix))
+        if any(canonical_name(name) in wanted for name in inside):
+            return (
+                f"Its names begin with {prefix}, which {wrapper} puts before them: save the "
+                "state_dict of the module inside"
+            )
+    return "Is this the file of this model?"
 
 
 def bounds(tensor: Tensor) -> tuple[float, float]:

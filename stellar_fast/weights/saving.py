@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def read(
     assert header is not None
     structure = header["structure"]
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with checkpoint.opened(path) as file:
             found = set(file.keys())
             half = PATCH in found and file.get_slice(PATCH).get_dtype() == "F16"
             encoder, decoder = _expected(config, header["precision"], half, found)

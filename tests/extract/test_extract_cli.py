@@ -19,7 +19,7 @@ from scenes import write_photographs
 
 import stellar_fast
 from stellar_fast import cli
-from stellar_fast.extract import job, stats
+from stellar_fast.extract import failures, job, stats
 from stellar_fast.images.presets import load_image
 
 BATCH = 16
@@ -196,7 +196,7 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
     flags = "--features cls,dense --overwrite --local-files-only --revision main --device cpu"
     more = "--format parquet --partition-size 9 --on-error record --max-errors 8 --dummy-reader"
     limits = "--max-pixels 1000000 --decode-seconds 9 --worker-memory 3000"
-    allow = "--allow-host nas:80 --allow-protocol ftp --allow-host other"
+    allow = "--allow-host nas:80 --allow-protocol ftp --allow-host other --skip-duplicates"
     result = invoke(
         *("extract", tmp_path, tmp_path / "out", "--repo", repo, "--model", "small"),
         *f"{arguments} {flags} {more} {limits} {allow}".split(),
@@ -210,6 +210,7 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
         "batch_size": 5,
         "partition_size": 9,
         "column": None,
+        "skip_duplicates": True,
         "workers": 3,
         "on_error": "record",
         "max_errors": 8,
@@ -271,6 +272,7 @@ def test_ray_is_handed_the_job_and_chooses_devices_itself(repo, picture, tmp_pat
         return Summary(images=2, rows=1, seconds=dict.fromkeys((*stats.STAGES, "total"), 1))
 
     monkeypatch.setattr(ray_runner, "run", run)
+    monkeypatch.setattr(failures, "told_failures", lambda output: [])  # there is none
     arguments = ("extract", tmp_path, tmp_path / "out", "--repo", repo, "--model", "small")
     result = invoke(*arguments, "--ray", "head:6379", "--workers", 3, "--log-seconds", 7)
     assert result.exit_code == cli.SOME_FAILED, result.output

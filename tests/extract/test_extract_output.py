@@ -102,9 +102,8 @@ def test_another_engine_or_batch_is_refused_by_name(photographs, tmp_path, engin
         with pytest.raises(ValueError, match=told):
             run(make_job(photographs, tmp_path / "out", **SMALL), other)
     other = Wrapped(engine, engine.encode)
-    (tmp_path / "weights").write_bytes(b"other")
-    other.weights = str(tmp_path / "weights")
-    with pytest.raises(ValueError, match=r'weights \("recipe" -> "sha256:d9298a10d1b07358'):
+    other.weights_sha256 = "d9298a10d1b07358"
+    with pytest.raises(ValueError, match=r'weights \("recipe" -> "sha256:d9298a10d1b07358"\)'):
         run(make_job(photographs, tmp_path / "out", **SMALL), other)
     with pytest.raises(ValueError, match=r"batch_size \(2 -> 5\)"):
         run(make_job(photographs, tmp_path / "out", **SMALL | {"batch_size": 5}), engine)

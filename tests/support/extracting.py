@@ -62,10 +62,12 @@ class Wrapped:
     precision: Any
     backend: Any
     weights: Any
+    weights_sha256: Any
     max_batch: Any
 
     def __init__(self, engine, encode: Any) -> None:
-        for name in ("config", "device", "precision", "backend", "weights", "max_batch"):
+        names = ("config", "device", "precision", "backend", "max_batch")
+        for name in (*names, "weights", "weights_sha256"):
             setattr(self, name, getattr(engine, name))
         self.encode = encode
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,31 +12,31 @@ from . import door
 from .addresses import Allowed, check, is_address, localized, parse, shown
 from .folder import walk
 from .lists import LISTS, read_lists
+from .sieve import Sieve, suffix_of
 from .tars import read_tars
 
-# Of the formats that images.decode reads. A list may name files with any suffix.
-JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
-OTHER = (".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".jp2", ".j2k", ".avif")
-PNM = (".ppm", ".pgm", ".pbm", ".pnm")
-SUFFIXES = frozenset((*JPEG, *OTHER, *PNM))
 TAR_SUFFIX = ".tar"
 
 
 def discover(
-    source: PathLike, column: str | None = None, allowed: Allowed | None = None
+    source: PathLike,
+    column: str | None = None,
+    allowed: Allowed | None = None,
+    sieve: Sieve | None = None,
+    skip_duplicates: bool = False,
 ) -> list[Item]:
     """The images of a folder, of lists or of tars; whether they can be read is found out later.
 
     A folder is walked recursively, in sorted order of the path, for files with a suffix of
-    `SUFFIXES` in any case. Hidden files and folders (a leading dot) are left out; links are
-    followed, and every folder is visited once (`folder.walk`).
+    `sieve.SUFFIXES` in any case. Hidden files and folders (a leading dot) are left out; links are
+    followed, and every folder is visited once (`folder.walk`). The same is an image in a tar.
 
     A list is a `.txt` file with one path a line (UTF-8, blank lines left out), or a column of a
     `.csv`, `.tsv` or `.parquet` file. Its order is kept, and relative paths count from the list's
     own folder. Only a local list may name local files.
 
-    Tars are read through for the members that have a suffix of `SUFFIXES`, in their order; an id is
-    `TAR::MEMBER`. Lists and tars may be several, by a pattern of `door.expand`.
+    Tars are read through for the images in them, in their order; an id is `TAR::MEMBER`. Lists and
+    tars may be several, by a pattern of `door.expand`.
 
     Everything may also lie in a store, such as `s3://bucket/folder`; which, and how much is read of
     it, is in the README of this package's parent. Ids are printable and have no credentials.
@@ -45,6 +44,8 @@ def discover(
     Args:
         column: of a table, the one with the paths; the only one, or one of `COLUMNS`, if left out.
         allowed: what may be opened beyond the defaults; the input's own host, if left out.
+        sieve: counts what is left out: what a folder or tars have beside their images, and lines.
+        skip_duplicates: leave out lines of lists that name a file again.
 
     Raises:
         ValueError: none of these, no image in it, one image twice, or an address that may not be
@@ -53,31 +54,37 @@ def discover(
     """
     text = os.fspath(source)
     allowed = Allowed.of(text) if allowed is None else allowed
+    sieve = sieve or Sieve()
     root, names = (text[: text.rfind("/") + 1], [text])
     if is_address(text) or not os.path.lexists(text):
         root, names = door.expand(text, allowed)
+        folders = {name for name in names if not is_address(name) and os.path.isdir(name)}
+        if len(folders) < len(names):  # or one is the input
+            names = [name for name in names if name not in folders]
+            sieve.skip("folders among the files of a pattern", len(folders))
     suffixes = {_suffix(name) for name in names}
     if len(suffixes) > 1 and suffixes & {TAR_SUFFIX, *LISTS}:
         kinds = printable(" ".join(sorted(suffixes)))
         raise ValueError(f"{shown(text)}: names files of several kinds, {kinds}")
     suffix = suffixes.pop()
-    if suffix == TAR_SUFFIX:
-        items = read_tars(text, root, names, SUFFIXES, allowed)
-    elif suffix in LISTS and not os.path.isdir(text):
-        items = read_lists(names, suffix, column, allowed)
+    if os.path.isdir(text):
+        items = _read_folder(text, allowed, sieve)
+    elif suffix == TAR_SUFFIX:
+        items = read_tars(text, root, names, sieve, allowed)
+    elif suffix in LISTS:
+        items = read_lists(names, suffix, column, allowed, sieve, skip_duplicates)
     elif len(names) > 1:
         raise ValueError(
             f"{shown(text)}: a pattern names tars or lists; this names {shown(names[0])}"
         )
     else:
-        items = _read_folder(names[0], allowed)
+        items = _read_folder(names[0], allowed, sieve)
     _check_ids(items, text)
     return items
 
 
 def _suffix(name: str) -> str:
-    path = parse(name).name if is_address(name) else name
-    return posixpath.splitext(path)[1].lower()
+    return suffix_of(parse(name).name if is_address(name) else name)
 
 
 def _check_ids(items: list[Item], source: str) -> None:
@@ -90,12 +97,12 @@ def _check_ids(items: list[Item], source: str) -> None:
         seen.add(item.id)
 
 
-def _read_folder(source: str, allowed: Allowed) -> list[Item]:
+def _read_folder(source: str, allowed: Allowed, sieve: Sieve) -> list[Item]:
     path = localized(check(source, allowed))
     if is_address(path):
-        items = sorted(_find(path, allowed), key=lambda item: item.id)
+        items = sorted(_find(path, allowed, sieve), key=lambda item: item.id)
     elif os.path.isdir(path):
-        items = sorted(walk(Path(path), SUFFIXES), key=lambda item: item.id)
+        items = sorted(walk(Path(path), sieve), key=lambda item: item.id)
     else:
         problem = "is no folder" if os.path.exists(path) else "no such folder, list or tar"
         raise ValueError(
@@ -103,15 +110,12 @@ def _read_folder(source: str, allowed: Allowed) -> list[Item]:
             f"({' '.join(LISTS)}) or a {TAR_SUFFIX} of images"
         )
     if not items:
-        raise ValueError(
-            f"{shown(source)}: no images in this folder; looked for {' '.join(sorted(SUFFIXES))}"
-        )
+        raise ValueError(f"{shown(source)}: no images in this folder; {sieve.nothing()}")
     return items
 
 
-def _find(source: str, allowed: Allowed) -> Iterator[Item]:
+def _find(source: str, allowed: Allowed, sieve: Sieve) -> Iterator[Item]:
     """The images of a folder in a store."""
     for name, address in door.find(source, allowed):
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if not hidden and posixpath.splitext(name)[1].lower() in SUFFIXES:
+        if sieve.keeps(name):
             yield Item(printable(name), address)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
+import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
 
@@ -16,6 +18,11 @@ MAX_HEADER = 1 << 20
 MAX_MEMBERS = 10_000_000
 # Of a zip's directory, which is held in memory at ten times its size: half a million members.
 MAX_DIRECTORY = 64 << 20
+# Behind the end; `tar` fills up to some kilobytes, a tape to some more.
+MAX_ZEROS = 64 << 20
+# Links that are followed for one, as Linux has it, and characters of a path with links in it.
+MAX_HOPS, MAX_FOLLOWED = 40, 1024
+_ZIP_MEMBER = b"PK\x03\x04"
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -28,6 +35,10 @@ class Member:
         offset, size: its bytes in the tar.
         regular: it is a file, and no folder, link or device.
         holes: it is stored without its runs of zeros.
+        folder: it is a folder.
+        link: what a link leads to: of a hard link the name of a member, of a symbolic one a path
+            from the link's own folder.
+        hard: it is a hard link.
     """
 
     name: str
@@ -35,6 +46,9 @@ class Member:
     size: int
     regular: bool
     holes: bool
+    folder: bool = False
+    link: str | None = None
+    hard: bool = False
 
 
 def members(file: IO[bytes], place: str) -> Iterator[Member]:
@@ -56,7 +70,11 @@ def members(file: IO[bytes], place: str) -> Iterator[Member]:
     while True:
         block = _read(file, at, BLOCK)
         if block == bytes(BLOCK) and not own:
-            return
+            at = _behind_end(file, at, length, place)
+            if at == length:
+                return
+            shared = {}  # another tar follows
+            continue
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.TarError as error:
@@ -82,8 +100,9 @@ def members(file: IO[bytes], place: str) -> Iterator[Member]:
                 shared |= _records(content, place, at)
             else:
                 found = _records(content, place, at) if info.type in _PAX else {}
-                if info.type == tarfile.GNUTYPE_LONGNAME:
-                    found = {"path": _text(content.partition(b"\0")[0])}
+                if info.type in _LONG:
+                    key = "path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
+                    found = {key: _text(content.partition(b"\0")[0])}
                 # As tarfile has it: of two headers for one member, the first.
                 own = found | own
                 own.setdefault("", "")  # a member must follow
@@ -113,8 +132,94 @@ def members(file: IO[bytes], place: str) -> Iterator[Member]:
         count += 1
         if count > MAX_MEMBERS:
             raise ValueError(f"{place}: has more than the limit of {MAX_MEMBERS} members")
-        yield Member(name.rstrip("/"), data, size, info.isreg(), holes)
+        link = records.get("linkpath") or info.linkname if info.issym() or info.islnk() else None
+        yield Member(
+            name.rstrip("/"), data, size, info.isreg(), holes, info.isdir(), link, info.islnk()
+        )
         own = {}
+
+
+def _behind_end(file: IO[bytes], at: int, length: int, place: str) -> int:
+    """Where the next header begins behind the zeros at byte `at`, which end a tar: some follow each
+    other in one file. The file's length if none does.
+
+    Raises:
+        ValueError: there are more zeros than any program appends.
+    """
+    start = at
+    while at < length:
+        if at - start > MAX_ZEROS:
+            raise ValueError(
+                f"{place}: has more than {MAX_ZEROS} bytes of zeros from byte {start} on"
+            )
+        zeros = _read(file, at, 1 << 20)
+        if not zeros:
+            break
+        content = zeros.lstrip(b"\0")
+        if content:
+            return at + (len(zeros) - len(content)) // BLOCK * BLOCK
+        at += len(zeros)
+    return length
+
+
+def files(file: IO[bytes], place: str) -> Iterator[tuple[str, Member | str]]:
+    """What a tar has by its names: files; then links as the files that they lead to, if those are
+    in the tar; and of what else there is, but for folders, why it is none.
+
+    Raises:
+        ValueError: as `members`.
+    """
+    links: dict[str, Member] = {}
+    for member in members(file, place):
+        if member.link is not None:
+            links[_normal(member.name)] = member
+        elif member.regular:
+            yield member.name, member
+        elif not member.folder:
+            yield member.name, "members that are no files"
+    if not links:
+        return
+    ends = {name: _end(name, links) for name in links}
+    wanted = set(ends.values()) - {None}
+    # Read again: what links lead to is known now, and all else need not be in memory.
+    found = {
+        name: member
+        for member in members(file, place)
+        if member.regular and (name := _normal(member.name)) in wanted
+    }
+    for name, end in ends.items():
+        none = "links that lead to no file of the tar"
+        yield links[name].name, found.get(end, none) if end is not None else none
+
+
+def _end(name: str, links: Mapping[str, Member]) -> str | None:
+    """Where links lead from one of them; None from those that lead in a circle, or too far."""
+    for _ in range(MAX_HOPS):
+        if len(name) > MAX_FOLLOWED:
+            return None
+        following = _followed(name, links)
+        if following is None:
+            return name
+        name = following
+    return None
+
+
+def _followed(name: str, links: Mapping[str, Member]) -> str | None:
+    """The path that is meant by one whose first link, of a folder or of its own, is followed."""
+    parts = name.split("/")
+    for count in range(1, len(parts) + 1):
+        link = links.get("/".join(parts[:count]))
+        if link is None:
+            continue
+        assert link.link is not None
+        before = [] if link.hard or link.link.startswith("/") else parts[: count - 1]
+        return _normal("/".join([*before, link.link, *parts[count:]]))
+    return None
+
+
+def _normal(path: str) -> str:
+    """A path in a tar, as `tar` unpacks it: from the folder that it is unpacked to."""
+    return posixpath.normpath(f"/{path}").lstrip("/")
 
 
 def _read(file: IO[bytes], at: int, size: int) -> bytes:
@@ -169,14 +274,15 @@ class Tar:
         """
         self._file = file
         self._members: dict[str, Member] = {}
-        for member in members(file, place):
-            if member.name in self._members:
-                raise ValueError(f"{place}: has {printable(member.name)} twice")
-            if member.regular:
-                self._members[member.name] = member
+        for name, member in files(file, place):
+            if name in self._members:
+                raise ValueError(f"{place}: has {printable(name)} twice")
+            if isinstance(member, Member):
+                self._members[name] = member
 
-    def names(self) -> list[str]:
-        return list(self._members)
+    def names(self) -> list[tuple[str, str]]:
+        """The files, and by which name each is read."""
+        return [(name, name) for name in self._members]
 
     def read(self, name: str, limit: int) -> bytes:
         """
@@ -208,9 +314,24 @@ class Zip:
             raise ValueError(
                 f"{place}: cannot be read as a zip: {printable(str(error))}"
             ) from error
+        first = min((info.header_offset for info in self._zip.infolist()), default=0)
+        file.seek(0)
+        # Its directory is at the end of the file, and tells nothing of what another one has.
+        if first and file.read(4) == _ZIP_MEMBER:
+            raise ValueError(f"{place}: has another zip before the one that is read; unpack it")
 
-    def names(self) -> list[str]:
-        return [info.filename for info in self._zip.infolist() if not info.is_dir()]
+    def names(self) -> list[tuple[str, str]]:
+        """The files, and by which name each is read: of a link, by what it leads to, if that is in
+        the zip."""
+        files = {info.filename: info for info in self._zip.infolist() if not info.is_dir()}
+        links = {}
+        for name, info in files.items():
+            if stat.S_ISLNK(info.external_attr >> 16) and info.file_size <= MAX_FOLLOWED:
+                target = _text(self.read(name, MAX_FOLLOWED))
+                links[_normal(name)] = Member(name, 0, 0, False, False, link=target)
+        own = {_normal(name): name for name in files}
+        ends = {link.name: own.get(_end(name, links) or name) for name, link in links.items()}
+        return [(name, ends.get(name) or name) for name in files]
 
     def read(self, name: str, limit: int) -> bytes:
         """

@@ -7,12 +7,13 @@ are read, `web` which hosts.
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import re
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ...errors import ImageError
@@ -21,6 +22,7 @@ from . import web
 from .addresses import (
     ARCHIVES,
     LOCAL,
+    STORES,
     WEB,
     Address,
     Allowed,
@@ -168,6 +170,21 @@ def _filesystem(address: Address) -> tuple[Any, str]:
         raise ValueError(f"{shown(str(address))}: {error}") from None
 
 
+def check_stores(protocols: Iterable[str], name: str) -> None:
+    """Raises ValueError where the package that reads a store is missing: before any image is read.
+
+    Args:
+        name: of the list that names addresses of these protocols.
+    """
+    from fsspec import get_filesystem_class
+
+    for protocol in sorted(STORES.intersection(protocols)):
+        try:
+            get_filesystem_class(protocol)
+        except ImportError as error:
+            raise ValueError(f"{name}: names {protocol}:// addresses: {error}") from None
+
+
 # Lists, tars and archives
 
 
@@ -267,7 +284,7 @@ def find(source: str, allowed: Allowed) -> Iterator[tuple[str, str]]:
     with _told(source):
         if address.protocol in ARCHIVES:
             root = address.path.strip("/")
-            found = [(name, name) for name in _open_archive(address, allowed).names()]
+            found = _open_archive(address, allowed).names()
         else:
             fs, root = _filesystem(address)
             root = root.rstrip("/")
@@ -301,7 +318,7 @@ def expand(pattern: str, allowed: Allowed = NOTHING_MORE) -> tuple[str, list[str
     Raises:
         ValueError: a wildcard that matches nothing; more names than there may be.
     """
-    front, chain, back = pattern.partition("::")
+    front, chain, back = pattern.partition("::") if is_address(pattern) else (pattern, "", "")
     on_the_web = is_address(pattern) and parse(pattern).protocol in WEB
     if on_the_web:
         front, chain, back = pattern, "", ""
@@ -311,7 +328,8 @@ def expand(pattern: str, allowed: Allowed = NOTHING_MORE) -> tuple[str, list[str
     found: list[str] = []
     for name in expand_braces(pattern):
         check(name, allowed)
-        if on_the_web or not re.search(r"[*?\[]", name.partition("::")[0]):
+        shape = name.partition("::")[0] if is_address(name) else name
+        if on_the_web or not re.search(r"[*?\[]", shape):
             found.append(name)
             continue
         matches = _glob(name, allowed)
@@ -323,13 +341,13 @@ def expand(pattern: str, allowed: Allowed = NOTHING_MORE) -> tuple[str, list[str
 
 def _glob(pattern: str, allowed: Allowed) -> list[str]:
     if not is_address(pattern):
-        pattern = f"file://{os.path.abspath(pattern)}"
+        return sorted(glob.glob(os.path.abspath(pattern), recursive=True))
     address = parse(check(pattern, allowed)) if not parse(pattern).local else parse(pattern)
+    if address.protocol in LOCAL:
+        return _glob(address.path, allowed)
     with _told(pattern):
         if address.protocol in ARCHIVES:
             raise ValueError(f"{shown(pattern)}: no pattern is read inside an archive")
         fs, path = _filesystem(address)
         matches = sorted(fs.glob(path))
-        if address.protocol in LOCAL:
-            return matches
         return sorted(_whole(address, _rest(fs.unstrip_protocol(match))) for match in matches)

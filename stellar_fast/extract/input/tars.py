@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
-import posixpath
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from ...printable import printable
 from ..records import Item
 from .addresses import Allowed, is_address, localized, parse, shown
-from .archives import members
+from .archives import files
 from .door import open_file
+from .sieve import Sieve
 
 # Tars read through at once; in remote stores each waits for the network most of the time.
 THREADS = 8
 
 
 def read_tars(
-    source: str, root: str, names: list[str], suffixes: Collection[str], allowed: Allowed
+    source: str, root: str, names: list[str], sieve: Sieve, allowed: Allowed
 ) -> list[Item]:
     """The images of tars, in the order of the tars and of their members.
 
+    A link is the file that it leads to, as in a folder, if that is in the same tar.
+
     Args:
         root: the folder that the ids count the tars' names from.
+        sieve: tells images by their names, and counts what else there is.
 
     Raises:
         ValueError: a tar is damaged, compressed or named twice; a member is there twice; no images.
@@ -37,37 +39,43 @@ def read_tars(
             f"{shown(source)}: names {shown(twice)} twice; every image may be read once"
         )
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(partial(_read_tar, root, suffixes, allowed), places)
-        items = [item for part in found for item in part]
+        found = list(pool.map(partial(_read_tar, root, allowed), places))
+    items = [item for part, _ in found for item in part]
+    for _, one in found:
+        for reason, count in one.skipped.items():
+            sieve.skip(reason, count)
     if not items:
-        raise ValueError(
-            f"{shown(source)}: no images in it; looked for {' '.join(sorted(suffixes))}"
-        )
+        raise ValueError(f"{shown(source)}: no images in it; {sieve.nothing()}")
     return items
 
 
-def _read_tar(root: str, suffixes: Collection[str], allowed: Allowed, place: str) -> list[Item]:
-    label = _label(place, root)
+def _read_tar(root: str, allowed: Allowed, place: str) -> tuple[list[Item], Sieve]:
+    label, sieve = _label(place, root), Sieve()
     items = []
     seen = set()
     try:
         file = open_file(place, allowed)
-    except FileNotFoundError:
-        raise ValueError(f"{shown(place)}: no such tar") from None
+    except FileNotFoundError as error:
+        why = str(error).partition("no such file")[2]
+        raise ValueError(f"{shown(place)}: no such tar{why}") from None
     with file:
-        for member in members(file, shown(place)):
-            base = posixpath.basename(member.name)
-            wanted = posixpath.splitext(base)[1].lower() in suffixes
-            if not wanted or base.startswith(".") or not member.regular:
+        if file.seek(0, 2) == 0:
+            sieve.skip("empty tars")
+            return [], sieve
+        for name, member in files(file, shown(place)):
+            if not sieve.keeps(name):
+                continue
+            if isinstance(member, str):
+                sieve.skip(member)
                 continue
             if member.holes:
-                raise ValueError(f"{shown(place)}: {printable(member.name)} is stored with holes")
-            id = printable(f"{label}::{member.name}")
+                raise ValueError(f"{shown(place)}: {printable(name)} is stored with holes")
+            id = printable(f"{label}::{name}")
             if id in seen:
                 raise ValueError(f"{id} is in the tar twice; every image may be read once")
             seen.add(id)
             items.append(Item(id, place, member.offset, member.size))
-    return items
+    return items, sieve
 
 
 def _label(place: str, root: str) -> str:

@@ -186,7 +186,8 @@ def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
     with replacing(path) as temporary:
         # The addresses may have credentials, which nothing else of an output has.
         temporary.chmod(0o600)
-        with parquet.ParquetWriter(temporary, schema) as writer:
+        # By an open file: Arrow takes no name that is no UTF-8.
+        with temporary.open("wb") as file, parquet.ParquetWriter(file, schema) as writer:
             for partition in plan.partitions:
                 part = items[start : start + partition.images]
                 start += partition.images

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import StellarError
-from ...files import open_inside
+from ...files import is_machines, open_inside, told_of
 from ..footer import SNAPPY, UNCOMPRESSED, read_footer
 from .foreign import DTYPES, MOST_TEXT
 from .layout import FEATURES_PARQUET, INDEX
@@ -295,4 +295,6 @@ def _told(path: Path) -> Iterator[None]:
     except StellarError:
         raise
     except Exception as error:  # OSError, NumPy's ValueError and SyntaxError, Arrow's own
+        if is_machines(error):
+            raise StellarError(f"{path}: cannot be read: {told_of(error)}") from error
         raise StellarError(f"{path}: cannot be read: {error}; remove {path.parent}") from error

@@ -44,7 +44,7 @@ class Copies:
     def buffer(self, batch_size: int, dtype: str) -> Tensor:
         """Memory for a batch of images, (batch_size, 3, 224, 224)."""
         kind = getattr(torch, dtype)
-        return torch.empty((batch_size, *SHAPE), dtype=kind, pin_memory=self._cuda)
+        return torch.empty((batch_size, *SHAPE), dtype=kind, device="cpu", pin_memory=self._cuda)
 
     def up(self, images: Tensor) -> Moving:
         """Begins to copy images to the device. They must not change until they were encoded."""
@@ -69,6 +69,8 @@ class Copies:
             return Moving(features)
         found = {}
         for name, feature in features.items():
-            found[name] = torch.empty(feature.shape, dtype=feature.dtype, pin_memory=True)
+            found[name] = torch.empty(
+                feature.shape, dtype=feature.dtype, device="cpu", pin_memory=True
+            )
             found[name].copy_(feature, non_blocking=True)
         return Moving(found, torch.cuda.current_stream(self._device).record_event())

@@ -43,6 +43,7 @@ class Encoder(Protocol):
     precision: str
     backend: str
     weights: str
+    weights_sha256: str | None  # of the file that they were loaded from
     max_batch: int
 
     def encode(
@@ -106,14 +107,21 @@ class Pipeline:
         configuration = plan.configuration
         self._batch_size: int = configuration["batch_size"]
         self._features: list[str] = configuration["features"]
-        none = engine.encode(torch.zeros((0, *SHAPE), dtype=torch.uint8), outputs=self._features)
+        nothing = torch.zeros((0, *SHAPE), dtype=torch.uint8, device="cpu")
+        none = engine.encode(nothing, outputs=self._features)
         self._shapes = {name: tuple(none[name].shape[1:]) for name in self._features}
         self._copies = Copies(engine.device)
         self._buffers: queue.Queue[Tensor] = queue.Queue()
         dtype = pixels_dtype(configuration["preset"])
         # One is filled, others wait, and others are encoded.
-        for _ in range(BATCHES_AHEAD + 2 + self._copies.ahead):
-            self._buffers.put(self._copies.buffer(self._batch_size, dtype))
+        try:
+            for _ in range(BATCHES_AHEAD + 2 + self._copies.ahead):
+                self._buffers.put(self._copies.buffer(self._batch_size, dtype))
+        except (RuntimeError, MemoryError) as error:
+            raise StellarError(
+                f"not enough memory for batches of {self._batch_size} images; give a smaller "
+                "--batch-size"
+            ) from error
         self._stop = threading.Event()
         self._stopped = stopped
         self._error: BaseException | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -13,6 +14,7 @@ from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any
 
 from ...errors import StellarError
+from ...printable import printable
 from ..input.addresses import Allowed
 from ..input.door import NOTHING_MORE
 from ..records import Item
@@ -91,7 +93,11 @@ class Workers:
         Args:
             allowed: what may be read beyond the defaults.
             limits: of every image; the defaults if left out.
+
+        Raises:
+            StellarError: this process cannot start others.
         """
+        _check_parent()
         self._orders = max(1, min(MOST_ORDERS, batch_size // (2 * count)))
         # Two batches ahead of the engine, and what the processes have in hand.
         room = 2 * batch_size + count * LISTS_AHEAD * self._orders
@@ -242,6 +248,23 @@ class Workers:
         retries.extend(lists)
         self._processes[self._processes.index(process)] = _Process(self._context, self._arguments)
         return failed
+
+
+def _check_parent() -> None:
+    """Raises StellarError in a process that cannot have children, or whose script they, which
+    import it, would not find."""
+    if multiprocessing.current_process().daemon:
+        raise StellarError(
+            "extraction starts processes, which a daemonic process may not: start this one with "
+            "daemon=False, or by concurrent.futures.ProcessPoolExecutor"
+        )
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if main.__spec__ is None and script is not None and not os.path.exists(script):
+        raise StellarError(
+            f"the script is {printable(str(script))} and no file, so the processes that extraction "
+            "starts cannot import it; save it, with `if __name__ == '__main__':`, and run that"
+        )
 
 
 def exit_of(exitcode: int | None) -> str:
