@@ -161,6 +161,8 @@ def compile_one(item: Compilation, limit: int) -> Finding:
     matrix = sorted({item.name for item in instructions if MATRIX.match(item.name)})
     faults += _matrix_faults(item.arch, kernel.asm["ttir"], matrix)
     faults += _offset_faults(kernel.asm["ttir"])
+    if item.arch == 90:
+        faults += held_up(_assembled(kernel.asm["ptx"]))
     return Finding(
         usage["registers"],
         usage["stack"],
@@ -171,6 +173,28 @@ def compile_one(item: Compilation, limit: int) -> Finding:
         tuple(faults),
         anatomy(instructions, item.arch),
     )
+
+
+def _assembled(ptx: str) -> str:
+    """What the assembler says of the code of an sm_90 kernel.
+
+    Raises:
+        ValueError: none of Triton's assemblers takes it.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        for name in ("ptxas", "ptxas-blackwell"):  # the older one knows no newer PTX
+            command = [_tool(name), "-arch=sm_90a", file.name, "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stdout + done.stderr
+    raise ValueError(f"no assembler takes the code: {done.stderr}")
+
+
+def held_up(said: str) -> list[str]:
+    """Matrix instructions that wait for one another, by the assembler's own words."""
+    return [line.strip() for line in said.splitlines() if "Potential Performance Loss" in line]
 
 
 def _matrix_faults(arch: int, ttir: str, matrix: list[str]) -> list[str]:

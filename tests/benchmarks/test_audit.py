@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from audit.compilation import _matrix_faults, _offset_faults
+from audit.compilation import _matrix_faults, _offset_faults, held_up
 
 from stellar_fast.kernels import gpus
 
@@ -64,6 +64,15 @@ def test_a_planted_fault_is_named(planted, name, named):
 @pytest.mark.parametrize("name", ["sound", "small_products"])
 def test_a_sound_kernel_passes(planted, name):
     assert planted[name] == []
+
+
+def test_products_that_wait_for_one_another_are_named():
+    serial = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to non wgmma instructions defining accumulator registers of a wgmma"
+    )
+    arrival = "ptxas info    : (C7519) warpgroup.arrive is injected in around line 1008 by compiler"
+    assert held_up(f"{arrival}\n{serial}\n") == [serial]
 
 
 def test_products_off_the_matrix_units_are_named():

@@ -200,7 +200,9 @@ def test_the_run_tells_what_it_left_out(tmp_path):
     stats = json.loads((tmp_path / "out" / "stats.json").read_text())
     assert stats["skipped"] == {".heic files": 3, "hidden images": 1}
     summary = run(make_job(tmp_path / "in", tmp_path / "out"), small_engine())
-    assert str(summary).endswith("done by earlier or other runs; left out: 3 .heic files, 1 hidden images")
+    assert str(summary).endswith(
+        "done by earlier or other runs; left out: 3 .heic files, 1 hidden images"
+    )
 
 
 def test_reasons_are_bounded_and_printable():
