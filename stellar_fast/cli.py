@@ -8,6 +8,7 @@ torch and all that needs it are imported inside the commands, so that help is qu
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import os
@@ -24,6 +25,7 @@ import typer
 from .config import MODELS
 from .errors import StellarError
 from .extract.options import Options
+from .leaving import leave
 from .printable import printable
 
 if TYPE_CHECKING:
@@ -70,7 +72,11 @@ def main() -> None:
     _open_streams()
     # Pillow warns of damaged metadata that change no pixel, in the middle of the progress bar.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-    app(prog_name="stellar-fast")
+    try:
+        app(prog_name="stellar-fast")
+    except SystemExit as done:
+        atexit._run_exitfuncs()
+        leave(done.code if isinstance(done.code, int) else int(done.code is not None))
 
 
 def _open_streams() -> None:

@@ -53,7 +53,10 @@ def place(tmp_path_factory) -> Path:
         photos.draw("sea", 64, 48, 1).save(place / name)
     engine = stellar_fast.load("stellar-b16", repo=place / "published", device="cpu")
     job = make_job(
-        place / "photographs", place / "features", features=("sparse", "cls", "spatial"), workers=1
+        place / "photographs",
+        place / "features",
+        features=("sparse", "cls", "spatial", "dense"),
+        workers=1,
     )
     run(job, engine)
     return place
@@ -80,8 +83,12 @@ def test_the_python_of_a_readme_runs(readme, place, monkeypatch):
     names = {
         "stellar_fast": stellar_fast, "torch": torch, "DataLoader": DataLoader,
         "PATH": place / "vq.safetensors", "batch": image, "image": image,
-        "images": torch.rand(2, 3, 32, 32), "labels": torch.arange(1),
+        "images": torch.rand(2, 3, 32, 32), "others": torch.rand(2, 3, 32, 32),
+        "labels": torch.arange(1),
         "global_views": torch.rand(1, 8, 3, 224, 224), "local_views": torch.rand(1, 8, 3, 96, 96),
+        "masks": np.random.default_rng(0).integers(0, 3, (len(rows), 224, 224)),
+        "dense_test": np.zeros((2, 196, 64), np.float32),
+        "masks_test": np.zeros((2, 224, 224), int),
         "train": rows % 2 == 0, "test": rows % 2 == 1,
         "labels_train": rows[::2] // 4, "labels_test": rows[1::2] // 4,
     }  # fmt: skip

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
-import os
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ..errors import StellarError
+from ..leaving import leave
 from ..printable import printable
 from .job import decided, make_plan, todo
 from .options import Job
@@ -328,13 +327,9 @@ def _processes(job: Job, load: Load, devices: Sequence[str | None]) -> Iterator[
 
 
 def _main(*arguments: Any) -> None:
-    """What a process of a device runs. It leaves as a forked one does: the interpreter's end waits
-    for no thread that a library started, and one that then asks for the interpreter, as Arrow's and
-    torch's do, aborts the process."""
+    """What a process of a device runs."""
     _serve(*arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()
 
 
 def _serve(link: Connection, load: Load, device: str | None, job: Job, threads: int) -> None:

@@ -61,10 +61,11 @@ def test_the_index_of_several_files(tmp_path):
 def test_a_folder_whose_name_is_no_utf8(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xe9")
     write(folder)
-    engine = stellar_fast.load("tiny", repo=folder, device="cpu")
+    here = {"device": "cpu", "backend": "torch"}
+    engine = stellar_fast.load("tiny", repo=folder, **here)
     engine.save(tmp_path / "saved")
     (tmp_path / "saved").rename(tmp_path / os.fsdecode(b"\xe8"))
-    again = stellar_fast.load("tiny", repo=tmp_path / os.fsdecode(b"\xe8"), device="cpu")
+    again = stellar_fast.load("tiny", repo=tmp_path / os.fsdecode(b"\xe8"), **here)
     images = torch.zeros(1, 3, 16, 16)
     assert torch.equal(engine.encode(images)["cls"], again.encode(images)["cls"])
 
