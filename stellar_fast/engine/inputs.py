@@ -151,7 +151,7 @@ def check_range(images: Tensor) -> None:
         array = images.detach().numpy()
         low, high = float(array.min()), float(array.max())
     else:
-        low, high = (bound.item() for bound in images.aminmax())
+        low, high = torch.stack(images.aminmax()).tolist()  # a GPU is waited for once
     if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
         found = "NaN" if low != low or high != high else f"values from {low:.4g} to {high:.4g}"
         hint = ""
