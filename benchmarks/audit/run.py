@@ -248,7 +248,7 @@ def families(items: list[Compilation], findings: list[Finding]) -> list[str]:
         warps = dict(item.options)["num_warps"]
         # Where four warps share an instruction, every warp of it has 16 whole rows, if there are as
         # many: then their number changes no sum.
-        shape = (rows >= 16 * warps,) if item.arch == 90 else (rows, warps)
+        shape: tuple = (rows >= 16 * warps,) if item.arch == 90 else (rows, warps)
         kinds.setdefault(family, set()).add((*shape, tuple(sorted(depth))))
     return [
         f"sm_{arch} {kernel} {operand}: tiles of one family differ: {sorted(found)}"

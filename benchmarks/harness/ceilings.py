@@ -23,8 +23,9 @@ def product(precision: str, device: torch.device, side: int) -> Callable[[], obj
     a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
     # As our products are: without it the sums are taken out of the matrix units every few steps,
     # which no product of ours does so often, and the ceiling would flatter them.
-    keywords = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": True}
-    return lambda: torch._scaled_mm(a8, b8.T, **keywords)
+    return lambda: torch._scaled_mm(
+        a8, b8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def measure(key: str, device: torch.device, seconds: float = 2.0, least: int = 5) -> Row:
