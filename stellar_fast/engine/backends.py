@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from importlib import metadata
@@ -141,6 +142,11 @@ def _check_openvino(device: torch.device, precision: str) -> None:
             f"{what} needs OpenVINO {OLDEST_OPENVINO} or later, found "
             f"{metadata.version('openvino')}: pip install --upgrade openvino"
         )
+    if (cap := _cap()) is not None:
+        raise ValueError(
+            f"{what} computes wrongly where {cap} is set, as here to {os.environ[cap]!r}: unset "
+            "it, or load with backend='torch'"
+        )
     if precision == "int8" and not has_int8_units():
         raise ValueError(
             "precision='int8' needs a processor that multiplies 8-bit integers (AVX512-VNNI, "
@@ -196,7 +202,18 @@ def has_triton() -> bool:
 def _runs_openvino() -> bool:
     """Whether OpenVINO is there, and not left behind in the parent of a forked process."""
     graphs = sys.modules.get(f"{__package__}.openvino_graphs")
-    return has_openvino() and (graphs is None or not graphs.is_left_behind())
+    left_behind = graphs is not None and graphs.is_left_behind()
+    return has_openvino() and not left_behind and _cap() is None
+
+
+def _cap() -> str | None:
+    """The variable that keeps oneDNN from instructions which this processor has, if there is one.
+
+    OpenVINO has a oneDNN of its own, which obeys it in part: what it computes then is wrong, or it
+    compiles nothing.
+    """
+    names = (f"{library}_MAX_CPU_ISA" for library in ("ONEDNN", "DNNL"))
+    return next((name for name in names if os.environ.get(name, "ALL") != "ALL"), None)
 
 
 def has_openvino() -> bool:

@@ -107,3 +107,14 @@ def test_an_amd_gpu_is_not_taken_for_an_h100(monkeypatch):
     assert resolve_backend("torch", device, "bf16") == "torch"
     with pytest.raises(ValueError, match=r"is for NVIDIA GPUs: .*backend='torch'"):
         resolve_backend("triton", device, "bf16")
+
+
+def test_openvino_is_not_taken_where_its_instructions_are_capped(monkeypatch):
+    monkeypatch.setattr(backends, "has_openvino", lambda: True)
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    for value, expected in (("ALL", "openvino"), ("AVX2", "torch")):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", value)
+        assert resolve_backend("auto", torch.device("cpu"), "fp32") == expected
+    with pytest.raises(ValueError, match="where ONEDNN_MAX_CPU_ISA is set, as here to 'AVX2'"):
+        resolve_backend("openvino", torch.device("cpu"), "fp32")
