@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError
-from .reader import MAX_PIXELS, Source, decode, describe, describe_error
+from .reader import Source, decode, describe, describe_error
+from .refusals import MAX_PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 from stellar_fast import images
 from stellar_fast.errors import ImageError
-from stellar_fast.images import reader
+from stellar_fast.images import conversion
 
 FAR = 8  # what JPEG's rounding may change, of 255
 
@@ -173,7 +173,7 @@ def test_transparency_is_the_same_in_strips(kind, monkeypatch):
     data = saved(picture, "PNG", **options)
     expected = images.decode(data)
     for strip in (1, 30 * 7, 30 * 50):
-        monkeypatch.setattr(reader, "STRIP", strip)
+        monkeypatch.setattr(conversion, "STRIP", strip)
         assert distance(images.decode(data), expected) == 0
 
 

@@ -135,7 +135,7 @@ def misbehave(data: bytes, preset: str, *, max_pixels: int):
 
 if __name__ == "__main__":
     first, last, *formats = sys.argv[1:]
-    from stellar_fast.images.reader import MAX_PIXELS
+    from stellar_fast.images.refusals import MAX_PIXELS
 
     for name in formats or (*FORMATS, *RARE):
         began = time.perf_counter()

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from PIL import AvifImagePlugin, GifImagePlugin, Image, ImageFile, PngImagePlugin
 
-from ...images.reader import MAX_PIXELS
+from ...images.refusals import MAX_PIXELS
 
 DECODE_SECONDS = 30.0
 LEAST_MEMORY = 2048  # MiB
