@@ -83,7 +83,7 @@ def test_encode(batch, benchmark, pool, remotes, record, say):
             remote.close()  # and its memory goes to the others
             continue
         try:
-            remote.prepare(pool.images[:batch])
+            remote.prepare(pool.images[pool.rows(batch, 0)])
         except models.Absent as reason:
             precision = remote.precision
             absent.append({**base, "name": name, "precision": precision, "not_run": str(reason)})
