@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StellarError
-from ..images.presets import check_preset
+from ..images.presets import least_side
 from .input import discover
 from .input.addresses import Allowed, is_address, localized, shown
 from .input.sieve import Sieve
@@ -103,7 +103,7 @@ def _check(options: Options) -> dict[str, Any]:
     ):
         if (value := getattr(options, name)) not in known:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-    check_preset(options.preset)
+    least_side(options.preset, options.scaled_decode)
     for what, number, least in (
         ("the batch size", options.batch_size, 1),
         ("the partition size", options.partition_size, 1),
@@ -128,6 +128,7 @@ def _check(options: Options) -> dict[str, Any]:
     return {
         "column": options.column,
         "preset": options.preset,
+        "scaled_decode": options.scaled_decode,
         "features": features,
         "dtype": options.dtype,
         "format": options.format,

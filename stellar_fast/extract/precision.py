@@ -81,6 +81,7 @@ def sample(job: Job) -> Tensor:
         job.workers,
         job.configuration["preset"],
         SAMPLE,
+        scaled_decode=job.configuration["scaled_decode"],
         dummy=job.options.dummy_reader,
         allowed=job.allowed,
         limits=job.limits,

@@ -29,6 +29,7 @@ _TRANSPOSE = {  # EXIF orientation -> what makes it upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # orientations that change width for height
 
 
 def to_rgb(

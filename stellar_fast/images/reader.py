@@ -33,6 +33,9 @@
 10. Metadata never decide, however damaged or large (`metadata`): profiles, comments, resolutions.
     A JPEG that lacks its end marker is read if all its pixels are there.
 11. Nor do Pillow's module-wide settings, such as `LOAD_TRUNCATED_IMAGES` (`settings`).
+12. Only if asked: a JPEG is decoded at a half, a quarter or an eighth, by fewer terms of its cosine
+    transform, the smallest of these at which both sides are as long as was asked for. Everything
+    that is refused is refused by its size in full.
 
 No global state of Pillow is changed for others. Everything here may be called from many threads.
 """
@@ -44,15 +47,17 @@ import stat
 import struct
 import threading
 import warnings
+from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO, UnsupportedOperation
 from typing import IO, cast
 
 from PIL import Image, ImageFile, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ..errors import ImageError
 from . import metadata
-from .conversion import RGB16, raw_mode, to_rgb, unwrapped, without_colour
+from .conversion import RGB16, SIDEWAYS, orientation_of, raw_mode, to_rgb, unwrapped, without_colour
 from .jpeg2000 import with_another_bit
 from .refusals import BEFORE_OPENING, MAX_PIXELS, check_costs, check_size
 from .settings import without_settings
@@ -61,6 +66,7 @@ Source = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | I
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "MPO")
 REASON_LENGTH = 300
+SIZE_IN_FILE = "size_in_file"  # key of a picture's `info`, see `decode`
 
 _UNKNOWN_PIXELS = "unknown pixel mode"  # Pillow's words
 
@@ -69,29 +75,47 @@ _UNKNOWN_PIXELS = "unknown pixel mode"  # Pillow's words
 _WITHOUT_WARNINGS = threading.Lock()
 
 
-def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+@dataclass(frozen=True)
+class _Wanted:
+    """What `decode` was asked for."""
+
+    max_pixels: int
+    least_side: int | None
+
+
+def decode(
+    source: Source, *, max_pixels: int = MAX_PIXELS, least_side: int | None = None
+) -> Image.Image:
     """One picture as a loaded 8-bit RGB PIL image, by the rules of this module.
 
     Args:
         source: a path, the bytes of a file, a binary file object, or a PIL image (not changed).
         max_pixels: the largest width times height.
+        least_side: pixels that both sides shall have at least, if they have them in the file: a
+            JPEG may then be decoded smaller, by rule 12. None is in full.
+
+    Returns:
+        The picture; of one that was decoded smaller, `info["size_in_file"]` is the (width, height)
+        of the upright picture in full.
 
     Raises:
         ImageError: anything wrong with the file or its content.
         TypeError: `source` is none of these.
-        ValueError: `max_pixels` is not positive.
+        ValueError: `max_pixels` or `least_side` is not positive.
     """
-    if max_pixels < 1:
-        raise ValueError(f"max_pixels must be positive, got {max_pixels}")
+    for name, value in (("max_pixels", max_pixels), ("least_side", least_side)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    wanted = _Wanted(max_pixels, least_side)
     name = describe(source)
     try:
         with without_settings(max_pixels):
             try:
-                return _decode_any(source, max_pixels)
+                return _decode_any(source, wanted)
             except Warning:  # rule 9
                 with _WITHOUT_WARNINGS, warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    return _decode_any(source, max_pixels)
+                    return _decode_any(source, wanted)
     except ImageError as error:
         raise ImageError(name, error.reason) from None
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, RuntimeError
@@ -117,19 +141,19 @@ def describe(source: Source) -> str:
     )
 
 
-def _decode_any(source: Source, max_pixels: int) -> Image.Image:
+def _decode_any(source: Source, wanted: _Wanted) -> Image.Image:
     if isinstance(source, Image.Image):
-        return to_rgb(source, max_pixels)
+        return to_rgb(source, wanted.max_pixels)
     if isinstance(source, str | os.PathLike):
-        return _decode_path(source, max_pixels)
+        return _decode_path(source, wanted)
     if isinstance(source, bytes | bytearray | memoryview):
         source = BytesIO(source)
-    return _decode_file(source, max_pixels)
+    return _decode_file(source, wanted)
 
 
-def _decode_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
+def _decode_path(path: str | os.PathLike[str], wanted: _Wanted) -> Image.Image:
     with open_regular(path) as file:
-        return _decode_file(file, max_pixels)
+        return _decode_file(file, wanted)
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
@@ -158,22 +182,22 @@ class _Unknown(_Damaged):
     """Pixels of a kind that Pillow does not know."""
 
 
-def _decode_file(file: IO[bytes], max_pixels: int) -> Image.Image:
+def _decode_file(file: IO[bytes], wanted: _Wanted) -> Image.Image:
     try:
         file.seek(0)
     except (AttributeError, UnsupportedOperation):
         file = BytesIO(file.read())
-    name = _format_of(file, max_pixels)
+    name = _format_of(file, wanted.max_pixels)
     try:
-        return _decode_format(name, file, max_pixels)
+        return _decode_format(name, file, wanted)
     except Exception as error:
         if _is_final(error):
             raise
         other = None
         if not isinstance(error, _Unknown):
-            other = _decode_repaired(name, file, max_pixels)
+            other = _decode_repaired(name, file, wanted)
         elif (negative := metadata.as_black_is_zero(file)) is not None:
-            other = ImageOps.invert(_decode_format(name, negative, max_pixels))
+            other = ImageOps.invert(_decode_format(name, negative, wanted))
         if other is None:
             raise
         return other
@@ -185,7 +209,7 @@ def _is_final(error: Exception) -> bool:
     return refused or isinstance(error, MemoryError | Warning)
 
 
-def _decode_repaired(name: str, file: IO[bytes], max_pixels: int) -> Image.Image | None:
+def _decode_repaired(name: str, file: IO[bytes], wanted: _Wanted) -> Image.Image | None:
     """A picture that could not be read as it is (rule 10); None if it cannot at all."""
     if name in ("JPEG", "MPO"):
         completed = metadata.complete_jpeg(file)
@@ -195,9 +219,10 @@ def _decode_repaired(name: str, file: IO[bytes], max_pixels: int) -> Image.Image
     if completed is None:
         return None
     found = []
+    in_full = _Wanted(wanted.max_pixels, None)  # or what is missing might not be seen
     for one in completed:
         try:
-            found.append(_decode_format(name, one, max_pixels))
+            found.append(_decode_format(name, one, in_full))
         except Exception as error:
             if _is_final(error):
                 raise
@@ -230,17 +255,17 @@ def _format_of(file: IO[bytes], max_pixels: int) -> str:
     raise ImageError("", reason)
 
 
-def _decode_format(name: str, file: IO[bytes], max_pixels: int) -> Image.Image:
+def _decode_format(name: str, file: IO[bytes], wanted: _Wanted) -> Image.Image:
     bare = metadata.bare(name, file)
     with _opened(name, bare.file) as image:
-        check_size(*image.size, max_pixels)
+        check_size(*image.size, wanted.max_pixels)
         for key, value in (("exif", bare.exif), ("xmp", bare.xmp)):
             if value is not None:
                 image.info[key] = value
         mend = None
         if raw_mode(image) == RGB16 and "transparency" in image.info:
             with _opened(name, bare.file) as low:
-                check_costs(low, max_pixels)
+                check_costs(low, wanted.max_pixels)
                 # Of 16 bits, this gives the low byte where the other one gives the high one.
                 low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
                 low.load()
@@ -248,11 +273,18 @@ def _decode_format(name: str, file: IO[bytes], max_pixels: int) -> Image.Image:
         elif name == "JPEG2000" and image.mode in ("LA", "RGB", "RGBA"):
             coarse = with_another_bit(file)
             if coarse is not None:
-                check_costs(image, max_pixels)
+                check_costs(image, wanted.max_pixels)
                 with _opened(name, coarse) as other:
                     other.load()
                 mend = partial(unwrapped, coarse=other)
-        return to_rgb(image, max_pixels, mend)
+        in_full = image.size
+        if wanted.least_side is not None and isinstance(image, JpegImageFile):
+            image.draft(None, (wanted.least_side, wanted.least_side))  # type: ignore[arg-type]
+        rgb = to_rgb(image, wanted.max_pixels, mend)
+        if image.size != in_full:
+            turned = orientation_of(image) in SIDEWAYS
+            rgb.info[SIZE_IN_FILE] = in_full[::-1] if turned else in_full
+        return rgb
 
 
 def _opened(name: str, file: IO[bytes]) -> ImageFile.ImageFile:

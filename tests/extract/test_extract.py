@@ -18,7 +18,7 @@ from stellar_fast.extract import make_job, run, stats
 from stellar_fast.extract.output.layout import check_sums, read_plan
 from stellar_fast.extract.stats import Progress
 from stellar_fast.extract.work.workers import Workers
-from stellar_fast.images.presets import load_image
+from stellar_fast.images.presets import load_batch, load_image
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,26 @@ def test_rows_are_the_engines_features_of_the_good_images_in_order(
         np.testing.assert_array_equal(stored, wanted[name].astype(dtype))
     assert (summary.images, summary.rows, summary.failed) == (24, 20, 4)
     assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_scaled_decode_is_of_the_plan_and_the_index_has_the_size_in_the_file(tmp_path, engine):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    photograph(1856, 1024, seed=1).save(source / "large.jpg")
+    photograph(60, 50, seed=2).save(source / "small.jpg")
+    run(make_job(source, output, scaled_decode=True), engine)
+    table = index(output)
+    assert (table["width"], table["height"]) == ([1856, 60], [1024, 50])
+    files = [source / name for name in table["id"]]
+    pixels = load_batch(files, "card", scaled_decode=True)
+    stored = np.load(parts(output)[0] / "cls.npy")
+    np.testing.assert_array_equal(stored, engine.encode(pixels)["cls"].numpy())
+    assert not np.array_equal(stored, engine.encode(load_batch(files, "card"))["cls"].numpy())
+    assert read_plan(output).configuration["scaled_decode"] is True
+    with pytest.raises(ValueError, match=r"scaled_decode \(true -> false\)"):
+        run(make_job(source, output), engine)
+    with pytest.raises(ValueError, match="'eval' reads single pixels"):
+        make_job(source, tmp_path / "other", scaled_decode=True, preset="eval")
 
 
 def test_partitions_hold_all_images_in_order_and_batches_do_not_cross_them(

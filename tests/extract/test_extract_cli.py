@@ -206,6 +206,7 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
         "features": ["cls", "dense"],
         "dtype": "float16",
         "preset": "eval",
+        "scaled_decode": False,
         "format": "parquet",
         "batch_size": 5,
         "partition_size": 9,

@@ -44,6 +44,7 @@ def write_output(
         "input": "/nowhere",
         "column": None,
         "preset": "card",
+        "scaled_decode": False,
         "features": list(features),
         "dtype": dtype,
         "format": format,

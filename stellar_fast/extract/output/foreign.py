@@ -97,6 +97,7 @@ CONFIGURATION: Mapping[str, Rule] = {
     "input": TEXT,
     "column": ("text or null", lambda value: value is None or isinstance(value, str)),
     "preset": TEXT,
+    "scaled_decode": ("true or false", lambda value: isinstance(value, bool)),
     "features": (f"some of {', '.join(FEATURES)}, in this order", _features),
     "dtype": one_of(*DTYPES),
     "format": one_of(*FORMATS),

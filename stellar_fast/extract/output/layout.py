@@ -44,7 +44,7 @@ from .foreign import (
 if TYPE_CHECKING:
     import pyarrow
 
-SCHEMA = 2
+SCHEMA = 3
 PLAN = "plan.json"
 INPUTS = "inputs.parquet"
 STATS = "stats.json"

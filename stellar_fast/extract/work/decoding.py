@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import ImageError
-from ...images.presets import SIZE, preset_pixels
-from ...images.reader import decode, describe_error
+from ...images.presets import SIZE, least_side, preset_pixels
+from ...images.reader import SIZE_IN_FILE, decode, describe_error
 from ..input.addresses import Allowed
 from ..input.door import read_item
 from ..records import Item
@@ -98,6 +98,7 @@ def work(
     connection: Connection,
     slots: Slots,
     preset: str,
+    scaled_decode: bool,
     dummy: bool,
     allowed: Allowed,
     limits: Limits,
@@ -105,6 +106,7 @@ def work(
     """Answers every list of orders by a list of outcomes, until the other end is closed.
 
     Args:
+        scaled_decode: see `images.presets.load_image`.
         dummy: read nothing, and fill the slots with noise.
         allowed: what may be read beyond the defaults.
     """
@@ -119,6 +121,7 @@ def work(
         import torch
 
         torch.set_num_threads(1)
+    least = least_side(preset, scaled_decode)
     enter(limits)
     try:
         connection.send(READY)
@@ -127,7 +130,7 @@ def work(
             outcomes = []
             for order in orders:
                 if noise is None:
-                    outcomes.append(_carry_out(order, slots, preset, allowed, limits))
+                    outcomes.append(_carry_out(order, slots, preset, least, allowed, limits))
                 else:
                     slots.array[order.slot] = noise
                     outcomes.append(Outcome(order.number, order.slot, None, SIZE, SIZE))
@@ -137,7 +140,12 @@ def work(
 
 
 def _carry_out(
-    order: Order, slots: Slots, preset: str, allowed: Allowed, limits: Limits
+    order: Order,
+    slots: Slots,
+    preset: str,
+    least: int | None,
+    allowed: Allowed,
+    limits: Limits,
 ) -> Outcome:
     start = time.perf_counter()
     read = start
@@ -145,7 +153,7 @@ def _carry_out(
         content = read_item(order.item, allowed)
         read = time.perf_counter()
         with decoding_time(limits.seconds):
-            image = decode(content, max_pixels=limits.max_pixels)
+            image = decode(content, max_pixels=limits.max_pixels, least_side=least)
             slots.array[order.slot] = preset_pixels(image, preset)
     except Exception as error:
         end = time.perf_counter()
@@ -153,12 +161,13 @@ def _carry_out(
             read = end
         reason = _reason(error, limits)
         return Outcome(order.number, order.slot, reason, read=read - start, decode=end - read)
+    width, height = image.info.get(SIZE_IN_FILE, image.size)
     end = time.perf_counter()
     return Outcome(
         order.number,
         order.slot,
-        width=image.width,
-        height=image.height,
+        width=width,
+        height=height,
         read=read - start,
         decode=end - read,
     )

@@ -137,6 +137,7 @@ class Pipeline:
                 job.workers,
                 configuration["preset"],
                 self._batch_size,
+                scaled_decode=configuration["scaled_decode"],
                 dummy=job.options.dummy_reader,
                 allowed=job.allowed,
                 limits=job.limits,

@@ -85,12 +85,14 @@ class Workers:
         preset: str,
         batch_size: int,
         *,
+        scaled_decode: bool = False,
         dummy: bool = False,
         allowed: Allowed = NOTHING_MORE,
         limits: Limits | None = None,
     ) -> None:
         """
         Args:
+            scaled_decode: see `images.presets.load_image`.
             allowed: what may be read beyond the defaults.
             limits: of every image; the defaults if left out.
 
@@ -108,7 +110,7 @@ class Workers:
         with without_interrupts():
             forkserver.ensure_running()
         self._limits = limits or Limits()
-        self._arguments = (self.slots, preset, dummy, allowed, self._limits)
+        self._arguments = (self.slots, preset, scaled_decode, dummy, allowed, self._limits)
         self._processes: list[_Process] = []
         self._false_starts = 0
         self._died_on: dict[int, str] = {}  # order's number -> how its process died
