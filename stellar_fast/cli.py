@@ -324,6 +324,9 @@ def fidelity(
     images: Annotated[
         int, typer.Option(help="To compare, at most, evenly spread over IMAGES.", min=1)
     ] = 64,
+    scaled_decode: Annotated[
+        bool, typer.Option("--scaled-decode", help="As of extract; float32 sees images in full.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the table too (extra viz).")
     ] = None,
@@ -337,13 +340,18 @@ def fidelity(
     """
     with _reported(debug):
         from .extract.precision import read_images
+        from .images.presets import least_side
         from .viz.pictures import check_picture, check_viz, save_fidelity
 
         if plot is not None:
             check_viz()
             check_picture(plot)
         calibrating = precision in ("fp8", "int8")
+        least_side(preset, scaled_decode)
         pixels = read_images(source, preset, images * (1 + calibrating))
+        scaled = pixels
+        if scaled_decode:
+            scaled = read_images(source, preset, images * (1 + calibrating), scaled_decode=True)
         engine = _load(
             model,
             repo=repo,
@@ -356,9 +364,9 @@ def fidelity(
         if calibrating:
             if len(pixels) < 2:
                 raise ValueError(f"{source}: one image to calibrate on and one to compare at least")
-            engine.calibrate(pixels[::2], preset=preset)
-            pixels = pixels[1::2]
-        found = engine.fidelity(pixels, preset=preset)
+            engine.calibrate(scaled[::2], preset=preset)
+            pixels, scaled = pixels[1::2], scaled[1::2]
+        found = engine.fidelity(scaled, preset=preset, intended=pixels)
         typer.echo(str(found))
         if plot is not None:
             save_fidelity(plot, found, engine.config.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -454,7 +455,12 @@ class Engine:
 
     @unaffected
     def fidelity(
-        self, images: Any, *, preset: str = "card", reference: Engine | None = None
+        self,
+        images: Any,
+        *,
+        preset: str = "card",
+        reference: Engine | None = None,
+        intended: Any = None,
     ) -> Fidelity:
         """How far each output is from float32, on the images given: whether this precision serves.
 
@@ -462,9 +468,12 @@ class Engine:
             images: a batch as `encode` takes it, at least one image. Judge int8 and fp8 by others
                 than those of `calibrate`.
             reference: an fp32 engine of the same weights; left out, it is loaded as this one was.
+            intended: the same images as the reference shall see them, where this engine is given
+                others, such as those of a scaled decode.
 
         Raises:
-            ValueError: no images, or it is not known where float32 weights are.
+            ValueError: no images, another number of them in `intended`, or it is not known where
+                float32 weights are.
         """
         batch, floats = self._batch(images, preset)
         if not len(batch):
@@ -473,12 +482,16 @@ class Engine:
             if self._load_exact is None:
                 raise ValueError("this engine was not made by load: give an fp32 one as reference")
             reference = self._load_exact(device=self.device, max_batch=self.max_batch)
-        check = floats and preset != "eval"
-        pairs = (
-            tuple(engine.encode(chunk, check_range=check) for engine in (self, reference))
-            for chunk in batch.split(self.max_batch)
+        right, others = (batch, floats) if intended is None else self._batch(intended, preset)
+        if len(right) != len(batch):
+            raise ValueError(f"{len(batch)} images, but {len(right)} intended ones")
+        ours, theirs = (
+            partial(engine.encode, check_range=floating and preset != "eval")
+            for engine, floating in ((self, floats), (reference, others))
         )
-        return compare(((found, exact) for found, exact in pairs), self.precision, self.backend)
+        chunks = (pixels.split(self.max_batch) for pixels in (batch, right))
+        pairs = ((ours(found), theirs(exact)) for found, exact in zip(*chunks, strict=True))
+        return compare(pairs, self.precision, self.backend)
 
     @property
     def calibrated(self) -> bool:

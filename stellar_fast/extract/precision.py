@@ -89,8 +89,11 @@ def sample(job: Job) -> Tensor:
     return _read(job.items, SAMPLE, workers)
 
 
-def read_images(source: str, preset: str, count: int) -> Tensor:
+def read_images(source: str, preset: str, count: int, *, scaled_decode: bool = False) -> Tensor:
     """As many images of a folder, list or tars, (N, 3, 224, 224), evenly spread over it.
+
+    Args:
+        scaled_decode: see `images.load_image`. Which images can be read does not depend on it.
 
     Raises:
         ValueError: `source` is none of these, or has no images.
@@ -99,7 +102,8 @@ def read_images(source: str, preset: str, count: int) -> Tensor:
     check_preset(preset)
     allowed = Allowed.of(source, (), ())
     items = discover(source, None, allowed)
-    return _read(items, count, Workers(cores(), preset, count, allowed=allowed))
+    workers = Workers(cores(), preset, count, scaled_decode=scaled_decode, allowed=allowed)
+    return _read(items, count, workers)
 
 
 def _read(items: Sequence[Item], count: int, workers: Workers) -> Tensor:

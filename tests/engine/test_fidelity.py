@@ -82,3 +82,16 @@ def test_an_engine_finds_its_own_float32(tmp_path):
         engine.fidelity(x[:0])
     with pytest.raises(ValueError, match="give an fp32 one as reference"):
         small_engine().fidelity(x)
+
+
+def test_the_reference_may_be_shown_what_was_intended():
+    engine, x = small_engine(), image(4, 64, 64)
+    changed = x.flip(-1)
+    same = engine.fidelity(x, reference=engine, intended=x)
+    assert all(found.error == 0 for found in same.outputs.values())
+    found = engine.fidelity(changed, reference=engine, intended=x)
+    right, wrong = engine.encode(x)["cls"], engine.encode(changed)["cls"]
+    error = relative_error(wrong, right)
+    assert found.outputs["cls"].error == pytest.approx(error, abs=TENSOR) and error > 0.01
+    with pytest.raises(ValueError, match="4 images, but 3 intended ones"):
+        engine.fidelity(x, reference=engine, intended=x[:3])

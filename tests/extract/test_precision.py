@@ -109,6 +109,23 @@ def test_the_fidelity_command(photographs, repo, tmp_path):
     assert "3 images" in few.output and "sparse" in few.output
 
 
+def test_the_fidelity_of_scaled_decoding(repo, tmp_path):
+    """In float32, what is left is what the smaller picture changes."""
+    (tmp_path / "in").mkdir()
+    picture = Image.effect_noise((1856, 1024), 90).convert("RGB")
+    picture.save(tmp_path / "in" / "large.jpg")
+    common = ("--model", "small", "--repo", repo, "--device", "cpu", "--precision", "fp32")
+    errors = []
+    for flag in ((), ("--scaled-decode",)):
+        done = run("fidelity", tmp_path / "in", *common, *flag)
+        assert done.exit_code == 0, done.output
+        (line,) = [line for line in done.output.splitlines() if line.startswith("dense ")]
+        errors.append(float(line.split()[1]))
+    assert errors[0] == 0 < errors[1]
+    wrong = run("fidelity", tmp_path / "in", *common, "--preset", "eval", "--scaled-decode")
+    assert wrong.exit_code == 1 and "'eval' reads single pixels" in wrong.output
+
+
 @needs_int8
 def test_the_fidelity_of_int8_is_measured_on_other_images(photographs, repo, tmp_path):
     common = ("--model", "small", "--repo", repo, "--device", "cpu", "--precision", "int8")
