@@ -92,6 +92,18 @@ def test_bodies_up_to_the_limit_are_read(server):
     assert read(server) == content
 
 
+def test_an_image_is_one_request_on_a_connection_that_is_kept(server, monkeypatch):
+    dialled = []
+    dial = web._dial
+    monkeypatch.setattr(web, "_dial", lambda *where: (dialled.append(where), dial(*where))[1])
+    names = [f"{number}.jpg" for number in range(5)]
+    for name in names:
+        server.answers[f"/{name}"] = name.encode()
+    assert [read(server, name) for name in names] == [name.encode() for name in names]
+    assert server.paths == [f"/{name}" for name in names]
+    assert len(dialled) == 1
+
+
 def test_more_than_was_stated_is_no_part_of_this_file_or_the_next(server):
     server.answers["/a.jpg"] = lambda _: [head(Content_Length=5) + b"hello" + head() + b"other"]
     server.answers["/b.jpg"] = b"its own"
