@@ -22,6 +22,9 @@ FREE_TILES, PIXELS_A_TILE = 1 << 10, 64 * 64
 # The same for precincts and code blocks of one component.
 FREE_PIECES, PIXELS_A_PIECE = 1 << 14, 128
 MAX_TILE_PARTS = 1 << 16
+# Markers with their segments, and boxes before the codestream, that are looked at: some millions of
+# empty ones fit into a file.
+MAX_SEGMENTS, MAX_BOXES = 1 << 18, 1 << 12
 _START = b"\xff\x4f\xff\x51"  # of a codestream, with the marker that must follow
 _SIZE, _STYLE, _COMPONENT_STYLE = 0xFF51, 0xFF52, 0xFF53
 _START_OF_TILE, _START_OF_DATA = 0xFF90, 0xFF93
@@ -82,27 +85,37 @@ def _codestream(file: IO[bytes]) -> int:
 
     Raises:
         struct.error: there is none.
+        ImageError: more than `MAX_BOXES` before it.
     """
-    file.seek(0)
     at = 0
-    while (head := file.read(16))[:4] != _START:
+    for _ in range(MAX_BOXES):
+        file.seek(at)
+        head = file.read(16)
+        if head[:4] == _START:
+            return at
         length, kind = struct.unpack_from(">I4s", head)
         if kind == b"jp2c":
             return at + (16 if length == 1 else 8)
         if length == 1:
             (length,) = struct.unpack_from(">Q", head, 8)
         at += max(8, length)
-        file.seek(at)
-    return at
+    raise ImageError("", f"JPEG 2000 with more than {MAX_BOXES} boxes before its pixels")
 
 
 def _segments(file: IO[bytes], start: int) -> Iterator[tuple[int, bytes]]:
-    """Marker and body of each segment of the main header and of the tile-parts' headers."""
+    """Marker and body of each segment of the main header and of the tile-parts' headers.
+
+    Raises:
+        struct.error: the file ends.
+        ImageError: more than `MAX_SEGMENTS`, or than `MAX_TILE_PARTS`.
+    """
     at, parts, following = start + 2, 0, 0
-    while True:
+    for _ in range(MAX_SEGMENTS):
         file.seek(at)
         marker, length = struct.unpack(">HH", file.read(4))
         if marker == _START_OF_DATA:
+            if following <= at:  # damaged: this would go back, and round for ever
+                return
             at = following
             continue
         body = file.read(max(0, length - 2))
@@ -117,6 +130,7 @@ def _segments(file: IO[bytes], start: int) -> Iterator[tuple[int, bytes]]:
                 following = file.tell()
         yield marker, body
         at += 2 + max(2, length)
+    raise ImageError("", f"JPEG 2000 with more than {MAX_SEGMENTS} segments of markers")
 
 
 def _size(body: bytes) -> tuple[int, int, int, int, int]:

@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import time
+from io import BytesIO
 
 import bombs
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from stellar_fast import images
 from stellar_fast.errors import ImageError
 from stellar_fast.extract.work.sandbox import BYTES_A_PIXEL
+from stellar_fast.images import jpeg2000
 
 SIDE = 1000
 FULL = SIDE * SIDE
@@ -286,6 +288,53 @@ def test_cuts_are_found_wherever_the_codestream_tells_of_them(where):
         changed += data[tile:]
     with pytest.raises(ImageError, match=r"cut into .* code blocks"):
         images.decode(changed)
+
+
+class Counted(BytesIO):
+    """A file that ends the test when it is read from too often, rather than never."""
+
+    left = 4 * jpeg2000.MAX_SEGMENTS
+
+    def read(self, size=-1):
+        self.left -= 1
+        assert self.left, "read again and again"
+        return super().read(size)
+
+
+@pytest.mark.parametrize("psot", [0, 1, 13, 14, 40])
+def test_headers_that_lead_back_are_followed_once(psot):
+    """Data that begin before any tile does, and tiles that end before their data do."""
+    data = bombs.j2k(100, 100)
+    tile = data.index(b"\xff\x90")
+    early = data[:tile] + b"\xff\x93" + data[tile:]
+    part = data[tile : tile + 6] + struct.pack(">I", psot) + data[tile + 10 : tile + 12]
+    long = b"\xff\x64" + struct.pack(">H", 60) + bytes(58)  # a comment in the tile's header
+    back = data[:tile] + part + long + data[tile + 12 :]
+    for content in (early, back, bombs.jp2(early, 100, 100), bombs.jp2(back, 100, 100)):
+        jpeg2000.check(Counted(content))
+        try:
+            images.decode(Counted(content))
+        except ImageError as error:
+            assert "broken data stream" in error.reason
+
+
+def test_boxes_and_segments_are_counted():
+    data = bombs.j2k(100, 100)
+    tile = data.index(b"\xff\x90")
+    comment = b"\xff\x64\0\2"
+    many = data[:tile] + comment * (jpeg2000.MAX_SEGMENTS + 1) + data[tile:]
+    with pytest.raises(ImageError, match="more than 262144 segments of markers"):
+        jpeg2000.check(Counted(many))
+    free = struct.pack(">I", 8) + b"free"
+    whole = bombs.jp2(data, 100, 100)
+    at = whole.index(b"free") - 4
+    for count in (1000, jpeg2000.MAX_BOXES):
+        boxed = Counted(whole[:at] + free * count + whole[at:])
+        if count == 1000:
+            jpeg2000.check(boxed)
+            continue
+        with pytest.raises(ImageError, match="more than 4096 boxes"):
+            jpeg2000.check(boxed)
 
 
 def test_scans_of_a_file_that_is_not_progressive_count_where_they_are_read():
