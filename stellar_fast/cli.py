@@ -211,7 +211,11 @@ def extract(
         ),
     ],
     output: Annotated[
-        str, typer.Argument(metavar="OUTPUT", help="The folder to make, or to go on with.")
+        str,
+        typer.Argument(
+            metavar="OUTPUT",
+            help="The folder to make, or to go on with; or its address in a store, such as s3://.",
+        ),
     ],
     model: Model = "stellar-b16",
     repo: Repo = None,
@@ -255,6 +259,7 @@ def extract(
         from .extract import precision as precisions
         from .extract import runner
         from .extract.failures import told_failures
+        from .extract.input.addresses import shown
         from .extract.input.sieve import told as told_skipped
 
         names = options.pop("features").split(",")
@@ -280,7 +285,9 @@ def extract(
         if plan_only:
             plan = jobs.make_plan(job, jobs.decided(job, load(device=names[0])), facts)
             left = f"; left out: {told_skipped(job.skipped)}" if job.skipped else ""
-            _say(f"{output}: {plan.images} images in {len(plan.partitions)} partitions{left}")
+            _say(
+                f"{shown(output)}: {plan.images} images in {len(plan.partitions)} partitions{left}"
+            )
             return
         told: dict[str, Any] = {"facts": facts, "log_seconds": log_seconds}
         try:
@@ -297,14 +304,14 @@ def extract(
         except KeyboardInterrupt:
             _say("complete parts stay: the same command goes on from there", err=True)
             raise
-        _say(f"{output}: {summary}")
+        _say(f"{shown(output)}: {summary}")
         if summary.images:
             _say(f"  {summary.stages}")
         if summary.all_failed:
-            reasons = f"the reasons are in {output}/part-*/index.parquet"
+            reasons = f"the reasons are in {shown(output)}/part-*/index.parquet"
             _say(f"{summary.all_failed} images failed; {reasons}", err=True)
             if job.writes:
-                for line in told_failures(job.output):
+                for line in told_failures(job.output, held=job.held):
                     _say(line, err=True)
     if summary.all_failed:
         raise typer.Exit(SOME_FAILED)

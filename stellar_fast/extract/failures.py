@@ -16,16 +16,20 @@ REASONS = 5  # that are told; the most frequent
 MOST_PARTITIONS = 1000  # whose index is read: each takes some milliseconds
 
 
-def told_failures(output: PathLike) -> Iterator[str]:
+def told_failures(output: PathLike, *, held: bool = True) -> Iterator[str]:
     """Lines that say how many images failed for which reasons, each with some of them.
 
     Reasons that differ in numbers alone are one.
+
+    Args:
+        held: see `read_manifest`.
 
     Raises:
         StellarError: the output cannot be read.
     """
     folder, plan = Path(output), read_plan(output)
-    failed = [(at, found) for at, found in complete(folder, plan).items() if found["failed"]]
+    found = complete(folder, plan, held=held)
+    failed = [(at, manifest) for at, manifest in found.items() if manifest["failed"]]
     counts: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     for at, manifest in failed[:MOST_PARTITIONS]:

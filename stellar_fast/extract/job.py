@@ -28,6 +28,7 @@ from .output.layout import (
     read_plan,
     write_plan,
 )
+from .output.store import Store, store_of
 from .work.pipeline import Encoder, Wanted
 from .work.sandbox import Limits, memory_for
 from .work.workers import cores
@@ -43,20 +44,25 @@ def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
 
     Args:
         source: a folder, lists or tars of images, see `input.discover`.
-        output: a local folder: a new one; or one that the same extraction was begun in, to go on
-            with; or with `overwrite` any earlier output, which is then removed.
+        output: a folder, or the address of one in a store: a new one; or one that the same
+            extraction was begun in, to go on with; or with `overwrite` any earlier output, which is
+            then removed.
         options: the fields of `Options`.
 
     Raises:
         TypeError: an option that there is not.
         ValueError: an argument that cannot be right; no images; an output that may not be written,
             or that was begun with another configuration or other images.
-        StellarError: the existing plan cannot be read.
+        StellarError: the existing plan, or a store, cannot be read.
     """
     source, output = (os.path.expanduser(os.fspath(path)) for path in (source, output))
     chosen = Options(**options)
     configuration = _check(chosen)
-    target = _check_place(source, output)
+    allowed = Allowed.of(os.fspath(source), chosen.allow_protocol, chosen.allow_host)
+    store = None if chosen.dummy_writer else store_of(output, allowed)
+    target = _check_place(source, output, store)
+    if store is not None:
+        store.fetch(chosen.overwrite)
     existing = None
     if not chosen.dummy_writer and check_output(target, chosen.overwrite):
         existing = read_plan(target)
@@ -65,7 +71,6 @@ def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
     known_size = existing.configuration["partition_size"] if existing is not None else None
     size: int = chosen.partition_size or known_size or PARTITION_SIZE
     configuration |= {"input": shown(localized(os.fspath(source))), "partition_size": size}
-    allowed = Allowed.of(os.fspath(source), chosen.allow_protocol, chosen.allow_host)
     sieve = Sieve()
     items = None
     if not chosen.resume:
@@ -90,6 +95,7 @@ def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
         allowed,
         limits,
         dict(sieve.skipped),
+        store,
     )
 
 
@@ -148,13 +154,18 @@ def _check_features(features: Collection[str]) -> list[str]:
     return [name for name in FEATURES if name in features]
 
 
-def _check_place(source: PathLike, output: PathLike) -> Path:
-    if is_address(os.fspath(output)):
-        raise ValueError(f"{output}: the output is a folder of this machine, not an address")
-    target = Path(output).resolve()
-    place = localized(os.fspath(source))
-    if not is_address(place) and Path(place).resolve().is_relative_to(target):
-        raise ValueError(f"{output}: the output folder holds the input {source}; choose another")
+def _check_place(source: str, output: str, store: Store | None) -> Path:
+    """The folder of this machine that the output is made in."""
+    place = localized(source)
+    if store is not None:
+        target, holds = store.here, f"{place.rstrip('/')}/".startswith(f"{store.address}/")
+    else:
+        target = Path(localized(output)).resolve()
+        holds = not is_address(place) and Path(place).resolve().is_relative_to(target)
+    if holds:
+        raise ValueError(
+            f"{shown(output)}: the output folder holds the input {shown(source)}; choose another"
+        )
     return target
 
 
@@ -221,6 +232,8 @@ def make_plan(job: Job, engine: Mapping[str, Any], facts: Mapping[str, Any] | No
         if job.options.overwrite and check_output(job.output, overwrite=False):
             locks.check_free()
             clear(job.output)
+        if job.options.overwrite and job.store is not None:
+            job.store.clear()
         if check_output(job.output, overwrite=False):
             existing = read_plan(job.output)
             _check_same(job.output, existing.configuration, configuration)
@@ -230,6 +243,8 @@ def make_plan(job: Job, engine: Mapping[str, Any], facts: Mapping[str, Any] | No
         if job.items is None:
             raise StellarError(f"{job.output}: its plan has vanished since it was read")
         write_plan(job.output, new, job.items)
+        if job.store is not None:
+            job.store.put_plan()
     return new
 
 
@@ -244,7 +259,7 @@ def todo(job: Job, plan: Plan) -> tuple[Wanted, Mapping[int, Mapping[str, Any]]]
     mine = range(k - 1, len(plan.partitions), n)
     if not job.writes:
         return dict.fromkeys(mine), {}
-    found = complete(job.output, plan)
+    found = complete(job.output, plan, held=job.held)
     again = {i for i in found if job.options.retry_failed and found[i]["failed"]}
     wanted = {i: found.get(i) for i in mine if i not in found or i in again}
     return wanted, {i: found[i] for i in mine if i not in wanted}

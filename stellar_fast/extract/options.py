@@ -14,6 +14,7 @@ from .records import Item
 
 if TYPE_CHECKING:
     from .input.addresses import Allowed
+    from .output.store import Store
     from .work.sandbox import Limits
 
 
@@ -90,6 +91,7 @@ class Job:
         workers: processes that decode for each engine.
         allowed, limits: of reading and decoding an image, by the options.
         skipped: what the input has beside its images, by the reason.
+        store: where the output is, if not on this machine; `output` is what stands for it here.
     """
 
     output: Path
@@ -101,11 +103,17 @@ class Job:
     allowed: Allowed
     limits: Limits
     skipped: Mapping[str, int] = field(default_factory=dict)
+    store: Store | None = None
 
     @property
     def writes(self) -> bool:
         """Whether there is an output folder; without one, `items` has the images."""
         return not self.options.dummy_writer
+
+    @property
+    def held(self) -> bool:
+        """Whether the files of complete partitions are on this machine."""
+        return self.store is None
 
     def listed(self, partition: int, count: int) -> list[Item]:
         """The images of a partition, of a job that has them."""

@@ -65,13 +65,18 @@ def run(
     Raises:
         MissingExtraError: Ray is not installed.
         ValueError: `engines` or `workers` is not positive, the cluster has not so many GPUs or
-            cores, or the job has a dummy writer; and as `runner.run`.
+            cores, or the job has a dummy writer or an output in a store; and as `runner.run`.
         StellarError: the engines differ, or one does not see the output; and as
             `runner.run`.
         ConnectionError: there is no cluster at `address`.
     """
     if not job.writes:
         raise ValueError("a dummy writer measures one machine; leave Ray out")
+    if job.store is not None:
+        raise ValueError(
+            "Ray's processes share an output by its locks, which a store has not: give a folder "
+            "that every node sees, or one command a machine, each with --partitions K/N"
+        )
     for name, count in (("engines", engines), ("workers", workers)):
         if count is not None and count < 1:
             raise ValueError(f"the number of {name} must be at least 1, got {count}")

@@ -156,7 +156,7 @@ def tallied(job: Job, plan: Plan, log_seconds: float) -> Iterator[Tally]:
     try:
         yield tally
         for index in sorted(tally.left):  # other runs have them
-            manifest = read_manifest(job.output, plan, index)
+            manifest = read_manifest(job.output, plan, index, held=job.held)
             if manifest is None:
                 summary.elsewhere += 1
             else:
@@ -182,6 +182,8 @@ def tallied(job: Job, plan: Plan, log_seconds: float) -> Iterator[Tally]:
             try:
                 with Locks(job.output) as locks, locks.planning():
                     write_json(job.output / name, content)
+                    if job.store is not None:
+                        job.store.put_file(name)
             except Exception:
                 if outcome == "complete":  # or it would hide what went wrong
                     raise

@@ -279,7 +279,7 @@ def _decode_format(name: str, file: IO[bytes], wanted: _Wanted) -> Image.Image:
                 mend = partial(unwrapped, coarse=other)
         in_full = image.size
         if wanted.least_side is not None and isinstance(image, JpegImageFile):
-            image.draft(None, (wanted.least_side, wanted.least_side))  # type: ignore[arg-type]
+            image.draft(None, (wanted.least_side, wanted.least_side))
         rgb = to_rgb(image, wanted.max_pixels, mend)
         if image.size != in_full:
             turned = orientation_of(image) in SIDEWAYS

@@ -1,6 +1,6 @@
 """A process that extracts again and again, each time in a child of its own to be killed.
 
-Arguments: the photographs. For every line on its input, an output folder, a tab and a number, it
+Arguments: the photographs. For every line on its input, an output, a tab and a number, it
 forks a child that extracts into it and prints the child's number; then it waits for the child and
 prints how it ended. The child kills itself at its step of that number, before it is done; 0 is
 none. The steps are what order the files of an output on the disk: every fsync and every rename.
@@ -47,7 +47,12 @@ def extract(output: str, step: int) -> None:
 
     if step:
         die_at(step)
-    job = make_job(sys.argv[1], output, workers=1 if step else None, **SMALL_PARTS)
+    more = {}
+    if output.startswith("shelf://"):
+        import shelf  # noqa: F401
+
+        more = {"allow_protocol": ["shelf"]}
+    job = make_job(sys.argv[1], output, workers=1 if step else None, **SMALL_PARTS, **more)
     run(job, Wrapped(engine, encode))
 
 

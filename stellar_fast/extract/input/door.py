@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from ...errors import ImageError
+from ...errors import ImageError, StellarError
 from ...images.reader import describe_error
 from . import web
 from .addresses import (
@@ -170,6 +170,16 @@ def _filesystem(address: Address) -> tuple[Any, str]:
         raise ValueError(f"{shown(str(address))}: {error}") from None
 
 
+def folder_in_store(where: str, allowed: Allowed) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path there, without a slash at its end.
+
+    Raises:
+        ValueError: it may not be opened, or the package that it needs is missing.
+    """
+    fs, path = _filesystem(parse(check(where, allowed)))
+    return fs, path.rstrip("/")
+
+
 def check_stores(protocols: Iterable[str], name: str) -> None:
     """Raises ValueError where the package that reads a store is missing: before any image is read.
 
@@ -199,7 +209,7 @@ def open_file(where: str, allowed: Allowed, *, whole: bool = False) -> IO[bytes]
         OSError: it cannot be opened; without the credentials of its address.
     """
     where = check(where, allowed)
-    with _told(where):
+    with told_without_credentials(where):
         if not is_address(where):
             descriptor = _regular(where)
             if whole and (size := os.fstat(descriptor).st_size) > MAX_LIST_BYTES:
@@ -221,7 +231,7 @@ def _open_member(address: Address, allowed: Allowed) -> IO[bytes]:
     return io.BytesIO(_kept_archive(address, allowed).read(address.path, MAX_LIST_BYTES))
 
 
-class _told:
+class told_without_credentials:
     """Turns what a store raised into an OSError of its kind that has no credentials."""
 
     def __init__(self, where: str) -> None:
@@ -231,7 +241,7 @@ class _told:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, ValueError):
+        if not isinstance(error, Exception) or isinstance(error, ValueError | StellarError):
             return
         reason = scrubbed(describe_error(error, "read"), self._where)
         family = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
@@ -281,7 +291,7 @@ def find(source: str, allowed: Allowed) -> Iterator[tuple[str, str]]:
             f"{shown(source)}: a web server has no listing of folders; the input is a list of "
             "addresses, a tar, or zip://::ADDRESS"
         )
-    with _told(source):
+    with told_without_credentials(source):
         if address.protocol in ARCHIVES:
             root = address.path.strip("/")
             found = _open_archive(address, allowed).names()
@@ -345,7 +355,7 @@ def _glob(pattern: str, allowed: Allowed) -> list[str]:
     address = parse(check(pattern, allowed)) if not parse(pattern).local else parse(pattern)
     if address.protocol in LOCAL:
         return _glob(address.path, allowed)
-    with _told(pattern):
+    with told_without_credentials(pattern):
         if address.protocol in ARCHIVES:
             raise ValueError(f"{shown(pattern)}: no pattern is read inside an archive")
         fs, path = _filesystem(address)

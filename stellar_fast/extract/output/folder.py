@@ -31,7 +31,7 @@ LOCK = ".lock"
 ENGINE = "engine"  # a folder: the packed weights of an extraction that has scales of its own
 # The byte that is locked while a plan is made, beyond those of any partition.
 _PLAN_BYTE = 1 << 40
-_OURS = re.compile(
+OURS = re.compile(
     rf"{re.escape(PLAN)}|{re.escape(INPUTS)}|stats(-\d+-of-\d+)?\.json|part-\d{{5,}}|"
     rf"{re.escape(LOCK)}|{ENGINE}|\.part-\d{{5,}}\.partial-.*|\.(plan|inputs|stats).*"
 )
@@ -54,7 +54,7 @@ def check_output(output: Path, overwrite: bool) -> bool:
     if os.path.lexists(output) and not output.is_dir():
         raise ValueError(f"{output}: the output is a folder, but there is a file of this name")
     held = sorted(entry.name for entry in output.iterdir()) if output.is_dir() else []
-    foreign = [name for name in held if not _OURS.fullmatch(name)]
+    foreign = [name for name in held if not OURS.fullmatch(name)]
     planned = PLAN in held
     if foreign and (overwrite or not planned):
         raise ValueError(
@@ -76,7 +76,7 @@ def clear(output: Path) -> None:
     Links are removed, and never what they lead to.
     """
     with writing(output):
-        names = [entry.name for entry in output.iterdir() if _OURS.fullmatch(entry.name)]
+        names = [entry.name for entry in output.iterdir() if OURS.fullmatch(entry.name)]
         for name in sorted(names, key=lambda name: (name == PLAN, name)):
             path = output / name
             if name in (LOCK, ENGINE):

@@ -235,8 +235,13 @@ def read_items(output: PathLike, partition: Partition) -> list[Item]:
     return items
 
 
-def read_manifest(output: PathLike, plan: Plan, index: int) -> dict[str, Any] | None:
+def read_manifest(
+    output: PathLike, plan: Plan, index: int, *, held: bool = True
+) -> dict[str, Any] | None:
     """The manifest of a partition; None if the partition is not complete.
+
+    Args:
+        held: whether its files are here, to be looked at; those of a store are there.
 
     Raises:
         StellarError: the partition is of another plan, a field of the manifest is not what it can
@@ -253,7 +258,7 @@ def read_manifest(output: PathLike, plan: Plan, index: int) -> dict[str, Any] | 
     if tuple(manifest.get(key) for key in ("schema", "configuration", "digest")) != expected:
         raise StellarError(f"{folder} was made by another plan than {PLAN}; {remedy}")
     check_manifest(folder / MANIFEST, manifest, plan.configuration, partition.images, index)
-    for name, facts in manifest["files"].items():
+    for name, facts in manifest["files"].items() if held else ():
         size = _size(folder / name)
         if size != facts["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes, not {facts['bytes']}"
@@ -270,13 +275,15 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def complete(output: PathLike, plan: Plan) -> dict[int, dict[str, Any]]:
+def complete(output: PathLike, plan: Plan, *, held: bool = True) -> dict[int, dict[str, Any]]:
     """The manifests of the partitions that are complete, by partition, in order.
 
     Raises:
         StellarError: as `read_manifest`.
     """
-    found = ((part.index, read_manifest(output, plan, part.index)) for part in plan.partitions)
+    found = (
+        (part.index, read_manifest(output, plan, part.index, held=held)) for part in plan.partitions
+    )
     return {index: manifest for index, manifest in found if manifest is not None}
 
 

@@ -20,6 +20,7 @@ from ..work.decoding import Outcome
 from .folder import Locks, Staged
 from .layout import MANIFEST, SCHEMA, Plan, read_manifest, sha256_of
 from .readers import open_rows, read_index
+from .store import Store
 from .writers import FeatureFiles, Shapes, feature_files, write_index
 
 PACKAGES = ("stellar-fast", "torch", "numpy", "pillow", "pyarrow")
@@ -42,9 +43,19 @@ class Work:
     """
 
     def __init__(
-        self, output: Path, plan: Plan, index: int, items: list[Item], shapes: Shapes, locks: Locks
+        self,
+        output: Path,
+        plan: Plan,
+        index: int,
+        items: list[Item],
+        shapes: Shapes,
+        locks: Locks,
+        store: Store | None = None,
     ) -> None:
         """
+        Args:
+            store: where the partition is put when it is whole, if `output` but stands for it.
+
         Raises:
             BusyError: another process is making this partition.
             StellarError: it cannot be written.
@@ -56,8 +67,9 @@ class Work:
         self._output, self._plan, self._shapes = output, plan, shapes
         self._staged = Staged(output, self.partition, locks)
         self._files: FeatureFiles | None = None
+        self._store = store
         try:
-            self.earlier = read_manifest(output, plan, index)
+            self.earlier = read_manifest(output, plan, index, held=store is None)
             self._all = [item.id for item in items]
             if self.earlier is not None:
                 self._index = self._read_earlier(self.earlier)
@@ -124,6 +136,8 @@ class Work:
         folder = self._staged.folder
         paths = self._files.finish()
         if self.earlier is not None:
+            if self._store is not None:
+                self._store.bring(self.partition.name, self.earlier)
             paths = self._merge(self.earlier)
         rows = self.reasons.count(None)
         paths.append(write_index(folder, self._all, self.reasons, self.sizes))
@@ -157,6 +171,8 @@ class Work:
             json.dump(manifest, file, indent=1)
             file.write("\n")
             to_disk(file)
+        if self._store is not None:
+            self._store.put(self.partition.name, folder)
         self._staged.publish()
         return manifest
 

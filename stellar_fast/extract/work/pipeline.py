@@ -309,7 +309,15 @@ class Pipeline:
             for index in left:
                 items = read_items(output, parts[index])
                 try:
-                    work = Work(output, self._plan, index, items, self._shapes, self._locks)
+                    work = Work(
+                        output,
+                        self._plan,
+                        index,
+                        items,
+                        self._shapes,
+                        self._locks,
+                        self._job.store,
+                    )
                 except BusyError:
                     busy.append(index)
                     continue
