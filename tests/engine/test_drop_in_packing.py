@@ -6,9 +6,11 @@ import weakref
 
 import pytest
 import torch
-from drop_in import assert_same, fast
+from drop_in import X, assert_same, fast
 from torch import Tensor
 
+import stellar_fast
+from stellar_fast import module
 from stellar_fast.module import FastSTELLARModel, _few
 
 pytestmark = pytest.mark.numerical
@@ -81,6 +83,66 @@ def test_an_unchanged_module_is_packed_once(model, x, monkeypatch):
     fast(model)
     fast(model)
     assert len(packs) == 4
+
+
+def test_a_further_call_looks_for_nothing_that_it_knows(model, encodes, monkeypatch):
+    """Neither the modules, nor which engine suits the machine, which take as long as a small model
+    does."""
+    model.requires_grad_(False)
+    model.encode(X)
+
+    def asked(*arguments):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(module, "_modules_of", asked)
+    monkeypatch.setattr(module.backends, "choose", asked)
+    model.encode(X)
+    assert encodes == ["encode"] * 2
+    model.sparse_tokens.requires_grad_()
+    assert model.encode(X)["cls"].requires_grad and len(encodes) == 2
+
+
+def test_on_a_gpu_values_are_compared_before_the_engine_and_waited_for_after(
+    published, monkeypatch
+):
+    """So that it is never without work; on a device that does nothing at once."""
+    model = stellar_fast.load_stellar("tiny", repo_id=published).requires_grad_(False)
+    fast(model)
+    snapshot, engine = model._packed.engines[module.ENCODER]
+    happened = []
+
+    class Event:
+        def record(self, stream):
+            happened.append(f"compared on {stream}")
+
+        def synchronize(self):
+            happened.append("waited")
+
+    for name, fake in {
+        "is_current_stream_capturing": lambda: False,
+        "current_stream": lambda device: f"the stream of {device}",
+        "Event": Event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(snapshot, "device", torch.device("cuda", 1))
+    monkeypatch.setattr(snapshot, "_settings", lambda model: snapshot.settings)
+    monkeypatch.setattr(engine, "encode", lambda *_, **__: happened.append("encoded") or {})
+    as_it_was = ["compared on the stream of cuda:1", "encoded", "waited"]
+    found = model._run(module.ENCODER, (X,), lambda engine: engine.encode(X))
+    assert found == {} and happened == as_it_was
+
+    happened.clear()
+    model.sparse_tokens.data.mul_(2)
+    again = []
+
+    def encode(engine):
+        again.append(engine)
+        return engine.encode(X)
+
+    with torch.no_grad():
+        assert model._run(module.ENCODER, (X,), encode)["cls"].shape == (3, 1, 32)
+    assert happened == as_it_was  # and then it was packed anew, and that engine asked
+    assert again[0] is engine and len(again) == 2 and again[1] is not engine
 
 
 def test_memory_is_the_parameters_and_the_packed_weights(model):
