@@ -111,9 +111,10 @@ class Autoencoder(nn.Module):
             "peak_dist": spatial.detach().amax(dim=1),
         }
 
-    def forward_image(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoder's output alone: cls (B, 1, D), sparse (B, K, D), dense (B, P, D)."""
-        return self.encode_tokens(images)
+    def forward_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's output alone: (B, 3, H, W) as `features` takes it -> cls (B, 1, D), sparse
+        (B, K, D), dense (B, P, D)."""
+        return self.forward_encoder(self.patch_embedding(image))
 
     def spatial_distribution(self, dense: Tensor, sparse: Tensor) -> Tensor:
         """The spatial map of tokens: dense (B, P, D), sparse (B, K, D) -> (B, P, K)."""
@@ -130,39 +131,33 @@ class Autoencoder(nn.Module):
         )
         return spatial
 
-    def encode_tokens(
-        self, images: Tensor, keep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoder's output alone.
-
-        Args:
-            images: as `encode` takes them.
-            keep: (B, kept) int64, the patches of each image that are not masked; None keeps all.
-
-        Returns:
-            cls (B, 1, D), sparse (B, K, D), dense (B, P or kept, D).
-        """
-        return self._parts(self.encoder(self.normalize(images), self.sparse_tokens, keep))
-
-    def patch_embedding(self, images: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def patch_embedding(self, image: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """CLS and patches with their positions, of pixels in [0, 1]: (B, 3, H, W) -> (B, 1 + P, D).
 
         Positions are resized where images are of another size, whatever the published argument
         says.
         """
-        return self.encoder.embed(self.normalize(images))
+        return self.encoder.embeddings(self.normalize(image))
 
     def forward_encoder(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 1 + P, D), as `patch_embedding` gives it -> cls (B, 1, D), sparse (B, K, D), dense
-        (B, P, D)."""
-        tokens = self.sparse_tokens.expand(len(embeddings), -1, -1)
-        return self._parts(self.encoder.forward_tokens(torch.cat([embeddings, tokens], dim=1)))
+        """(B, 1 + P, D), as `patch_embedding` gives it or fewer patches of it -> cls (B, 1, D),
+        sparse (B, K, D), dense (B, P, D)."""
+        return encode_with(self.encoder, embeddings, self.sparse_tokens)
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A sequence [CLS | patches | sparse] as cls, sparse, dense."""
-        patches = x.shape[1] - 1 - self.num_sparse_tokens
-        cls, dense, sparse = x.split([1, patches, self.num_sparse_tokens], dim=1)
-        return cls, sparse, dense
+    def encode_kept(self, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward_image` of some patches of each image.
+
+        Args:
+            images: as `features` takes them.
+            keep: (B, kept) int64, the patches that the encoder sees, in the order wanted; they keep
+                the position they had.
+
+        Returns:
+            cls (B, 1, D), sparse (B, K, D), dense (B, kept, D).
+        """
+        x = self.patch_embedding(images)
+        kept = x[:, 1:].gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return self.forward_encoder(torch.cat([x[:, :1], kept], dim=1))
 
     def normalize(self, images: Tensor) -> Tensor:
         """[0, 1] pixels (B, 3, H, W) to the encoder's input, in the wider of the two dtypes."""
@@ -206,8 +201,9 @@ class Autoencoder(nn.Module):
         pixels = self.tokenizer.decode(codes)
         return {"reconstruction": pixels, "tokens": tokens, "logits": predicted}
 
-    def forward_decoder(self, lowrank: Tensor) -> Tensor:
-        """The decoder's output before its head: (B, P, D) -> (B, P, 512), P a square number.
+    def forward_decoder(self, embeddings: Tensor) -> Tensor:
+        """The decoder's output before its head, of lowrank: (B, P, D) -> (B, P, 512), P a square
+        number.
 
         Raises:
             RuntimeError: the model has no decoder.
@@ -215,8 +211,8 @@ class Autoencoder(nn.Module):
         """
         if not self.do_recon:
             raise RuntimeError("this model was built with do_recon=False and has no decoder")
-        side = _side(lowrank)
-        x = self.decoder_proj(lowrank) + self.position_embedding(side, side)
+        side = _side(embeddings)
+        x = self.decoder_proj(embeddings) + self.position_embedding(side, side)
         return self.decoder.forward_tokens(x)
 
     def apply_head(self, decoded: Tensor) -> Tensor:
@@ -229,6 +225,17 @@ class Autoencoder(nn.Module):
         side = _side(decoded)
         grid = rearrange(decoded, "b (rows columns) c -> b c rows columns", rows=side)
         return self.reconstruction_head(grid)
+
+
+def encode_with(
+    encoder: VisionTransformer, embeddings: Tensor, sparse_tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs [CLS | patches] (B, 1 + P, D) with tokens (K, D) behind them: cls (B, 1, D), sparse
+    (B, K, D), dense (B, P, D)."""
+    tokens = sparse_tokens.expand(len(embeddings), -1, -1)
+    x = encoder.forward_tokens(torch.cat([embeddings, tokens], dim=1))
+    cls, dense, sparse = x.split([1, embeddings.shape[1] - 1, tokens.shape[1]], dim=1)
+    return cls, sparse, dense
 
 
 def images_of(images: Any) -> Any:

@@ -7,6 +7,8 @@ blocks, exact GELU, LayerNorm eps 1e-12 (the ViT-MAE backbones' value).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,11 +20,38 @@ from . import ops
 INIT_STD = 0.02  # truncated normal of every matrix, token and position at creation, as ViT-MAE's
 
 
-class VisionTransformer(nn.Module):
-    """A ViT whose caller may append tokens to the patches.
+class BlockOutput(NamedTuple):
+    """What a stack of blocks gives.
 
-    `embeddings` and `pooler` are published for the decoder too, which uses neither, and no model
-    uses `pooler`.
+    Attributes:
+        last_hidden_state: (B, S, D).
+        hidden_states: the stack's input and the output of every block, where asked for.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
+class Output(NamedTuple):
+    """What a whole transformer gives.
+
+    Attributes:
+        last_hidden_state: (B, 1 + P, D), after the final LayerNorm.
+        pooler_output: (B, D).
+        hidden_states: as of `BlockOutput`, before the final LayerNorm.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
+class VisionTransformer(nn.Module):
+    """A ViT whose caller may append tokens to the patches: `embeddings`, then `forward_tokens`.
+
+    Called as a whole it answers as `transformers.ViTModel`, which is what the published model is
+    built of. `embeddings` and `pooler` are published for the decoder too, which uses neither, and
+    no model uses `pooler`.
 
     Args:
         config: the geometry.
@@ -34,49 +63,30 @@ class VisionTransformer(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = BlockStack(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
-        self.pooler = Dense(config.hidden_size, config.hidden_size)
+        self.pooler = Pooler(config.hidden_size)
         self.apply(_initialise)
-
-    def embed(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
-        """The sequence that enters the first block: CLS, patches with their positions, `extra`.
-
-        Args:
-            images: (B, 3, H, W), normalised; rows and columns beyond a whole patch are dropped.
-            extra: (K, D), the same for every image, appended without a position; None appends
-                nothing.
-
-        Returns:
-            (B, 1 + P + K, D) with P = (H // patch) * (W // patch), row by row.
-
-        Raises:
-            ValueError: the images are no (B, 3, H, W) or smaller than one patch.
-        """
-        return self.embeddings(images, extra)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Every block, then the final LayerNorm: (B, S, D) -> (B, S, D)."""
-        for block in self.encoder.layer:
-            x = block(x)
-        return self.layernorm(x)
+        return self.layernorm(self.encoder(x).last_hidden_state)
 
-    def forward(self, images: Tensor, extra: Tensor, keep: Tensor | None = None) -> Tensor:
-        """`embed`, then only the patches in `keep`, then `forward_tokens`.
+    def forward(
+        self,
+        pixel_values: Tensor,
+        *,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Output:
+        """The ViT alone, without sparse tokens.
 
         Args:
-            images: (B, 3, H, W), normalised.
-            extra: (K, D).
-            keep: (B, kept) int64, for each image the patches that stay, in the order wanted; they
-                keep the position they had. None keeps all.
-
-        Returns:
-            (B, 1 + kept + K, D).
+            pixel_values: as `Embeddings` takes them.
+            interpolate_pos_encoding: of no effect, as there.
+            output_hidden_states: give `hidden_states` too.
         """
-        x = self.embed(images, extra)
-        if keep is not None:
-            patches = x[:, 1 : x.shape[1] - extra.shape[0]]
-            kept = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-            x = torch.cat([x[:, :1], kept, x[:, x.shape[1] - extra.shape[0] :]], dim=1)
-        return self.forward_tokens(x)
+        found = self.encoder(self.embeddings(pixel_values), output_hidden_states)
+        x = self.layernorm(found.last_hidden_state)
+        return Output(x, self.pooler(x), found.hidden_states)
 
 
 class Embeddings(nn.Module):
@@ -90,38 +100,51 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.empty(1, 1 + config.num_patches, width))
         self.patch_embeddings = PatchProjection(config)
 
-    def table(self, rows: int, columns: int) -> Tensor:
-        """What each row of the sequence starts from on a grid: (1 + rows * columns, D).
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """The patches' positions on a grid, row by row: (rows * columns, D).
 
-        Row 0 is the CLS token with its position; the others are the patches' positions, resized
-        (bicubic, `align_corners=False`) when the grid is not the table's own, plus the projection's
-        bias.
+        Resized (bicubic, `align_corners=False`) when the grid is not the table's own.
         """
         grid = self.config.grid
-        cls, patches = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        patches = self.position_embeddings[:, 1:]
         if (rows, columns) != (grid, grid):
             patches = rearrange(patches, "b (rows columns) d -> b d rows columns", rows=grid)
             patches = F.interpolate(
                 patches, size=(rows, columns), mode="bicubic", align_corners=False
             )
             patches = rearrange(patches, "b d rows columns -> b (rows columns) d")
-        bias = self.patch_embeddings.projection.bias
-        assert bias is not None, "the patch projection is built with a bias"
-        patches = patches + bias
-        return torch.cat([self.cls_token + cls, patches], dim=1)[0]
+        return patches[0]
 
-    def forward(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
-        patch = self.config.patch_size
-        shape = tuple(images.shape)
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """The sequence that enters the first block: CLS, and the patches with their positions.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised; rows and columns beyond a whole patch are
+                dropped.
+            interpolate_pos_encoding: of no effect: positions are resized where the grid is not the
+                table's own.
+
+        Returns:
+            (B, 1 + P, D) with P = (H // patch) * (W // patch), row by row.
+
+        Raises:
+            ValueError: the images are no (B, 3, H, W) or smaller than one patch.
+        """
+        patch, shape = self.config.patch_size, tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {shape}")
         rows, columns = shape[2] // patch, shape[3] // patch
         if not rows or not columns:
             raise ValueError(f"images of {shape[2]}x{shape[3]} pixels hold no patch of {patch}")
-        weight = self.patch_embeddings.projection.weight.flatten(1)
-        if extra is None:
-            extra = weight.new_empty(0, weight.shape[0])
-        x, _ = ops.patch_embed(images, weight, self.table(rows, columns), extra, patch)
+        cls = (self.cls_token + self.position_embeddings[:, :1])[0]
+        positions, projection = self.positions(rows, columns), self.patch_embeddings.projection
+        if not is_plain(projection, nn.Conv2d):
+            tiles = rearrange(projection(pixel_values), "b d rows columns -> b (rows columns) d")
+            return torch.cat([cls.expand(shape[0], -1, -1), tiles + positions], dim=1)
+        assert projection.bias is not None, "the patch projection is built with a bias"
+        table = torch.cat([cls, positions + projection.bias])
+        none = cls.new_empty(0, cls.shape[1])
+        x, _ = ops.patch_embed(pixel_values, projection.weight.flatten(1), table, none, patch)
         return x
 
 
@@ -138,6 +161,15 @@ class BlockStack(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, output_hidden_states: bool = False) -> BlockOutput:
+        """Every block, of x (B, S, D)."""
+        seen = [x]
+        for block in self.layer:
+            x = block(x)
+            if output_hidden_states:
+                seen.append(x)
+        return BlockOutput(x, tuple(seen) if output_hidden_states else None)
 
 
 class Block(nn.Module):
@@ -185,11 +217,11 @@ class QueryKeyValue(nn.Module):
         return self.query(x), self.key(x), self.value(x)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer does what its parameters say: no hook listens, and nothing such as an
-    adapter stands in its place. Then an op may take its parameters instead of calling it."""
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a layer does what its parameters say: no hook listens, and nothing such as an adapter
+    stands in its place. Then an op may take its parameters instead of calling it."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and not hooks and "forward" not in vars(layer)
+    return type(layer) is kind and not hooks and "forward" not in vars(layer)
 
 
 class Dense(nn.Module):
@@ -208,6 +240,18 @@ class Dense(nn.Module):
             return ops.linear(x, self.dense.weight, self.dense.bias, gelu=gelu)
         y, _ = ops.linear_residual(x, self.dense.weight, self.dense.bias, residual)
         return y
+
+
+class Pooler(nn.Module):
+    """The tanh of a projection of the CLS token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, D)."""
+        return torch.tanh(self.dense(x[:, 0]))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -194,9 +194,46 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(**given: Any) -> None:
         command(**given)
 
+    return _declared(wrapped, parameters)
+
+
+def _declared(wrapped: Callable[..., None], parameters: list[Parameter]) -> Callable[..., None]:
+    """A function as typer is to see it."""
     wrapped.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {found.name: found.annotation for found in parameters}
     return wrapped
+
+
+ENGINE: dict[str, tuple[Any, Any]] = {  # options that choose an engine: annotation, default
+    "model": (Model, "stellar-b16"),
+    "repo": (Repo, None),
+    "weights": (Weights, "pretrained"),
+    "precision": (Precision, "auto"),
+    "device": (Device, None),
+    "revision": (Revision, None),
+    "local_files_only": (LocalOnly, False),
+}
+
+
+def _with_engine(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `ENGINE` and --debug, in place of its argument `load`, which
+    makes the engine they choose. An option that the command names too, it is also given."""
+    named = signature(command, eval_str=True).parameters
+    added = {**ENGINE, "debug": (Debug, False)}
+    parameters = [found for name, found in named.items() if name not in ("load", *added)]
+    parameters += [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in added.items()
+    ]
+
+    @functools.wraps(command)
+    def wrapped(*, debug: bool, **given: Any) -> None:
+        chosen = {name: given.pop(name) for name in ENGINE}
+        given |= {name: value for name, value in chosen.items() if name in named}
+        with _reported(debug):
+            command(load=functools.partial(_load, **chosen), **given)
+
+    return _declared(wrapped, parameters)
 
 
 @app.command()
@@ -318,16 +355,14 @@ def extract(
 
 
 @app.command()
+@_with_engine
 def fidelity(
+    load: Callable[..., Any],
+    precision: str,
     source: Annotated[
         str, typer.Argument(metavar="IMAGES", help="A folder, list or tars, as of extract.")
     ],
-    model: Model = "stellar-b16",
-    repo: Repo = None,
-    weights: Weights = "pretrained",
     preset: Preset = "card",
-    precision: Precision = "auto",
-    device: Device = None,
     images: Annotated[
         int, typer.Option(help="To compare, at most, evenly spread over IMAGES.", min=1)
     ] = 64,
@@ -337,125 +372,81 @@ def fidelity(
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the table too (extra viz).")
     ] = None,
-    revision: Revision = None,
-    local_files_only: LocalOnly = False,
-    debug: Debug = False,
 ) -> None:
     """How far a precision's features are from float32, on your own images.
 
     fp8 and int8 are calibrated on images of their own, every second one that is taken.
     """
-    with _reported(debug):
-        from .extract.precision import read_images
-        from .images.presets import least_side
-        from .viz.pictures import check_picture, check_viz, save_fidelity
+    from .extract.precision import read_images
+    from .images.presets import least_side
+    from .viz.pictures import check_picture, check_viz, save_fidelity
 
-        if plot is not None:
-            check_viz()
-            check_picture(plot)
-        calibrating = precision in ("fp8", "int8")
-        least_side(preset, scaled_decode)
-        pixels = read_images(source, preset, images * (1 + calibrating))
-        scaled = pixels
-        if scaled_decode:
-            scaled = read_images(source, preset, images * (1 + calibrating), scaled_decode=True)
-        engine = _load(
-            model,
-            repo=repo,
-            weights=weights,
-            precision=precision,
-            device=device,
-            revision=revision,
-            local_files_only=local_files_only,
-        )
-        if calibrating:
-            if len(pixels) < 2:
-                raise ValueError(f"{source}: one image to calibrate on and one to compare at least")
-            engine.calibrate(scaled[::2], preset=preset)
-            pixels, scaled = pixels[1::2], scaled[1::2]
-        found = engine.fidelity(scaled, preset=preset, intended=pixels)
-        typer.echo(str(found))
-        if plot is not None:
-            save_fidelity(plot, found, engine.config.name)
+    if plot is not None:
+        check_viz()
+        check_picture(plot)
+    calibrating = precision in ("fp8", "int8")
+    least_side(preset, scaled_decode)
+    count = images * (1 + calibrating)
+    scaled = pixels = read_images(source, preset, count)
+    if scaled_decode:
+        scaled = read_images(source, preset, count, scaled_decode=True)
+    engine = load()
+    if calibrating:
+        if len(pixels) < 2:
+            raise ValueError(f"{source}: one image to calibrate on and one to compare at least")
+        engine.calibrate(scaled[::2], preset=preset)
+        pixels, scaled = pixels[1::2], scaled[1::2]
+    found = engine.fidelity(scaled, preset=preset, intended=pixels)
+    typer.echo(str(found))
+    if plot is not None:
+        save_fidelity(plot, found, engine.config.name)
 
 
 @app.command()
+@_with_engine
 def maps(
+    load: Callable[..., Any],
     image: Annotated[Path, typer.Argument(metavar="IMAGE")],
     output: Annotated[Path, typer.Argument(metavar="OUT.png")],
-    model: Model = "stellar-b16",
-    repo: Repo = None,
-    weights: Weights = "pretrained",
     preset: Preset = "card",
-    precision: Precision = "auto",
-    device: Device = None,
-    revision: Revision = None,
-    local_files_only: LocalOnly = False,
-    debug: Debug = False,
 ) -> None:
     """The spatial maps of the sparse tokens, drawn over a photograph (extra viz)."""
-    with _reported(debug):
-        from .images.presets import check_preset
-        from .images.reader import decode
-        from .viz.pictures import check_picture, check_viz, save_spatial
+    from .images.presets import check_preset
+    from .images.reader import decode
+    from .viz.pictures import check_picture, check_viz, save_spatial
 
-        check_viz()
-        check_preset(preset)
-        check_picture(output)
-        photograph = decode(image)
-        engine = _load(
-            model,
-            repo=repo,
-            weights=weights,
-            precision=precision,
-            device=device,
-            revision=revision,
-            local_files_only=local_files_only,
-        )
-        synthetic = " (synthetic weights)" if engine.weights == "synthetic" else ""
-        title = f"{engine.config.name}{synthetic}: {image.name}"
-        save_spatial(output, engine, photograph, preset, title)
-        _say(f"{output}: {engine.config.num_sparse_tokens} maps")
+    check_viz()
+    check_preset(preset)
+    check_picture(output)
+    photograph = decode(image)
+    engine = load()
+    synthetic = " (synthetic weights)" if engine.weights == "synthetic" else ""
+    title = f"{engine.config.name}{synthetic}: {image.name}"
+    save_spatial(output, engine, photograph, preset, title)
+    _say(f"{output}: {engine.config.num_sparse_tokens} maps")
 
 
 @app.command()
+@_with_engine
 def reconstruct(
+    load: Callable[..., Any],
     image: Annotated[Path, typer.Argument(metavar="IMAGE")],
     output: Annotated[Path, typer.Argument(metavar="OUT.png")],
     vq_model: Annotated[
         Path | None, typer.Option(help="The MaskGIT-VQGAN tokenizer's file.")
     ] = None,
-    model: Model = "stellar-b16",
-    repo: Repo = None,
-    weights: Weights = "pretrained",
-    precision: Precision = "auto",
-    device: Device = None,
-    revision: Revision = None,
-    local_files_only: LocalOnly = False,
-    debug: Debug = False,
 ) -> None:
     """A photograph as its features tell it: encoded, then decoded again (preset card)."""
-    with _reported(debug):
-        from .images.presets import load_image
-        from .viz.pictures import check_picture, save_picture
+    from .images.presets import load_image
+    from .viz.pictures import check_picture, save_picture
 
-        check_picture(output)
-        pixels = load_image(image, "card")
-        engine = _load(
-            model,
-            repo=repo,
-            weights=weights,
-            purpose="reconstruct",
-            vq_model=vq_model,
-            precision=precision,
-            device=device,
-            revision=revision,
-            local_files_only=local_files_only,
-        )
-        out = engine.reconstruct(engine.encode(pixels[None], outputs=("lowrank",)))
-        pixels = out["reconstruction"][0]
-        save_picture(output, pixels)
-        _say(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
+    check_picture(output)
+    pixels = load_image(image, "card")
+    engine = load(purpose="reconstruct", vq_model=vq_model)
+    out = engine.reconstruct(engine.encode(pixels[None], outputs=("lowrank",)))
+    pixels = out["reconstruction"][0]
+    save_picture(output, pixels)
+    _say(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
 
 
 @app.command()

@@ -92,11 +92,9 @@ class Snapshot:
     Args:
         model: the model.
         part: what of it.
-        precision: that it is packed in.
     """
 
-    def __init__(self, model: FastSTELLARModel, part: Part, precision: str) -> None:
-        self.settings = _settings(model, precision)
+    def __init__(self, model: FastSTELLARModel, part: Part) -> None:
         self.own: list[tuple[dict[str, Any], str]] = [
             *((model._modules, name) for name in part.modules),
             *((model._parameters, name) for name in part.parameters),
@@ -119,10 +117,16 @@ class Snapshot:
         self.types = [type(module) for module in modules]
         first = self.tensors[0]
         self.device, self.dtype = first.device, first.dtype
+        self.settings = self._settings(model)
         self.versions: list[int] = []
         self.addresses: list[int] = []
         self.views: list[Tensor] = []
         self.sample = torch.empty(0)
+
+    def _settings(self, model: FastSTELLARModel) -> tuple[Any, ...]:
+        kind = self.device.type
+        cast = torch.get_autocast_dtype(kind) if _autocasts(self.device) else None
+        return model.precision, model.backend, model.spatial_temp, cast
 
     def _things(self) -> list[Any]:
         own = [holder.get(name) for holder, name in self.own]
@@ -160,11 +164,11 @@ class Snapshot:
             self.views = [_few(tensor) for tensor in self.tensors]
             self.sample = torch.cat(self.views)
 
-    def is_current(self, model: FastSTELLARModel, precision: str) -> bool:
+    def is_current(self, model: FastSTELLARModel) -> bool:
         """Whether nothing has changed that shows without looking at values."""
         things = self._things()
         return (
-            self.settings == _settings(model, precision)
+            self.settings == self._settings(model)
             and len(things) == len(self.things)
             and all(map(is_, things, self.things))
             and list(map(attrgetter("_version"), self.tensors)) == self.versions
@@ -196,8 +200,8 @@ class Snapshot:
         return changed
 
 
-def _settings(model: FastSTELLARModel, precision: str) -> tuple[Any, ...]:
-    return precision, model.backend, model.spatial_temp
+def _autocasts(device: torch.device) -> bool:
+    return device.type in MAX_BATCH and torch.is_autocast_enabled(device.type)
 
 
 def _modules_of(model: nn.Module, part: Part) -> Iterator[nn.Module]:
@@ -336,9 +340,14 @@ class FastSTELLARModel(STELLARModel):
             return self.features(self._pixels(batch))
         return dict(zip(FEATURES, torch.ops.stellar_fast.encode(batch, self._number), strict=True))
 
-    def _wants_gradient(self, part: Part, inputs: tuple[Tensor, ...]) -> bool:
+    def _wants_gradient(
+        self, part: Part, inputs: tuple[Tensor, ...], snapshot: Snapshot | None = None
+    ) -> bool:
+        """`snapshot`: of the part as it is, which spares looking for its parameters."""
         if not torch.is_grad_enabled():
             return False
+        if snapshot is not None:
+            return any(map(attrgetter("requires_grad"), chain(inputs, snapshot.tensors)))
         own = [self._parameters.get(name) for name in part.parameters]
         held = (module.parameters(recurse=False) for module in _modules_of(self, part))
         return any(
@@ -353,20 +362,27 @@ class FastSTELLARModel(STELLARModel):
         function: Callable[[Engine], dict[str, Tensor]],
     ) -> dict[str, Tensor] | None:
         """`function` of an engine of the part as it is now; None where the reference has to run."""
-        if self._wants_gradient(part, inputs) or self._is_transformed(inputs):
+        if self._is_transformed(inputs):
             return None
         packed = self._packed
         packed.after_fork()
         for _ in range(2):
             with packed.lock:
-                current = self._engine(part)
-            if current is None:
+                held = packed.engines.get(part)
+                if held is not None and not held[0].is_current(self):
+                    held = None
+                if self._wants_gradient(part, inputs, None if held is None else held[0]):
+                    return None
+                if held is None:
+                    held = self._pack_anew(part)
+            if held is None:
                 return None
-            snapshot, engine = current
+            snapshot, engine = held
             changed = snapshot.compare_values()
             found = function(engine)
             if not changed():
                 return found
+            del held, snapshot, engine  # before there is another one
             with packed.lock:
                 packed.engines.pop(part, None)
         return None  # somebody writes into the parameters all the while
@@ -382,15 +398,10 @@ class FastSTELLARModel(STELLARModel):
             or not all(_has_values(tensor) for tensor in inputs)
         )
 
-    def _engine(self, part: Part) -> tuple[Snapshot, Engine] | None:
-        """The engine of `part`, packed if there is none of it as it is now."""
-        held = self._packed.engines.get(part)
-        precision = self._precision(self.sparse_tokens)
-        if held is not None and held[0].is_current(self, precision):
-            return held
-        held = None
+    def _pack_anew(self, part: Part) -> tuple[Snapshot, Engine] | None:
+        """An engine of `part` as it is now; None where none computes what the part does."""
         self._packed.engines.pop(part, None)  # before there is another one
-        snapshot = Snapshot(self, part, precision)
+        snapshot = Snapshot(self, part)
         shapes = self._shapes(part)
         state = dict(self.named_parameters()) | dict(self.named_buffers())
         if not snapshot.can_be_packed(self._types[part]) or any(
@@ -404,11 +415,11 @@ class FastSTELLARModel(STELLARModel):
         self._packed.engines[part] = snapshot, engine
         return snapshot, engine
 
-    def _precision(self, parameter: Tensor) -> str:
-        device = parameter.device
-        if parameter.dtype != torch.float32 or device.type not in MAX_BATCH:
-            return NATIVE.get(parameter.dtype, "")
-        if self.precision == "fp32" and torch.is_autocast_enabled(device.type):
+    def _precision(self, device: torch.device, dtype: torch.dtype) -> str:
+        """What an engine of parameters of a dtype computes in."""
+        if dtype != torch.float32:
+            return NATIVE[dtype]
+        if self.precision == "fp32" and _autocasts(device):
             return NATIVE[torch.get_autocast_dtype(device.type)]
         return backends.choose(self.backend, self.precision, device, self.config)[1]
 
@@ -422,9 +433,9 @@ class FastSTELLARModel(STELLARModel):
         return shapes
 
     def _pack(self, part: Part, weights: dict[str, Tensor], snapshot: Snapshot) -> Engine:
-        precision, _, temperature = snapshot.settings
-        device, dtype = snapshot.device, DTYPES[precision]
-        config: ModelConfig = replace(self.config, spatial_temp=temperature)
+        device, precision = snapshot.device, self._precision(snapshot.device, snapshot.dtype)
+        dtype = DTYPES[precision]
+        config: ModelConfig = replace(self.config, spatial_temp=self.spatial_temp)
         encoder = decoder = None
         if part is ENCODER:
             quantize = quantize_block if precision == "fp8" else None

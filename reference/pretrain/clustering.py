@@ -130,12 +130,15 @@ def sinkhorn_knopp(scores: Tensor, iterations: int = 3, scale: float = 1.0) -> T
     return plan
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def soft_cross_entropy(
+    logits: Tensor, targets: Tensor, temperature: float, weights: Tensor | None = None
+) -> Tensor:
     """`-sum(targets * log_softmax(logits / temperature))`, averaged over rows.
 
     Args:
         logits: (..., clusters).
         targets: as logits, distributions over the clusters; no gradient flows into them.
+        weights: (...), what each row's term is multiplied by before all are averaged.
 
     Returns:
         A scalar.
@@ -149,4 +152,5 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> T
             f"{tuple(targets.shape)}"
         )
     log_p = (logits / temperature).log_softmax(dim=-1)
-    return -(targets.detach() * log_p).sum(dim=-1).mean()
+    rows = -(targets.detach() * log_p).sum(dim=-1)
+    return rows.mean() if weights is None else (rows * weights).mean()

@@ -15,12 +15,9 @@ from torch import Tensor
 
 from ..precision import at_least_float32
 from .augment import augment_colors, require_kornia
-from .clustering import sinkhorn_knopp, soft_cross_entropy
+from .clustering import sinkhorn_knopp
 from .koleo import koleo_loss
-from .masking import random_keep
-from .matching import match
 from .student import Student
-from .teacher import encode_with_teacher
 
 KOLEO_WEIGHT = 0.1
 CODE_WEIGHT = 0.05  # of VQ-CE in the total
@@ -89,22 +86,24 @@ def training_predictions(
     predictions |= losses
     cls_losses: list[Tensor] = []
     if model.do_masking and global_views is not None:
-        masked_cls, masked_sparse = encode_masked(model, global_views.flatten(0, 1))
+        masked_cls, masked_sparse, _, _ = model.forward_masked(
+            global_views.flatten(0, 1), ratio=model.masking_ratio
+        )
         if model.do_koleo:
             predictions["koleo_loss"] = predictions["koleo_loss"] + KOLEO_WEIGHT * koleo_loss(
                 masked_sparse
             )
-        predictions["mask_loss"] = _view_loss(
-            model,
-            model.clustering_head(masked_sparse),
-            targets.sparse,
-            _matches(model, masked_sparse, targets.tokens),
+        index, _ = model.match_tokens(masked_sparse, targets.tokens)
+        predictions["mask_loss"] = model.contrastive_loss(
+            model.clustering_head(masked_sparse), targets.sparse, index
         )
         if targets.cls is not None:
-            cls_losses.append(_view_loss(model, model.cls_cluster_head(masked_cls), targets.cls))
+            cls_losses.append(
+                model.contrastive_loss(model.cls_cluster_head(masked_cls), targets.cls)
+            )
     if local_views is not None and targets.cls is not None:
-        local_cls, _, _ = model.encode_tokens(model.augment(local_views.flatten(0, 1)))
-        cls_losses.append(_view_loss(model, model.cls_cluster_head(local_cls), targets.cls))
+        local_cls, _, _ = model.forward_image(model.augment(local_views.flatten(0, 1)))
+        cls_losses.append(model.contrastive_loss(model.cls_cluster_head(local_cls), targets.cls))
     if cls_losses:
         predictions["cls_loss"] = torch.stack(cls_losses).sum()
     return predictions
@@ -123,8 +122,8 @@ def _image_losses(
     if model.momentum_teacher:
         assert global_views is not None  # `_checked` saw to it
         targets = teacher_targets(model, global_views[:, 1])
-        own_match = _matches(model, sparse, targets.tokens)
-        losses["clustering_loss"] = _view_loss(model, sparse_logits, targets.sparse, own_match)
+        index, _ = model.match_tokens(sparse, targets.tokens)
+        losses["clustering_loss"] = model.contrastive_loss(sparse_logits, targets.sparse, index)
     else:
         targets = _own_targets(model, sparse, sparse_logits, cls_logits)
         if model.do_global_align:
@@ -132,9 +131,9 @@ def _image_losses(
             return _aligned_losses(
                 model, sparse_logits, cls_logits, targets, global_views[:, 1]
             ), targets
-        losses["clustering_loss"] = _view_loss(model, sparse_logits, targets.sparse)
+        losses["clustering_loss"] = model.contrastive_loss(sparse_logits, targets.sparse)
     if targets.cls is not None and cls_logits is not None:
-        losses["cls_clustering_loss"] = _view_loss(model, cls_logits, targets.cls)
+        losses["cls_clustering_loss"] = model.contrastive_loss(cls_logits, targets.cls)
     return losses, targets
 
 
@@ -165,16 +164,16 @@ def _aligned_losses(
     other_logits = model.clustering_head(other_sparse)
     other_cls_logits = None if cls_logits is None else model.cls_cluster_head(other_cls)
     other = _own_targets(model, other_sparse, other_logits, other_cls_logits)
-    index = _matches(model, other_sparse, targets.tokens)
+    index, _ = model.match_tokens(other_sparse, targets.tokens)
     losses = {
-        "clustering_loss": _view_loss(model, sparse_logits, other.sparse, index) / 2
-        + _view_loss(model, other_logits, targets.sparse, index) / 2
+        "clustering_loss": model.contrastive_loss(sparse_logits, other.sparse, index) / 2
+        + model.contrastive_loss(other_logits, targets.sparse, index) / 2
     }
     if cls_logits is not None and other_cls_logits is not None:
         assert targets.cls is not None and other.cls is not None
         losses["cls_clustering_loss"] = (
-            _view_loss(model, cls_logits, other.cls) / 2
-            + _view_loss(model, other_cls_logits, targets.cls) / 2
+            model.contrastive_loss(cls_logits, other.cls) / 2
+            + model.contrastive_loss(other_cls_logits, targets.cls) / 2
         )
     return losses
 
@@ -249,7 +248,7 @@ def image_reconstruction(model: Student, decoded: Tensor, image: Tensor) -> dict
 @torch.no_grad()
 def teacher_targets(model: Student, images: Tensor) -> Targets:
     """The EMA teacher's tokens of images (B, 3, H, W) and their assignments."""
-    cls, sparse = encode_with_teacher(model, images)
+    cls, sparse, _ = model.forward_teacher(images)
     return Targets(
         sparse,
         _assign(model, model.get_submodule("teacher_head")(sparse)),
@@ -257,45 +256,10 @@ def teacher_targets(model: Student, images: Tensor) -> Targets:
     )
 
 
-def encode_masked(model: Student, views: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of views (V, 3, H, W) of which only some patches are seen: cls, sparse."""
-    patch = model.config.backbone.patch_size
-    keep = random_keep(
-        views.shape[0],
-        (views.shape[2] // patch) * (views.shape[3] // patch),
-        model.masking_ratio,
-        model.focal_mode,
-        device=views.device,
-    )
-    cls, sparse, _ = model.encode_tokens(views, keep)
-    return cls, sparse
-
-
 def _assign(model: Student, logits: Tensor) -> Tensor:
     """Sinkhorn-Knopp targets of logits (B, T, C), over all of their B T rows."""
     scores = logits.detach().flatten(0, 1) / model.sk_temp
     return sinkhorn_knopp(scores, model.n_sk_iter, model.sk_scale).view_as(logits)
-
-
-def _matches(model: Student, predicted: Tensor, targets: Tensor) -> Tensor | None:
-    """Targets' tokens (B V, K) for predicted ones (B V, K, D); None, each its own, without
-    matching."""
-    if not model.hungarian_match:
-        return None
-    views = predicted.shape[0] // targets.shape[0]
-    index, _ = match(predicted.detach(), targets.repeat_interleave(views, dim=0))
-    return index
-
-
-def _view_loss(
-    model: Student, logits: Tensor, assignments: Tensor, index: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of V views an image, logits (B V, T, C), with the image's own assignments
-    (B, T, C), of which prediction t takes row `index[:, t]`."""
-    views = logits.shape[0] // assignments.shape[0]
-    image = torch.arange(logits.shape[0], device=logits.device) // views
-    targets = assignments[image] if index is None else assignments[image.unsqueeze(1), index]
-    return soft_cross_entropy(logits, targets, model.logits_temp)
 
 
 def _checked(

@@ -12,7 +12,7 @@ GAUSSIAN_SIGMA = (0.1, 0.5)  # of the grid's side
 FOCAL_MODES = ("gaussian", "block", None)
 
 
-def random_keep(
+def random_masking(
     batch: int,
     patches: int,
     ratio: float,
@@ -20,7 +20,7 @@ def random_keep(
     *,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Draws the patches to keep: those with the lowest of uniform noise that `focal_mode` biases.
 
     Args:
@@ -33,8 +33,8 @@ def random_keep(
         generator: of `device`; None draws from torch's global stream.
 
     Returns:
-        (batch, kept) int64 with kept = int(P * (1 - ratio)): distinct patches of each view, lowest
-        noise first.
+        The patches kept, (batch, kept) int64 with kept = int(P * (1 - ratio)), and the others,
+        (batch, P - kept): each with the lowest noise first.
 
     Raises:
         ValueError: an argument is out of range, or no patch would be kept.
@@ -51,7 +51,8 @@ def random_keep(
         noise = gaussian_focus(noise, generator=generator)
     elif focal_mode == "block":
         noise = block_focus(noise, kept, generator=generator)
-    return noise.argsort(dim=1)[:, :kept]
+    kept_first = noise.argsort(dim=1)
+    return kept_first[:, :kept], kept_first[:, kept:]
 
 
 def gaussian_focus(noise: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -13,7 +13,11 @@ ROUNDS = 5
 
 @torch.no_grad()
 def match(
-    predictions: Tensor, targets: Tensor, epsilon: float = EPSILON, rounds: int = ROUNDS
+    predictions: Tensor,
+    targets: Tensor,
+    epsilon: float = EPSILON,
+    rounds: int = ROUNDS,
+    wanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """For every prediction the target that most of its mass is carried to.
 
@@ -23,6 +27,8 @@ def match(
     Args:
         predictions: (B, Q, D).
         targets: (B, T, D).
+        wanted: (B, T), above 0 for the targets that count: to the others all distances are twice
+            the largest of the batch.
 
     Returns:
         index (B, Q) int64 into the targets, several predictions may share one; and the plan
@@ -41,6 +47,8 @@ def match(
         at_least_float32(targets),
         compute_mode="donot_use_mm_for_euclid_dist",
     )
+    if wanted is not None:
+        cost = cost.masked_fill(wanted.unsqueeze(1) <= 0, 2 * cost.max())
     v = cost.new_zeros(cost.shape[0], 1, cost.shape[2])
     for _ in range(rounds):
         u = -epsilon * ((v - cost) / epsilon).logsumexp(dim=2, keepdim=True)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .losses import image_reconstruction, training_predictions
-from .matching import match
 from .student import Student
 from .teacher import sync_teacher
 
@@ -51,24 +50,6 @@ class STELLARModel(Student):
             VQ-CE or MSE, x_hat and x_original, as the training forward gives them.
         """
         return image_reconstruction(self, decoder_output, image)
-
-    def match_tokens(
-        self, sparse_pred: Tensor, sparse_tgt: Tensor
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The target of every predicted token, without gradient.
-
-        Args:
-            sparse_pred: (B V, K, D), V views of each image in a row.
-            sparse_tgt: (B, K, D).
-
-        Returns:
-            index (B V, K) and plan (B V, K, K), as `match`; None and None without
-            `hungarian_match`.
-        """
-        if not self.hungarian_match:
-            return None, None
-        views = len(sparse_pred) // len(sparse_tgt)
-        return match(sparse_pred, sparse_tgt.repeat_interleave(views, dim=0))
 
     def sync_teacher_across_processes(self) -> None:
         """Gives all processes the teacher of the first; nothing without a teacher."""

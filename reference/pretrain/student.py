@@ -21,8 +21,10 @@ from ..model import Autoencoder
 from ..vit import VisionTransformer
 from ..vqgan import VQGAN
 from .augment import augment_colors
-from .clustering import ClusteringHead
-from .teacher import attach_teacher, scheduled_momentum, update_teacher
+from .clustering import ClusteringHead, soft_cross_entropy
+from .masking import random_masking
+from .matching import match
+from .teacher import attach_teacher, encode_with_teacher, scheduled_momentum, update_teacher
 
 DEFAULT_BACKBONE = "facebook/vit-mae-base"
 # Optimisers number parameters in the order of their modules, and so do the states they save.
@@ -205,6 +207,89 @@ class Student(Autoencoder):
                 self._modules[name] = self._modules.pop(name)
         if model_checkpoint_path is not None:
             load_checkpoint(self, model_checkpoint_path)
+
+    def forward_masked(
+        self, image: Tensor, ratio: float = 0.75
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The encoder's output of images of which only some patches are seen.
+
+        Args:
+            image: (V, 3, H, W) in [0, 1].
+            ratio: share of the patches to drop, as `random_masking` draws them by `focal_mode`.
+
+        Returns:
+            cls (V, 1, D), sparse (V, K, D); mask (V, P), 1 where a patch was dropped and 0 where it
+            was kept; ids_restore (V, P) int64, each patch's place behind one another of the kept
+            and the dropped ones.
+        """
+        patch = self.config.backbone.patch_size
+        patches = (image.shape[2] // patch) * (image.shape[3] // patch)
+        kept, dropped = random_masking(
+            len(image), patches, ratio, self.focal_mode, device=image.device
+        )
+        cls, sparse, _ = self.encode_kept(image, kept)
+        mask = torch.zeros(len(image), patches, device=image.device).scatter_(1, dropped, 1.0)
+        return cls, sparse, mask, torch.cat([kept, dropped], dim=1).argsort(dim=1)
+
+    def forward_teacher(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward_image` of the teacher, without gradient; of the model itself without one."""
+        return (
+            encode_with_teacher(self, image) if self.momentum_teacher else self.forward_image(image)
+        )
+
+    def match_tokens(
+        self, sparse_pred: Tensor, sparse_tgt: Tensor, token_filter: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The target of every predicted token, without gradient.
+
+        Args:
+            sparse_pred: (B V, K, D), V views of each image in a row.
+            sparse_tgt: (B, K, D).
+            token_filter: (B, K), above 0 for the targets that count, as `match` has it; None: all.
+
+        Returns:
+            index (B V, K) and plan (B V, K, K), as `match`; None and None without
+            `hungarian_match`.
+        """
+        if not self.hungarian_match:
+            return None, None
+        views = len(sparse_pred) // len(sparse_tgt)
+        if token_filter is not None:
+            token_filter = token_filter.repeat_interleave(views, dim=0)
+        targets = sparse_tgt.repeat_interleave(views, dim=0)
+        return match(sparse_pred, targets, wanted=token_filter)
+
+    def rearrange_sparse_targets(self, assignments: Tensor, index_tgt: Tensor) -> Tensor:
+        """The assignments (B, T, C) of images as V views of each see them: token t of a view takes
+        row `index_tgt[:, t]` (B V, T) -> (B V, T, C)."""
+        views = len(index_tgt) // len(assignments)
+        image = torch.arange(len(index_tgt), device=index_tgt.device) // views
+        return assignments[image.unsqueeze(1), index_tgt]
+
+    def contrastive_loss(
+        self,
+        logits_pred: Tensor,
+        cluster_tgt: Tensor,
+        index_tgt: Tensor | None = None,
+        pred_filter: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of V views an image with the image's own assignments, at `logits_temp`.
+
+        Args:
+            logits_pred: (B V, T, C), V views of each image in a row.
+            cluster_tgt: (B, T, C).
+            index_tgt: (B V, T), which of the image's tokens each is held against; None: its own.
+            pred_filter: (B V, T), what each token's term is multiplied by before all are averaged.
+
+        Returns:
+            A scalar.
+        """
+        if index_tgt is None:
+            views = len(logits_pred) // len(cluster_tgt)
+            targets = cluster_tgt.repeat_interleave(views, dim=0)
+        else:
+            targets = self.rearrange_sparse_targets(cluster_tgt, index_tgt)
+        return soft_cross_entropy(logits_pred, targets, self.logits_temp, pred_filter)
 
     def update_teacher(self) -> None:
         """Moves the teacher one step towards the model; nothing without a teacher.

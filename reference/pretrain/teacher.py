@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..model import Autoencoder
+from ..model import Autoencoder, encode_with
+from ..vit import VisionTransformer
 from .distributed import several_processes
 
 STUDENTS = {  # teacher's module -> the student's that it follows
@@ -66,11 +67,12 @@ def sync_teacher(model: Autoencoder) -> None:
 
 
 @torch.no_grad()
-def encode_with_teacher(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's tokens of images (B, 3, H, W) in [0, 1]: cls (B, 1, D), sparse (B, K, D)."""
+def encode_with_teacher(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's `forward_image` of images (B, 3, H, W) in [0, 1]."""
     encoder = model.get_submodule("teacher_encoder")
-    x = encoder(model.normalize(images), model.get_parameter("teacher_sparse_tokens"))
-    return x[:, :1], x[:, x.shape[1] - model.num_sparse_tokens :]
+    assert isinstance(encoder, VisionTransformer)
+    embeddings = encoder.embeddings(model.normalize(images))
+    return encode_with(encoder, embeddings, model.get_parameter("teacher_sparse_tokens"))
 
 
 def _pairs(model: Autoencoder) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from references import reference_of, vqgan_of
 from torch import Tensor
 
 from stellar_fast.reference import STELLARModel
+from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp
 from stellar_fast.reference.pretrain.losses import reconstruction_predictions, training_loss
 from stellar_fast.reference.vqgan import VQGAN
 
@@ -181,3 +182,55 @@ def test_code_loss_golden(name):
     else:
         of_cells = F.interpolate(image, size=(256, 256), mode="bicubic", align_corners=False)
         assert relative_error(found["x_original"], of_cells) < TENSOR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_golden_losses_of_the_published_methods(dtype):
+    """Taken one by one, as code that goes its own way through them does."""
+    expected, meta = golden("pretrain-tiny16")
+    model, inputs = golden_model(meta, dtype), inputs_as(dtype, meta)
+    with torch.no_grad():
+        cls, sparse, _ = model.forward_image(inputs["image"])
+        logits, cls_logits = model.clustering_head(sparse), model.cls_cluster_head(cls)
+        assigned, cls_assigned = assign(model, logits), assign(model, cls_logits)
+        views = inputs["global_views"].flatten(0, 1)
+        masked_cls, masked, mask, ids_restore = model.forward_masked(views, ratio=0.0)
+        assert not mask.any() and torch.equal(ids_restore.sort(1).values[0], torch.arange(196))
+        index, _ = model.match_tokens(masked, sparse)
+        local, _, _ = model.forward_image(inputs["local_views"].flatten(0, 1))
+        found = {
+            "clustering_loss": model.contrastive_loss(logits, assigned),
+            "cls_clustering_loss": model.contrastive_loss(cls_logits, cls_assigned),
+            "mask_loss": model.contrastive_loss(model.clustering_head(masked), assigned, index),
+            "cls_loss": model.contrastive_loss(model.cls_cluster_head(masked_cls), cls_assigned)
+            + model.contrastive_loss(model.cls_cluster_head(local), cls_assigned),
+        }
+    for name, loss in found.items():
+        assert relative_error(loss.reshape(1), expected[f"loss.{name}"]) < LOSS, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_golden_losses_of_the_teachers_methods(dtype):
+    expected, meta = golden("pretrain-tiny16-teacher")
+    model, inputs = golden_model(meta, dtype), inputs_as(dtype, meta)
+    model.update_teacher()
+    with torch.no_grad():
+        teacher_cls, teacher, dense = model.forward_teacher(inputs["global_views"][:, 1])
+        assert dense.shape == (meta["batch"], 196, meta["backbone"]["hidden_size"])
+        cls, sparse, _ = model.forward_image(inputs["image"])
+        index, _ = model.match_tokens(sparse, teacher)
+        found = {
+            "clustering_loss": model.contrastive_loss(
+                model.clustering_head(sparse), assign(model, model.teacher_head(teacher)), index
+            ),
+            "cls_clustering_loss": model.contrastive_loss(
+                model.cls_cluster_head(cls), assign(model, model.teacher_cls_head(teacher_cls))
+            ),
+        }
+    for name, loss in found.items():
+        assert relative_error(loss.reshape(1), expected[f"loss.{name}"]) < LOSS, name
+
+
+def assign(model: STELLARModel, logits: Tensor) -> Tensor:
+    rows = sinkhorn_knopp(logits.flatten(0, 1) / model.sk_temp, model.n_sk_iter, model.sk_scale)
+    return rows.view_as(logits)

@@ -108,13 +108,13 @@ def test_matching_undoes_the_order_of_tokens():
     model, inputs = tiny_model(do_cropping=False, num_masks=1), tiny_inputs(views=1)
     inputs["global_views"] = inputs["image"].unsqueeze(1)
     straight = predict(model, inputs)["mask_loss"].detach()
-    encode = model.encode_tokens
+    encode = model.encode_kept
 
-    def shuffled(images, keep=None):
+    def shuffled(images, keep):
         cls, sparse, dense = encode(images, keep)
-        return cls, sparse if keep is None else sparse[:, [2, 0, 3, 1]], dense
+        return cls, sparse[:, [2, 0, 3, 1]], dense
 
-    model.encode_tokens = shuffled
+    model.encode_kept = shuffled
     assert relative_error(predict(model, inputs)["mask_loss"], straight) < LOSS
     model.hungarian_match = False
     assert predict(model, inputs)["mask_loss"] > 1.1 * straight

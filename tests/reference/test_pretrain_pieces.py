@@ -120,6 +120,22 @@ def test_matcher_is_sinkhorn_scaling_with_any_number_of_targets():
     assert torch.equal(index, plan.argmax(2))
 
 
+def test_matcher_puts_what_is_not_wanted_at_twice_the_largest_distance():
+    predictions = torch.randn(3, 5, 4, generator=generator(3), dtype=torch.float64)
+    targets = torch.randn(3, 8, 4, generator=generator(4), dtype=torch.float64)
+    wanted = torch.tensor([1, 0, 1, 1, 1, -1, 1, 1]).expand(3, -1)
+    cost = (predictions.unsqueeze(2) - targets.unsqueeze(1)).norm(dim=-1)
+    cost[:, :, [1, 5]] = 2 * cost.max()
+    kernel, b = (-cost / 0.1).exp(), torch.ones(3, 8, 1, dtype=torch.float64)
+    for _ in range(5):
+        a = 1 / (kernel @ b)
+        b = 1 / (kernel.transpose(1, 2) @ a)
+    index, plan = match(predictions, targets, wanted=wanted)
+    assert relative_error(plan, a * kernel * b.transpose(1, 2)) < FLOAT64
+    assert torch.equal(index, plan.argmax(2))
+    assert not torch.equal(plan, match(predictions, targets)[1])
+
+
 @pytest.mark.parametrize(
     "shapes", [((2, 4, 8), (3, 4, 8)), ((2, 4, 8), (2, 4, 6)), ((4, 8), (4, 8))]
 )

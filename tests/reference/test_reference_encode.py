@@ -121,8 +121,7 @@ def test_what_is_left_beyond_whole_patches_is_dropped(tiny):
 
 def test_position_table_of_another_grid_with_as_many_patches_is_resized(tiny):
     embeddings = copy.deepcopy(tiny.encoder.embeddings).double()
-    own, other = embeddings.table(6, 6), embeddings.table(4, 9)
-    assert torch.equal(other[0], own[0])
+    own, other = embeddings.positions(6, 6), embeddings.positions(4, 9)
     assert relative_error(other, own) > 0.1
     # by the definition of bicubic with half-pixel centres, at the one cell computed here by hand
     a = -0.75
@@ -136,21 +135,20 @@ def test_position_table_of_another_grid_with_as_many_patches_is_resized(tiny):
         taps = [min(max(start + offset, 0), 5) for offset in (-1, 0, 1, 2)]
         return taps, [far(1 + t), near(t), near(1 - t), far(2 - t)]
 
-    bias = embeddings.patch_embeddings.projection.bias
     patches = embeddings.position_embeddings[0, 1:].unflatten(0, (6, 6))
     (rows, row_weights), (columns, column_weights) = weights(2, 6 / 4), weights(0, 6 / 9)
     outer = patches.new_tensor([[r * c for c in column_weights] for r in row_weights])
     by_hand = torch.einsum("rcd,rc->d", patches[rows][:, columns], outer)
-    assert relative_error(other[1 + 2 * 9 + 0] - bias, by_hand) < FLOAT64
+    assert relative_error(other[2 * 9 + 0], by_hand) < FLOAT64
 
 
 def test_keeping_every_patch_is_encoding_and_order_only_permutes(tiny):
     batch = images(2, 96, 96, 7)
-    cls, sparse, dense = tiny.encode_tokens(batch)
+    cls, sparse, dense = tiny.forward_image(batch)
     order = torch.stack(
         [torch.randperm(36, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
     )
-    kept_cls, kept_sparse, kept_dense = tiny.encode_tokens(batch, keep=order)
+    kept_cls, kept_sparse, kept_dense = tiny.encode_kept(batch, keep=order)
     assert relative_error(kept_cls, cls) < TENSOR
     assert relative_error(kept_sparse, sparse) < TENSOR
     expected = torch.stack([dense[image, order[image]] for image in (0, 1)])
@@ -175,12 +173,12 @@ def test_a_masked_patch_is_not_seen(tiny):
     painted = batch.clone()
     painted[:, :, :16, 32:48] = 0.5  # patch 2, kept by neither
     for found, expected in zip(
-        tiny.encode_tokens(painted, keep), tiny.encode_tokens(batch, keep), strict=True
+        tiny.encode_kept(painted, keep), tiny.encode_kept(batch, keep), strict=True
     ):
         assert torch.equal(found, expected)
     painted[:, :, :16, :16] = 0.5  # patch 0, kept by the first image alone
-    first, second = tiny.encode_tokens(painted, keep)[1]
-    expected = tiny.encode_tokens(batch, keep)[1]
+    first, second = tiny.encode_kept(painted, keep)[1]
+    expected = tiny.encode_kept(batch, keep)[1]
     assert relative_error(first, expected[0]) > 1e-3
     assert torch.equal(second, expected[1])
 

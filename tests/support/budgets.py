@@ -74,13 +74,13 @@ def assert_same_features(found: Mapping[str, Tensor], expected: Mapping[str, Ten
         decided = ~ties.any(1)
         assert decided.any()
     for name in expected.keys() - {"tokens"}:
-        one, other = found[name], expected[name]
+        one, other, bound = found[name], expected[name], TENSOR
         if name == "reconstruction":
             one, other = one[decided], other[decided]
-        if name == "spatial":
-            mean = 1 / other.shape[-1]
+        if name in ("spatial", "peak_dist"):
+            mean, bound = 1 / other.shape[-1], SPATIAL
             one, other = one.double() - mean, other.double() - mean
-        error, bound = relative_error(one, other), SPATIAL if name == "spatial" else TENSOR
+        error = relative_error(one, other)
         assert error < bound, f"{name}: {error:.3g}"
 
 
