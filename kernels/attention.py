@@ -240,7 +240,7 @@ def attention(
 
     launch(
         _attention_kernel,
-        (batch * num_heads, triton.cdiv(queries, tile.block_q)),
+        (batch * num_heads, -(-queries // tile.block_q)),
         device=query.device,
         options=tile.options,
         query_ptr=query,

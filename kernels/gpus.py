@@ -29,6 +29,7 @@ class Gpu:
 
 GPUS = {
     80: Gpu(80, 108, 166_912, descriptors=False),
+    86: Gpu(86, 84, 101_376, descriptors=False),
     89: Gpu(89, 142, 101_376, descriptors=False),
     90: Gpu(90, 132, 232_448, descriptors=True),
     100: Gpu(100, 148, 232_448, descriptors=True),
@@ -49,7 +50,7 @@ def gpu_of_capability(major: int, minor: int) -> Gpu:
             f"the Triton kernels need compute capability 8.0 or later, this device has "
             f"{major}.{minor}; load with backend='torch'"
         )
-    if capability == 80:
-        return GPUS[80]
-    known = {8: 89, 9: 90, 10: 100, 11: 100}
+    if capability in GPUS:
+        return GPUS[capability]
+    known = {8: 86, 9: 90, 10: 100, 11: 100}
     return GPUS[known.get(major, 120)]

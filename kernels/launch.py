@@ -159,12 +159,15 @@ def launch(
 
 def describable(*matrices: Tensor) -> bool:
     """Whether TMA can address these 2-D or 3-D tensors: rows at multiples of 16 bytes."""
-    return all(
-        tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(step * tensor.element_size() % 16 == 0 for step in tensor.stride()[:-1])
-        for tensor in matrices
-    )
+    for tensor in matrices:  # at every launch: generators would take three times as long
+        *steps, last = tensor.stride()
+        if last != 1 or tensor.data_ptr() % 16:
+            return False
+        size = tensor.itemsize
+        for step in steps:
+            if step * size % 16:
+                return False
+    return True
 
 
 def descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:

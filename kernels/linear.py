@@ -348,7 +348,7 @@ def _multiply(
     width = tile.block_n // tile.slices
     if descriptors and residual is not None:
         residual = descriptor(residual, [tile.block_m, width])
-    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
     launch(
         _linear_kernel,
         (min(tiles, gpu.processors * tile.residents) if descriptors else tiles,),
@@ -450,7 +450,7 @@ def linear_residual(
             f"residual must be {(*x.shape[:2], weight.shape[0])}, got {tuple(residual.shape)}"
         )
     out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
-    parts = triton.cdiv(weight.shape[0], SUM_BLOCK)
+    parts = -(-weight.shape[0] // SUM_BLOCK)
     sums = torch.empty((parts, *x.shape[:2]), dtype=torch.float32, device=x.device)
     _multiply(x, weight, bias, out, weight_scale=weight_scale, residual=residual, out_sums=sums)
     return out, sums

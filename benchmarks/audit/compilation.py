@@ -15,17 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from audit.machine_code import MATRIX, Anatomy, Instruction, anatomy, parse
+from audit.machine_code import MATRIX, STORES, Anatomy, Instruction, anatomy, parse
+from audit.waits import Waits, waits
 
 REGISTERS = 65_536  # of one multiprocessor, from sm_80 to sm_120
-WARPS = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}  # resident on one multiprocessor
-SHARED_OF_SM = {80: 167_936, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # resident on one multiprocessor
+SHARED_OF_SM = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 RESERVED = 1024  # bytes of shared memory that the driver takes of each program
 LARGEST_STEP = 256  # an index times a constant up to this is an index; beyond, an offset
 # The matrix instruction of each GPU, by the dtype of its operands, for tiles of 64 rows and more;
 # smaller ones take HMMA, or QMMA, everywhere.
 EXPECTED = {
     80: {"half": "HMMA"},
+    86: {"half": "HMMA"},
     89: {"half": "HMMA", "fp8": "QMMA"},
     90: {"half": "HGMMA", "fp8": "QGMMA"},
     100: {"half": "UTCHMMA", "fp8": "UTCQMMA"},
@@ -69,6 +71,7 @@ class Finding:
     matrix: tuple[str, ...]
     faults: tuple[str, ...]
     anatomy: Anatomy | None
+    waits: Waits | None = None
 
 
 def jit_function(kernel: tuple[str, str]) -> Any:
@@ -149,7 +152,7 @@ def compile_one(item: Compilation, limit: int) -> Finding:
         faults.append(f"spills: {usage['stack']} B of stack, {usage['local']} B of local memory")
     if shared > limit:
         faults.append(f"shared memory: {shared} B, the GPU has {limit} B")
-    if not counts["STG"] and not counts["UTMASTG"]:
+    if not any(counts[kind] for kind in STORES):
         faults.append("empty: it stores nothing to global memory")
     programs = min(
         REGISTERS // (-(-usage["registers"] // 8) * 8 * threads),
@@ -161,6 +164,8 @@ def compile_one(item: Compilation, limit: int) -> Finding:
     matrix = sorted({item.name for item in instructions if MATRIX.match(item.name)})
     faults += _matrix_faults(item.arch, kernel.asm["ttir"], matrix)
     faults += _offset_faults(kernel.asm["ttir"])
+    found = waits(instructions)
+    faults += idle(item, found)
     if item.arch == 90:
         faults += held_up(_assembled(kernel.asm["ptx"]))
     return Finding(
@@ -172,7 +177,25 @@ def compile_one(item: Compilation, limit: int) -> Finding:
         tuple(matrix),
         tuple(faults),
         anatomy(instructions, item.arch),
+        found,
     )
+
+
+def idle(item: Compilation, found: Waits) -> list[str]:
+    """Pipelines that stand still for what they have just asked for.
+
+    With two stages the newest loads are all that there are, and with one there is no pipeline.
+    Products of attention wait for one another, since the softmax is between them.
+    """
+    faults = []
+    stages = dict(item.options).get("num_stages", 1)
+    if stages > 2 and found.under_way == 0:
+        faults.append(f"pipeline: with {stages} stages, a pass waits for the newest loads")
+    if stages > 1 and found.under_way is not None and found.each:
+        faults.append(f"pipeline: a pass waits {found.each} times for loads of its own")
+    if stages > 1 and found.products == 0 and item.kernel[1] != "_attention_kernel":
+        faults.append("pipeline: a pass waits for its own products")
+    return faults
 
 
 def _assembled(ptx: str) -> str:

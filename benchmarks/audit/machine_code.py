@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 # Matrix instructions: warp-wide (HMMA, QMMA), of four warps (HGMMA, QGMMA), of one thread (UTC…).
 MATRIX = re.compile(r"^(?:U?T?C?[HQ]G?MMA|[HQ]MMA)")
-_LINE = re.compile(
-    r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)([^;]*);", re.ASCII
-)
+_LINE = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)([^;]*);", re.ASCII)
+_CONDITION = re.compile(r"^\s*!?U?P\w+\s*,")  # of a branch, where it is an operand
+STORES = ("STG", "UTMASTG")
 EPILOGUE = 64  # instructions, at least, that are more than bookkeeping
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 
@@ -27,11 +27,19 @@ _FREE = {"NOP", "BRA", "EXIT", "BAR", "SYNCS", "WARPSYNC", "DEPBAR", "WARPGROUP"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `target` is the address that a branch goes to."""
+    """One instruction.
+
+    Attributes:
+        target: the address that a branch goes to.
+        operands: as they are printed.
+        guarded: whether it may be skipped, or a branch not be taken.
+    """
 
     address: int
     name: str
     target: int | None
+    operands: str = ""
+    guarded: bool = False
 
     @property
     def kind(self) -> str:
@@ -41,11 +49,11 @@ class Instruction:
 def parse(text: str) -> list[Instruction]:
     """The instructions of cuobjdump's -sass listing."""
     found = []
-    for address, name, operands in _LINE.findall(text):
+    for address, guard, name, operands in _LINE.findall(text):
         target = _TARGET.search(operands.strip()) if name.startswith("BRA") else None
-        found.append(
-            Instruction(int(address, 16), name, int(target.group(1), 16) if target else None)
-        )
+        guarded = bool(guard) or (target is not None and bool(_CONDITION.match(operands)))
+        goes = int(target.group(1), 16) if target else None
+        found.append(Instruction(int(address, 16), name, goes, operands.strip(), guarded))
     return found
 
 
@@ -104,12 +112,30 @@ def _skipped(body: list[Instruction]) -> list[Instruction]:
     return [item for item in body if item.address in addresses]
 
 
-def anatomy(instructions: list[Instruction], arch: int) -> Anatomy:
-    """How the machine code of one kernel is laid out."""
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a kernel that goes on from tile to tile, or of one that has a single tile.
+
+    Attributes:
+        loop: the main loop.
+        tile: what is done beside it for each tile, in front of it and behind.
+        flattened: whether the loop over tiles and the one along them are one.
+    """
+
+    loop: list[Instruction]
+    tile: list[Instruction]
+    flattened: bool
+
+
+def layout(instructions: list[Instruction]) -> Layout:
+    """Where the main loop of a kernel is, as `Anatomy` has it."""
     bodies = [
         _between(instructions, branch.target, branch.address)
-        for branch in instructions
-        if branch.target is not None and branch.target < branch.address
+        for before, branch in zip([None, *instructions], instructions, strict=False)
+        if branch.target is not None
+        and branch.target < branch.address
+        # Not back from where a wait is tried again, a loop of two behind the kernel's end.
+        and not (before and before.target is not None and before.target < before.address)
     ]
     working = [body for body in bodies if _has_matrix(body)] or [
         body for body in bodies if sum(item.kind == "FFMA" for item in body) >= EPILOGUE
@@ -121,15 +147,22 @@ def anatomy(instructions: list[Instruction], arch: int) -> Anatomy:
         body = [item for item in body if item.address not in skipped]
         flattened = True
     else:
-        outer = min((other for other in bodies if len(other) > len(body) and body and
-                     other[0].address <= body[0].address and other[-1].address >= body[-1].address),
-                    key=len, default=instructions)  # fmt: skip
+        around = [other for other in bodies if len(other) > len(body) and body and
+                  other[0].address <= body[0].address and other[-1].address >= body[-1].address
+                  and any(item.kind in STORES for item in other)]  # fmt: skip
+        outer = min(around, key=len, default=instructions)  # that over tiles, not over chunks
         here = {item.address for item in body}
         tile = [item for item in outer if item.address not in here]
         flattened = False
+    return Layout(body, tile, flattened)
+
+
+def anatomy(instructions: list[Instruction], arch: int) -> Anatomy:
+    """What the machine code of one kernel issues."""
+    found = layout(instructions)
     return Anatomy(
-        loop=cycles(body, arch),
-        tile=cycles(tile, arch),
-        flattened=flattened,
-        matrix=dict(Counter(item.name for item in body if MATRIX.match(item.name))),
+        loop=cycles(found.loop, arch),
+        tile=cycles(found.tile, arch),
+        flattened=found.flattened,
+        matrix=dict(Counter(item.name for item in found.loop if MATRIX.match(item.name))),
     )

@@ -275,6 +275,14 @@ def describe(item: Compilation) -> dict[str, Any]:
     }
 
 
+def told(waits: dict[str, Any] | None) -> str:
+    """Trips to the memory before, in and behind the main loop, and passes that are under way."""
+    if waits is None:
+        return ""
+    ahead = "" if waits["under_way"] is None else f", {waits['under_way']} ahead"
+    return f"{waits['before']}+{waits['each']}+{waits['after']} trips{ahead}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=sorted(gpus.GPUS))
@@ -297,8 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
         verdict = "; ".join(row["faults"]) or "ok"
         print(
             f"sm_{row['arch']:<4}{row['kernel']:<15}{row['tile']:<26}{row['registers']:>4} reg "
-            f"{row['shared']:>7} B {row['programs']:>3}/SM  {row['types']:<28} {row['flags']:<30} "
-            f"{' '.join(row['matrix']):<28} {verdict}"
+            f"{row['shared']:>7} B {row['programs']:>3}/SM  {told(row['waits']):<18} "
+            f"{row['types']:<28} {row['flags']:<30} {' '.join(row['matrix']):<28} {verdict}"
         )
     differing = families(items, findings)
     for line in differing:

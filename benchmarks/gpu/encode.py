@@ -1,6 +1,6 @@
 """`encode` end to end on a GPU: ours beside plain PyTorch, its compiler, and transformers' ViT.
 
-Rows of the stages "encode", "compile", "sweep" and "curves".
+Rows of the stages "encode", "compile", "compilers", "sweep" and "curves".
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ at all, the table is one sentence that says so.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from harness.results import (
@@ -24,6 +25,7 @@ from report.tables import markdown, named, newest, newest_on_gpu, on_gpu, own, p
 
 from stellar_fast.config import MODELS
 
+COMPILING = ("compile", "compilers")  # stages
 NOTHING = "Nothing has been measured on a GPU yet"
 HEAD = (
     "", "images/s", "of the matrix ceiling", "times eager fp32, eager bf16",
@@ -54,6 +56,13 @@ def _times(job: Row | None, ours: Row | None) -> str:
     return f"{job['median'] / ours['median']:.2f}x" if "median" in job else "not run"
 
 
+def _compiled(result: Result, model: str, batch: int) -> tuple[str, str]:
+    """The job in which a model ran beside the compiler."""
+    key = f"{model}/b{batch}/compile"
+    return next((job for job in ((stage, key) for stage in COMPILING) if job in result.jobs),
+                (COMPILING[0], key))  # fmt: skip
+
+
 def _named(row: Row) -> str:
     model, batch, precision, *rest = row["key"].split("/")
     of = f" ({row['of_commit']})" if "of_commit" in row else ""
@@ -68,7 +77,7 @@ def _encode_cells(result: Result, row: Row) -> Iterator[str]:
     yield f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else ""
     eager = (_times(named(result, *job, name), row) for name in (EAGER_FP32, EAGER_BF16))
     yield ", ".join(filter(None, eager))
-    job = ("compile", f"{row['model']}/b{batch}/compile")
+    job = _compiled(result, row["model"], batch)
     yield _times(named(result, *job, COMPILED_BF16), named(result, *job, row["name"]))
     tail = [f"{1e3 * row[k]:.2f} ms" for k in ("latency_median", "latency_p99") if k in row]
     yield ", ".join(tail)
@@ -99,7 +108,8 @@ def _encode(result: Result) -> str:
         ]
         if ratio := _times(job.get(VIT_BF16), row).removesuffix("not run"):
             notes.append(f"{name}: {ratio} transformers ViTModel bf16, the backbone alone.")
-    for row in result.rows("compile", name=COMPILED_BF16):
+    compilers = (result.rows(stage, name=COMPILED_BF16) for stage in COMPILING)
+    for row in itertools.chain.from_iterable(compilers):
         model, batch, _ = row["key"].split("/")
         took = problem(row) or f"took {row['compile_seconds']:.0f} s"
         notes.append(f"torch.compile of {model} at batch {batch[1:]}: {took}.")

@@ -61,7 +61,7 @@ def throughput(result: Result) -> Figure | None:
     """Images a second against batch, a panel a model, with the ceilings of a GPU."""
     rows = [
         row
-        for stage in ("sweep", "encode", "compile")
+        for stage in ("sweep", "encode", "compile", "compilers")
         for row in result.rows(stage)
         if "images_per_second" in row
     ]

@@ -52,11 +52,11 @@ def _set_precisions(values: tuple[str, ...]) -> None:
 
 
 _BACKENDS = (torch.backends.cuda, torch.backends.mkldnn)
-_EXACT = ("highest", "ieee", "none")
+_EXACT = frozenset(("highest", "ieee", "none"))
 
 
 def _are_exact(values: tuple[str, ...]) -> bool:
-    return all(value in _EXACT for value in values)
+    return _EXACT.issuperset(values)
 
 
 class _Kept:

@@ -83,6 +83,11 @@ Out = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # of one image
 
 
+def _kind(names: tuple[str, ...], inputs: tuple[Tensor, ...]) -> tuple:
+    """What makes one batch take the memory of another, their numbers of images aside."""
+    return names, *(tensor.shape[1:] for tensor in inputs)
+
+
 def _copy_out(features: Out, out: Out | None, dtypes: Mapping[str, torch.dtype]) -> Out:
     """`features` in `out`, which by default is memory of their own for each of `dtypes`."""
     if out is None:
@@ -241,7 +246,8 @@ class Engine:
             found = self._chunked(
                 lambda out, chunk: self._encode_chunk(chunk, wanted, out),
                 (batch,),
-                self._features(wanted, self._grid(*batch.shape[2:])),
+                wanted,
+                lambda: self._features(wanted, self._grid(*batch.shape[2:])),
             )
         return dict(found)
 
@@ -249,26 +255,30 @@ class Engine:
         self, images: Tensor, wanted: tuple[str, ...], out: Out | None = None, warm: bool = False
     ) -> Out:
         """Features of at most `max_batch` images; `warm`: by every way that later calls take."""
-        grid = self._grid(*images.shape[2:])
-        table = self._table(grid)
 
-        def forward(images: Tensor) -> dict[str, Tensor]:
-            return encoder.encode(
-                self._ops, self._encoder, self.config, images, table, wanted, self.output_dtype
-            )
+        def prepare() -> Callable[[Tensor], dict[str, Tensor]]:
+            table = self._table(self._grid(*images.shape[2:]))
+
+            def forward(images: Tensor) -> dict[str, Tensor]:
+                return encoder.encode(
+                    self._ops, self._encoder, self.config, images, table, wanted, self.output_dtype
+                )
+
+            return forward
 
         if self._runner is not None:
+            grid = self._grid(*images.shape[2:])
             if out is None:
                 out = self._empty(len(images), self._features(wanted, grid))
-            self._encode_by_graph(self._runner, images, table, out)
+            self._encode_by_graph(self._runner, images, self._table(grid), out)
             return out
         # Before the wait for the graph's turn; strides are kept, and the device reorders pixels.
         images = images.to(self.device)
         if self._graphs is not None:
-            found = self._graphs.run(images, wanted, forward, out, at_once=warm)
+            found = self._graphs.run(images, wanted, prepare, out, at_once=warm)
             if found is not None and not warm:
                 return found
-        return _copy_out(forward(images), out, dict.fromkeys(wanted, self.output_dtype))
+        return _copy_out(prepare()(images), out, dict.fromkeys(wanted, self.output_dtype))
 
     def warm_up(
         self,
@@ -309,7 +319,8 @@ class Engine:
                     self._chunked(
                         lambda _, chunk: self._encode_chunk(chunk, wanted, warm=True),
                         (images,),
-                        {},
+                        (),
+                        dict,
                     )
         return self
 
@@ -406,7 +417,7 @@ class Engine:
 
         shapes = self._reconstructed(side)
         with self._scope():
-            return dict(self._chunked(reconstruct_chunk, parts, shapes))
+            return dict(self._chunked(reconstruct_chunk, parts, tuple(shapes), lambda: shapes))
 
     @unaffected
     def calibrate(self, images: Any, *, preset: str = "card") -> Engine:
@@ -551,6 +562,10 @@ class Engine:
 
     def _scope(self) -> AbstractContextManager[Any]:
         """Plain float arithmetic without gradients, whatever the caller has switched on."""
+        kind = self.device.type
+        plain = not (torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind))
+        if plain and (kind != "cuda" or torch.cuda.current_device() == self.device.index):
+            return torch.no_grad()  # some microseconds less than the contexts, as most calls are
         stack = ExitStack()
         # Tensors made in inference mode could never be trained on.
         stack.enter_context(torch.inference_mode(False))
@@ -604,20 +619,23 @@ class Engine:
         self,
         function: Callable[..., Out],
         inputs: tuple[Tensor, ...],
-        outputs: Shapes,
+        names: tuple[str, ...],
+        shapes: Callable[[], Shapes],
     ) -> Out:
-        """What `function` makes of `inputs`, chunk by chunk; `outputs` are those of one image.
+        """What `function` makes of `inputs`, chunk by chunk: `names`, whose `shapes` are those of
+        one image.
 
         One chunk is left where `function` puts it; several are written into memory of one piece.
         """
-        total, start = len(inputs[0]), 0
-        kind = (tuple(outputs), *(tensor.shape[1:] for tensor in inputs))
-        size = self._fitting.get(kind, self.max_batch)
+        total, start = inputs[0].shape[0], 0
+        size = self.max_batch
+        if self._fitting:
+            size = self._fitting.get(_kind(names, inputs), size)
         out: Out | None = None
         gave_up = False
         while True:
             if out is None and not 0 < total <= size:
-                out = self._empty(total, outputs)
+                out = self._empty(total, shapes())
             if out is not None and start == total:
                 return out
             stop = min(start + size, total)
@@ -639,7 +657,7 @@ class Engine:
                         f"not enough memory on {self.device} for one image of this size: {error}"
                     ) from error
                 # For good: every later batch would run out anew.
-                size = self._fitting[kind] = (stop - start) // 2
+                size = self._fitting[_kind(names, inputs)] = (stop - start) // 2
 
     def _empty(self, count: int, outputs: Shapes) -> dict[str, Tensor]:
         return {

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -118,12 +118,22 @@ class CudaRecorder:
 class _Graph:
     images: Tensor
     replay: Callable[[], None]
-    outputs: dict[str, Tensor]
+    outputs: list[Tensor]
     forward: Forward  # holds what the graph reads and does not own, such as a position table
+    views: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+
+    def rows(self, batch: int) -> tuple[Tensor, list[Tensor]]:
+        """The first `batch` rows of the input and of each output, looked up after the first time:
+        making views takes the host longer than copying them."""
+        found = self.views.get(batch)
+        if found is None:
+            found = self.images[:batch], [tensor[:batch] for tensor in self.outputs]
+            self.views[batch] = found
+        return found
 
     @property
     def nbytes(self) -> int:
-        return self.images.nbytes + sum(tensor.nbytes for tensor in self.outputs.values())
+        return self.images.nbytes + sum(tensor.nbytes for tensor in self.outputs)
 
 
 class GraphRunner:
@@ -163,43 +173,46 @@ class GraphRunner:
         self,
         images: Tensor,
         outputs: tuple[str, ...],
-        forward: Forward,
+        prepare: Callable[[], Forward],
         out: Mapping[str, Tensor] | None = None,
         at_once: bool = False,
     ) -> Mapping[str, Tensor] | None:
-        """`forward(images)` by a graph, in memory of the caller; None where no graph serves yet.
+        """A forward of `images` by a graph, in memory of the caller; None where none serves yet.
 
         Args:
             images: (B, 3, H, W), B at least 1 and at most `largest`, on the device.
-            outputs: what `forward` returns; with the shape and dtype of `images` it names a graph.
-            forward: images on the device -> features, the same for every call with this name.
+            outputs: what is wanted of a forward; with the shape and dtype of `images` they name a
+                graph.
+            prepare: gives the forward, images on the device -> features, the same for every call
+                with this name; called where it is captured, and not where it is replayed.
             out: (B, ...) for each of `outputs`, to be filled; new tensors by default.
             at_once: capture what was not there before.
         """
         if self._recorder.is_capturing():
             return None
-        size = bucket(len(images), self._largest)
+        batch, _, height, width = images.shape
         dtype = torch.float32 if images.dtype == torch.float64 else images.dtype
-        key = (size, tuple(images.shape[2:]), dtype, outputs)
+        key = (bucket(batch, self._largest), (height, width), dtype, outputs)
         with self._lock:
             graph = self._graphs.get(key)
             if graph is None and (at_once or self._seen_before(key)):
-                graph = self._capture(key, forward)
+                graph = self._capture(key, prepare())
             if graph is None:
                 return None
             self._graphs.move_to_end(key)
+            given, found = graph.rows(batch)
             self._recorder.wait()
             try:
-                graph.images[: len(images)].copy_(images)
+                given.copy_(images)
                 graph.replay()
                 # The device is at work: what the host does from here on costs no time.
-                found = {name: graph.outputs[name][: len(images)] for name in outputs}
                 if out is None:
-                    out = {
-                        name: tensor.new_empty(tensor.shape, dtype=self._output_dtype)
-                        for name, tensor in found.items()
-                    }
-                torch._foreach_copy_([out[name] for name in found], list(found.values()))
+                    kind = {"dtype": self._output_dtype, "memory_format": torch.contiguous_format}
+                    made = [torch.empty_like(tensor, **kind) for tensor in found]
+                    out = dict(zip(outputs, made, strict=True))
+                else:
+                    made = [out[name] for name in outputs]
+                torch._foreach_copy_(made, found)
             finally:
                 self._recorder.done()
         return out
@@ -225,7 +238,7 @@ class GraphRunner:
     def _capture(self, key: tuple, forward: Forward) -> _Graph | None:
         if self._failed[key] >= TRIES:
             return None
-        size, (height, width), dtype, _ = key
+        size, (height, width), dtype, names = key
         self._recorder.wait()  # the pool's memory is in use until then
         images = torch.zeros((size, 3, height, width), dtype=dtype, device=self._recorder.device)
         try:
@@ -241,7 +254,7 @@ class GraphRunner:
                 stacklevel=6,
             )
             return None
-        graph = _Graph(images, replay, outputs, forward)
+        graph = _Graph(images, replay, [outputs[name] for name in names], forward)
         self._graphs[key] = graph
         self._let_go()
         return graph

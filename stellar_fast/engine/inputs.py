@@ -30,7 +30,7 @@ def as_batch(images: Any, preset: str, patch_size: int, max_patches: int) -> tup
         ValueError: wrong shape, size, channels or dtype, or a mapping without "image".
         ImageError: a listed image could not be decoded.
     """
-    if isinstance(images, Mapping):
+    if not isinstance(images, Tensor) and isinstance(images, Mapping):
         if "image" not in images:
             raise ValueError(
                 "encode reads 'image' of a mapping; this one holds "

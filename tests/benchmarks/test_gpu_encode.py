@@ -186,7 +186,7 @@ def test_the_points_of_the_goals_are_measured(monkeypatch):
     for name in ("throughput", "compiled"):
         record = lambda *a, name=name, **k: seen.append((name, a, k))  # noqa: E731
         monkeypatch.setattr(encode, name, record)
-    for stage in ("encode", "compile", "sweep", "curves"):
+    for stage in ("encode", "compile", "compilers", "sweep", "curves"):
         for job in stages.jobs(stage):
             job.run()
     options = {"against": [EAGER_FP32], "closely": True}

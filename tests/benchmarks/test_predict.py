@@ -63,10 +63,28 @@ def test_cycles_are_those_of_the_busiest_pipe(names, arch, expected):
 
 
 def test_a_nested_loop_is_told_from_its_tile():
-    names = ["FADD", *["FMUL"] * 20, "FFMA", "HMMA.1", "FFMA", "BRA:21", *["FMUL"] * 30, "BRA:1"]
+    names = ["FADD", *["FMUL"] * 20, "FFMA", "HMMA.1", "FFMA", "BRA:21"]
+    names += [*["FMUL"] * 29, "STG", "BRA:1"]
     found = machine_code.anatomy(code(*names), 90)
     assert (found.loop, found.tile, found.flattened) == (2, 50, False)
     assert found.matrix == {"HMMA.1": 1}
+
+
+def test_a_loop_over_chunks_is_of_the_tile_that_is_stored():
+    names = [
+        "FADD",
+        "FMUL",
+        "FMUL",
+        "HMMA.1",
+        "BRA:3",
+        "FADD",
+        "BRA:2",
+        *["FMUL"] * 9,
+        "STG",
+        "BRA:1",
+    ]
+    found = machine_code.anatomy(code(*names), 90)
+    assert (found.loop, found.tile) == (0, 13)
 
 
 def test_what_a_flattened_loop_skips_is_of_the_tile():

@@ -243,9 +243,13 @@ def test_a_caller_who_is_capturing_gets_no_graph_inside_his_own(engine, recorder
 def test_graphs_are_let_go_after_their_last_replay(recorder, most, kept):
     runner = GraphRunner(recorder, 4, torch.float32, out_of_memory, most)
     widths = range(1, GRAPHS_KEPT + 3)
+
+    def forward(x):
+        return {"x": x.sum((1, 2, 3))[:, None]}
+
     for width in widths:
         images = torch.ones(1, 3, 1, width)
-        out = runner.run(images, ("x",), lambda x: {"x": x.sum((1, 2, 3))[:, None]}, at_once=True)
+        out = runner.run(images, ("x",), lambda: forward, at_once=True)
         assert out["x"].item() == 3 * width
         assert len(runner) == 1 or sum(graph.nbytes for graph in runner._graphs.values()) <= most
     if kept is not None:

@@ -16,7 +16,15 @@ KERNELS = gpus.GPUS
 
 @pytest.mark.parametrize(
     ("capability", "arch"),
-    [((8, 0), 80), ((8, 6), 89), ((8, 9), 89), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)],
+    [
+        ((8, 0), 80),
+        ((8, 6), 86),
+        ((8, 7), 86),
+        ((8, 9), 89),
+        ((9, 0), 90),
+        ((10, 3), 100),
+        ((12, 1), 120),
+    ],
 )
 def test_every_capability_has_its_part(capability, arch):
     assert gpus.gpu_of_capability(*capability) is KERNELS[arch]
