@@ -158,7 +158,8 @@ def _linear_kernel(
     QUANTIZE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     CHUNKS: tl.constexpr,  # of K, whose sums are added up in float32
-    CHUNK: tl.constexpr,  # K of each but the last
+    CHUNK: tl.constexpr,  # K of each but the last, whole steps
+    ONE_LOOP: tl.constexpr,  # over the steps of all tiles
     EVEN_K: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -172,34 +173,49 @@ def _linear_kernel(
     wait_for_inputs(EARLY)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=CHUNKS == 1
-    ):
+    steps = tl.cdiv(K, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = acc
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=ONE_LOOP):
         # Tiles that run at the same time share GROUP_M rows of x and few columns of weight.
         group = tile // (GROUP_M * tiles_n)
         group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
         first_row = (group * GROUP_M + (tile % (GROUP_M * tiles_n)) % group_rows) * BLOCK_M
         first_column = ((tile % (GROUP_M * tiles_n)) // group_rows) * BLOCK_N
 
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if CHUNKS == 1:
-            for step in range(tl.cdiv(K, BLOCK_K)):
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for step in range(steps):
                 a, b = _operands(
                     x, weight, first_row, first_column, step * BLOCK_K, M, N, K,
                     DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
                 acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        elif ONE_LOOP:
+            # The next operands are on their way over the ends of chunks and of tiles. Products stay
+            # asynchronous in this form alone: one use of their sum, which leaves it at zero.
+            for step in range(steps):
+                a, b = _operands(
+                    x, weight, first_row, first_column, step * BLOCK_K, M, N, K,
+                    DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                acc = tl.dot(a, b.T, acc, input_precision="ieee")
+                if ((step + 1) % (CHUNK // BLOCK_K) == 0) | (step + 1 == steps):
+                    if step < CHUNK // BLOCK_K:
+                        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                    total += acc
+                    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         else:
-            tl.static_assert(CHUNK % BLOCK_K == 0)
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for chunk in range(CHUNKS):
-                part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 for first_k in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, K), BLOCK_K):
                     a, b = _operands(
                         x, weight, first_row, first_column, first_k, M, N, K,
                         DESCRIPTORS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
                     )  # fmt: skip
-                    part = tl.dot(a, b.T, part, input_precision="ieee")
-                acc += part
+                    acc = tl.dot(a, b.T, acc, input_precision="ieee")
+                total += acc
 
         rows = first_row + tl.arange(0, BLOCK_M)
         if RMS:
@@ -210,7 +226,7 @@ def _linear_kernel(
         else:
             row_factor = rows
         WIDTH: tl.constexpr = BLOCK_N // SLICES
-        columns_of = slices(acc, BLOCK_M, BLOCK_N, SLICES)
+        columns_of = slices(total if CHUNKS > 1 else acc, BLOCK_M, BLOCK_N, SLICES)
         for slice in tl.static_range(SLICES):
             _finish(
                 columns_of[slice],
@@ -378,6 +394,7 @@ def _multiply(
         DESCRIPTORS=descriptors,
         CHUNKS=chunks,
         CHUNK=chunk,
+        ONE_LOOP=chunks == 1 or gpu.arch == 90,
         EVEN_K=descriptors or depth % tile.block_k == 0,
         SLICES=tile.slices,
         BLOCK_M=tile.block_m,

@@ -33,24 +33,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for mark in UNASKED:
         if by_name or mark in asked:
             continue
-        unasked = [item for item in items if mark in item.keywords]
+        unasked = [item for item in items if item.get_closest_marker(mark)]
         left_out[mark] = len(unasked)
         config.hook.pytest_deselected(items=unasked)
-        items[:] = [item for item in items if mark not in item.keywords]
+        items[:] = [item for item in items if not item.get_closest_marker(mark)]
     _remember(config, left_out)
     if "ONEDNN_MAX_CPU_ISA" in os.environ:  # by as_other_processors.py
         reason = "OpenVINO cannot pass for another processor's: see engine/backends.py"
         for item in items:
             if item.path.name in OPENVINO_FILES:
                 item.add_marker(pytest.mark.skip(reason=reason))
-    if not any("gpu" in item.keywords for item in items):
+    if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
 
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
 
 

@@ -264,6 +264,30 @@ def test_deep_fp8_products_are_summed_up_in_chunks():
         assert chunks_of(torch.bfloat16, depth)[0] == 1
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="this GPU has no FP8",
+)
+@pytest.mark.parametrize("depth", [336, 512, 528])  # chunks: one and a part, two, two and a part
+def test_chunks_of_every_tile_of_a_program(depth, monkeypatch):
+    """One program with four tiles after one another gives what four programs give, bit for bit."""
+    monkeypatch.setattr(MODULE, "CHUNK", 256)
+    x, weight, residual = draw(1, 140, depth), draw(72, depth), cast(draw(1, 140, 72), DTYPES[1])
+    x8, w8 = (cast(value, torch.float32).to(launch.FP8) for value in (x, weight))
+    bias, scale = (cast(draw(72).abs() / n, d) for n, d in ((1, DTYPES[1]), (depth, torch.float32)))
+    tile = Tile(128, 64, 64, num_warps=8, num_stages=4)
+    found = []
+    with launch.tuned_by(Table(linear={("fp8", 72, depth): ((1, tile),)})):
+        for processors in (132, 3, 1):
+            few_processors(monkeypatch, processors)
+            found.append(linear_residual(x8, w8, bias, residual, weight_scale=scale))
+    exact, _ = oracles.linear_residual(x8, w8, bias.double(), residual.double(), weight_scale=scale)
+    plain, _ = oracles.linear_residual(x8, w8, bias, residual, weight_scale=scale)
+    assert_budget(found[0][0], plain, exact, DTYPES[1])
+    for y, sums in found[1:]:
+        assert torch.equal(y, found[0][0]) and torch.equal(sums, found[0][1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
 @pytest.mark.parametrize("rows_scaled", [True, False])
