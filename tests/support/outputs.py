@@ -43,6 +43,7 @@ def write_output(
         "precision": "fp32",
         "input": "/nowhere",
         "column": None,
+        "id_column": None,
         "preset": "card",
         "features": list(features),
         "dtype": dtype,
