@@ -243,8 +243,9 @@ def extract(
         str,
         typer.Argument(
             metavar="INPUT",
-            help="A folder of images; a .txt, .csv, .tsv or .parquet list of paths; or tars, such "
-            "as 'shards/{0000..0009}.tar'. Local, or an address, such as https:// or s3://.",
+            help="A folder of images; a .txt, .csv, .tsv or .parquet list of paths; .parquet with "
+            "images in it; or tars, such as 'shards/{0000..0009}.tar'. Local, or an address, such "
+            "as https://, s3:// or hf://.",
         ),
     ],
     output: Annotated[

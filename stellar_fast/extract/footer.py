@@ -19,8 +19,11 @@ UNCOMPRESSED, SNAPPY = 0, 1  # parquet.thrift, CompressionCodec
 # Of the compact protocol.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 # Fields that are kept: struct by struct from `FileMetaData`, {field: fields of it}.
-_COLUMN_FACTS = {2: None, 3: None, 4: None, 6: None}  # encodings, path, codec, size when unpacked
-_COLUMN = {3: _COLUMN_FACTS}  # ColumnChunk.meta_data
+# Of ColumnMetaData: encodings, path, codec, sizes when unpacked and packed, where its data and its
+# dictionary are, the length of its Bloom filter.
+_COLUMN_FACTS = dict.fromkeys((2, 3, 4, 6, 7, 9, 11, 15))
+# Of ColumnChunk: that, and the lengths of its indexes.
+_COLUMN: dict[int, Any] = {3: _COLUMN_FACTS, 5: None, 7: None}
 _FILE: dict[int, Any] = {3: None, 4: {1: _COLUMN, 3: None}}  # num_rows, row_groups
 
 
@@ -31,12 +34,17 @@ class Column(NamedTuple):
         path: its name, with those of the structs and lists that it is in before it.
         codec, encodings: numbers of parquet.thrift.
         size: bytes of its pages when they are unpacked.
+        start, packed: where its pages are in the file, and their bytes there.
+        beside: bytes that the file has for it behind all pages: indexes and a Bloom filter.
     """
 
     path: tuple[bytes, ...]
     codec: int
     encodings: tuple[int, ...]
     size: int
+    start: int
+    packed: int
+    beside: int
 
 
 class Group(NamedTuple):
@@ -81,16 +89,31 @@ def read_footer(file: IO[bytes]) -> list[Group]:
     return groups
 
 
+def unaccounted(file: IO[bytes], groups: list[Group]) -> int:
+    """Bytes before the footer that no column of `groups` has: none in a file that is one and whole,
+    but many where another Parquet file is before the one whose footer is read."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(length - 8)
+    (size,) = struct.unpack("<I", file.read(4))
+    file.seek(0)
+    columns = [column for group in groups for column in group.columns]
+    end = max((column.start + column.packed for column in columns), default=4)
+    return length - 8 - size - end - sum(column.beside for column in columns)
+
+
 def _numbers(groups: list[Group]) -> Iterator[int]:
     for group in groups:
         yield group.rows
         for column in group.columns:
             yield from (column.codec, column.size, *column.encodings)
+            yield from (column.start, column.packed, column.beside)
 
 
 def _column(found: dict[int, Any]) -> Column:
     facts = found[3]
-    return Column(tuple(facts[3]), facts[4], tuple(facts[2]), facts[6])
+    start = min(facts[9], facts.get(11) or facts[9])  # 0 stands for none
+    beside = found.get(5, 0) + found.get(7, 0) + facts.get(15, 0)
+    return Column(tuple(facts[3]), facts[4], tuple(facts[2]), facts[6], start, facts[7], beside)
 
 
 class _Reader:

@@ -74,7 +74,9 @@ def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
     sieve = Sieve()
     items = None
     if not chosen.resume:
-        items = discover(source, chosen.column, allowed, sieve, chosen.skip_duplicates)
+        items = discover(
+            source, chosen.column, allowed, sieve, chosen.skip_duplicates, chosen.id_column
+        )
     batch_size = chosen.batch_size
     if existing is not None:
         _check_same(target, existing.configuration, configuration)
@@ -133,6 +135,7 @@ def _check(options: Options) -> dict[str, Any]:
         )
     return {
         "column": options.column,
+        "id_column": options.id_column,
         "preset": options.preset,
         "scaled_decode": options.scaled_decode,
         "features": features,

@@ -211,6 +211,7 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
         "batch_size": 5,
         "partition_size": 9,
         "column": None,
+        "id_column": None,
         "skip_duplicates": True,
         "workers": 3,
         "on_error": "record",

@@ -16,7 +16,7 @@ from pictures import photograph
 from pyarrow import parquet
 
 from stellar_fast.extract import make_job, run
-from stellar_fast.extract.input import addresses, discover, door, lists
+from stellar_fast.extract.input import addresses, discover, door, lists, parquet_column
 from stellar_fast.extract.input.door import expand
 
 
@@ -38,10 +38,13 @@ def refused(source: Path | str, message: str, most: int = 32 << 20) -> None:
 
 def test_lists_of_any_length_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(door, "MAX_LIST_BYTES", 10_000)
-    for name in ("a.txt", "a.csv", "a.tsv", "a.parquet"):
+    for name in ("a.txt", "a.csv", "a.tsv"):
         with open(tmp_path / name, "wb") as file:
             file.truncate(10_001)
         refused(tmp_path / name, rf"{name}: 10001 bytes are more than the limit of 10000")
+    names = [f"{n:0100}.jpg" for n in range(200)]
+    parquet.write_table(pyarrow.table({"path": names}), tmp_path / "a.parquet", compression="none")
+    refused(tmp_path / "a.parquet", r"a\.parquet: \d+ bytes are more than the limit of 10000")
     with serving({}) as server:
         for length in ({}, {"Content_Length": 1 << 40}):
             endless(server, **length)
@@ -105,14 +108,14 @@ def test_a_damaged_index_names_no_other_path(code):
     words, codes = pyarrow.array(["a.jpg", "b.jpg"]), pyarrow.array([0, code], pyarrow.int32())
     array = pyarrow.DictionaryArray.from_arrays(codes, words, safe=False)
     with pytest.raises(pyarrow.ArrowInvalid):
-        lists._values(array)
+        parquet_column._values(array)
 
 
 def test_a_table_that_says_that_it_unpacks_to_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(lists, "MAX_TABLE", 10_000)
+    monkeypatch.setattr(parquet_column, "MAX_TABLE", 10_000)
     table = pyarrow.table({"path": [f"{n:0100}.jpg" for n in range(1000)], "n": range(1000)})
     parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
-    refused(tmp_path / "a.parquet", "1000 rows with .* bytes of paths are more")
+    refused(tmp_path / "a.parquet", "1000 rows with .* bytes of text are more")
     parquet.write_table(table.select(["n"]).rename_columns(["path"]), tmp_path / "a.parquet")
     refused(tmp_path / "a.parquet", "holds int64, not paths")
 
@@ -136,7 +139,7 @@ def test_paths_that_share_their_beginning_take_little_memory(tmp_path):
     probe = (
         "import resource, sys; from stellar_fast.extract import input as i\n"
         "from pyarrow import parquet; limit = resource.getrlimit(resource.RLIMIT_AS)\n"
-        "i.lists.MEMORY = 16 << 20\n"
+        "i.parquet_column.MEMORY = 16 << 20\n"
         "try: i.discover(sys.argv[1])\n"
         "except ValueError as error: print(error)\n"
         "assert resource.getrlimit(resource.RLIMIT_AS) == limit"

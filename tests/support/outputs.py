@@ -43,6 +43,7 @@ def write_output(
         "precision": "fp32",
         "input": "/nowhere",
         "column": None,
+        "id_column": None,
         "preset": "card",
         "scaled_decode": False,
         "features": list(features),

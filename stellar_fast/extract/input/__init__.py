@@ -1,4 +1,5 @@
-"""Which images to read: those of a folder, those that lists name, or the members of tars."""
+"""Which images to read: those of a folder, those that lists name, the members of tars, or the cells
+of Parquet files."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ from ...printable import printable
 from ..records import Item, PathLike
 from . import door
 from .addresses import Allowed, check, is_address, localized, parse, shown
+from .embedded import read_embedded
 from .folder import walk
 from .lists import LISTS, read_lists
 from .sieve import Sieve, suffix_of
 from .tars import read_tars
 
 TAR_SUFFIX = ".tar"
+PARQUET_SUFFIX = ".parquet"
 
 
 def discover(
@@ -24,8 +27,10 @@ def discover(
     allowed: Allowed | None = None,
     sieve: Sieve | None = None,
     skip_duplicates: bool = False,
+    id_column: str | None = None,
 ) -> list[Item]:
-    """The images of a folder, of lists or of tars; whether they can be read is found out later.
+    """The images of a folder, of lists, tars or Parquet files; whether they can be read is
+    found out later.
 
     A folder is walked recursively, in sorted order of the path, for files with a suffix of
     `sieve.SUFFIXES` in any case. Hidden files and folders (a leading dot) are left out; links are
@@ -35,17 +40,20 @@ def discover(
     `.csv`, `.tsv` or `.parquet` file. Its order is kept, and relative paths count from the list's
     own folder. Only a local list may name local files.
 
-    Tars are read through for the images in them, in their order; an id is `TAR::MEMBER`. Lists and
-    tars may be several, by a pattern of `door.expand`.
+    Tars are read through for the images in them, in their order; an id is `TAR::MEMBER`. A Parquet
+    file may have images instead of paths, see `embedded`; an id is `FILE::ROW`. All of these may be
+    several, by a pattern of `door.expand`.
 
     Everything may also lie in a store, such as `s3://bucket/folder`; which, and how much is read of
     it, is in the README of this package's parent. Ids are printable and have no credentials.
 
     Args:
-        column: of a table, the one with the paths; the only one, or one of `COLUMNS`, if left out.
+        column: of a table, the one with the paths or images; the only one, or one of
+            `table.COLUMNS` or `table.IMAGES`, if left out.
         allowed: what may be opened beyond the defaults; the input's own host, if left out.
         sieve: counts what is left out: what a folder or tars have beside their images, and lines.
         skip_duplicates: leave out lines of lists that name a file again.
+        id_column: of Parquet files with images, the one with their ids.
 
     Raises:
         ValueError: none of these, no image in it, one image twice, or an address that may not be
@@ -67,7 +75,17 @@ def discover(
         kinds = printable(" ".join(sorted(suffixes)))
         raise ValueError(f"{shown(text)}: names files of several kinds, {kinds}")
     suffix = suffixes.pop()
-    if os.path.isdir(text):
+    embedded = None
+    if suffix == PARQUET_SUFFIX and not os.path.isdir(text):
+        embedded = read_embedded(text, root, names, column, id_column, allowed)
+    if id_column is not None and embedded is None:
+        raise ValueError(
+            f"{shown(text)}: an id column is of Parquet files with images in them; all else is "
+            "called by its path"
+        )
+    if embedded is not None:
+        items = embedded
+    elif os.path.isdir(text):
         items = _read_folder(text, allowed, sieve)
     elif suffix == TAR_SUFFIX:
         items = read_tars(text, root, names, sieve, allowed)
@@ -110,7 +128,9 @@ def _read_folder(source: str, allowed: Allowed, sieve: Sieve) -> list[Item]:
             f"({' '.join(LISTS)}) or a {TAR_SUFFIX} of images"
         )
     if not items:
-        raise ValueError(f"{shown(source)}: no images in this folder; {sieve.nothing()}")
+        tables = sieve.skipped[f"{PARQUET_SUFFIX} files"]
+        remedy = f"; to read those, name them: {shown(source)}/**/*.parquet" if tables else ""
+        raise ValueError(f"{shown(source)}: no images in this folder; {sieve.nothing()}{remedy}")
     return items
 
 

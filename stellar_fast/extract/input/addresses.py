@@ -228,6 +228,42 @@ def _check_chain(part: Address, whole: Address) -> None:
         )
 
 
+def locate(line: str, own: Address, allowed: Allowed) -> tuple[str, str]:
+    """Where a line of the list at `own` points, and the image's id.
+
+    Raises:
+        ValueError: it may not be opened, see `check`.
+    """
+    if is_address(line):
+        return check(line, allowed, local=own.local), shown(line)
+    if own.protocol == "file":  # a list on this machine, as it is
+        if line.startswith("~/"):
+            line = os.path.expanduser(line)
+        if line.startswith("/"):
+            return check(line, allowed), printable(line)
+        check(line, Allowed())  # how it is spelled
+        return os.path.abspath(os.path.join(os.path.dirname(own.path), line)), printable(line)
+    check(line, allowed)  # how it is spelled
+    return check(str(own.beside(line)), allowed, local=own.local), printable(line)
+
+
+def address_of(text: str) -> Address:
+    """A path or an address, taken apart."""
+    place = localized(text)
+    return parse(place) if is_address(place) else Address("file", place)
+
+
+def label(place: str, root: str) -> str:
+    """What ids call a file of which a pattern names many: its name in the folder `root`."""
+    if not is_address(place):
+        return place.removeprefix(os.path.join(os.path.abspath(root), ""))
+    text, folder = shown(place), root if root.endswith("://") else shown(root)
+    if parse(place).inner is not None:
+        text, folder = text.partition("::")[0], folder.partition("::")[0]
+    # Stores that have a root spell it or not.
+    return text.replace(":///", "://").removeprefix(folder.replace(":///", "://"))
+
+
 def localized(text: str) -> str:
     """The absolute local path that `text` is or that a `file://` address names; else the address.
 

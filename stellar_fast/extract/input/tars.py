@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from ...printable import printable
 from ..records import Item
-from .addresses import Allowed, is_address, localized, parse, shown
+from .addresses import Allowed, label, localized, shown
 from .archives import files
 from .door import open_file
 from .sieve import Sieve
@@ -50,7 +49,7 @@ def read_tars(
 
 
 def _read_tar(root: str, allowed: Allowed, place: str) -> tuple[list[Item], Sieve]:
-    label, sieve = _label(place, root), Sieve()
+    name_of, sieve = label(place, root), Sieve()
     items = []
     seen = set()
     try:
@@ -70,20 +69,9 @@ def _read_tar(root: str, allowed: Allowed, place: str) -> tuple[list[Item], Siev
                 continue
             if member.holes:
                 raise ValueError(f"{shown(place)}: {printable(name)} is stored with holes")
-            id = printable(f"{label}::{name}")
+            id = printable(f"{name_of}::{name}")
             if id in seen:
                 raise ValueError(f"{id} is in the tar twice; every image may be read once")
             seen.add(id)
             items.append(Item(id, place, member.offset, member.size))
     return items, sieve
-
-
-def _label(place: str, root: str) -> str:
-    """What ids call a tar: its name in `root`."""
-    if not is_address(place):
-        return place.removeprefix(os.path.join(os.path.abspath(root), ""))
-    text, folder = shown(place), root if root.endswith("://") else shown(root)
-    if parse(place).inner is not None:
-        text, folder = text.partition("::")[0], folder.partition("::")[0]
-    # Stores that have a root spell it or not.
-    return text.replace(":///", "://").removeprefix(folder.replace(":///", "://"))

@@ -50,6 +50,7 @@ def one_of(*values: str) -> Rule:
 
 
 TEXT: Rule = "text", lambda value: isinstance(value, str)
+TEXT_OR_NULL: Rule = "text or null", lambda value: value is None or isinstance(value, str)
 OBJECT: Rule = "an object", lambda value: isinstance(value, dict)
 SHA256: Rule = (
     "the 64 hexadecimal digits of a SHA-256",
@@ -95,7 +96,8 @@ CONFIGURATION: Mapping[str, Rule] = {
     "weights": TEXT,
     "precision": TEXT,
     "input": TEXT,
-    "column": ("text or null", lambda value: value is None or isinstance(value, str)),
+    "column": TEXT_OR_NULL,
+    "id_column": TEXT_OR_NULL,
     "preset": TEXT,
     "scaled_decode": ("true or false", lambda value: isinstance(value, bool)),
     "features": (f"some of {', '.join(FEATURES)}, in this order", _features),

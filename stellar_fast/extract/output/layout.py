@@ -1,9 +1,10 @@
 """What an output folder holds, and what makes a part of it complete.
 
     OUTPUT/plan.json        the configuration, and the partitions that the input was cut into
-    OUTPUT/inputs.parquet   every image of the plan, one row group a partition: id, file, and for
-                            a member of a tar its offset and size there; its owner's alone, since
-                            the addresses may have credentials
+    OUTPUT/inputs.parquet   every image of the plan, one row group a partition: id, file, for a
+                            member of a tar its offset and size there, for a cell of a Parquet file
+                            its column, group and row; its owner's alone, since the addresses may
+                            have credentials
     OUTPUT/part-00000/      one partition: all of the files below, or it is not there
         sparse.npy ...      one file a feature, (rows, ...) of the plan's dtype; or, as the plan's
                             format is "parquet", features.parquet
@@ -107,13 +108,15 @@ class Plan:
 
 
 def digest_of(items: Iterable[Item]) -> str:
-    """SHA-256 of images in their order: id, file, offset and size, a zero byte after each.
+    """SHA-256 of images in their order: id, file, offset, size, column, group and row, a zero byte
+    after each.
 
     Of an address, without its user and password, since a digest could tell a guess at them.
     """
     digest = hashlib.sha256()
     for item in items:
-        text = f"{item.id}\0{without_user(item.file)}\0{item.offset}\0{item.size}\0"
+        place = without_user(item.file), item.offset, item.size, item.column, item.group, item.row
+        text = "".join(f"{fact}\0" for fact in (item.id, *place))
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -172,6 +175,9 @@ def _inputs_schema() -> pyarrow.Schema:
             ("file", pyarrow.binary()),  # a file's name may be no UTF-8
             ("offset", pyarrow.int64()),
             ("size", pyarrow.int64()),
+            ("column", pyarrow.string()),
+            ("group", pyarrow.int32()),
+            ("row", pyarrow.int64()),
         ]
     )
 
@@ -196,6 +202,9 @@ def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
                     [os.fsencode(item.file) for item in part],
                     [item.offset for item in part],
                     [item.size for item in part],
+                    [item.column for item in part],
+                    [item.group for item in part],
+                    [item.row for item in part],
                 ]
                 writer.write_table(pyarrow.table(columns, schema=schema), row_group_size=len(part))
 
@@ -223,8 +232,8 @@ def read_items(output: PathLike, partition: Partition) -> list[Item]:
                     raise ValueError("its columns are not those of a plan's images")
                 columns = file.read_row_group(partition.index).to_pydict()
         items = [
-            Item(name, os.fsdecode(place), offset, size)
-            for name, place, offset, size in zip(*columns.values(), strict=True)
+            Item(name, os.fsdecode(place), *rest)
+            for name, place, *rest in zip(*columns.values(), strict=True)
         ]
     except (OSError, ArrowException, IndexError, TypeError, ValueError) as error:
         raise StellarError(f"{path}: cannot be read: {error}") from error

@@ -19,11 +19,13 @@ from ...errors import ImageError
 from ...images.presets import SIZE, least_side, preset_pixels
 from ...images.reader import SIZE_IN_FILE, decode, describe_error
 from ..input.addresses import Allowed
-from ..input.door import read_item
+from ..input.cells import read_item
 from ..records import Item
 from .sandbox import Limits, decoding_time, enter
 
 SHAPE = (3, SIZE, SIZE)
+# Images whose outcomes are told at once: fewer messages, but more to do again when a process dies.
+MOST_ORDERS = 8
 
 
 class Slots:
@@ -62,6 +64,10 @@ def _attach(count: int, dtype: str, descriptor: Any) -> Slots:
 
 def pixels_dtype(preset: str) -> str:
     return "float32" if preset == "eval" else "uint8"
+
+
+def slot_bytes(preset: str) -> int:
+    return int(np.prod(SHAPE)) * np.dtype(pixels_dtype(preset)).itemsize
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ def work(
     allowed: Allowed,
     limits: Limits,
 ) -> None:
-    """Answers every list of orders by a list of outcomes, until the other end is closed.
+    """Answers lists of orders by outcomes in their order, a few at a time and none of two lists
+    together, until the other end is closed.
 
     Args:
         scaled_decode: see `images.presets.load_image`.
@@ -127,14 +134,16 @@ def work(
         connection.send(READY)
         while True:
             orders: list[Order] = connection.recv()
-            outcomes = []
-            for order in orders:
+            outcomes: list[Outcome] = []
+            for at, order in enumerate(orders, 1):
                 if noise is None:
                     outcomes.append(_carry_out(order, slots, preset, least, allowed, limits))
                 else:
                     slots.array[order.slot] = noise
                     outcomes.append(Outcome(order.number, order.slot, None, SIZE, SIZE))
-            connection.send(outcomes)
+                if at == len(orders) or len(outcomes) == MOST_ORDERS:
+                    connection.send(outcomes)
+                    outcomes = []
     except (EOFError, ConnectionError):
         pass  # done, or the process that wanted the pictures is gone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -18,13 +19,15 @@ from ...printable import printable
 from ..input.addresses import Allowed
 from ..input.door import NOTHING_MORE
 from ..records import Item
-from .decoding import READY, Order, Outcome, Slots, pixels_dtype, work
+from .decoding import MOST_ORDERS, READY, Order, Outcome, Slots, pixels_dtype, slot_bytes, work
 from .sandbox import TIME_IS_UP, Limits
 
 # Lists of orders that a process has: one in work and one that waits, so that it never does.
 LISTS_AHEAD = 2
-# Images in one list: fewer messages, but more to do again when a process dies.
-MOST_ORDERS = 8
+# Images of one row group of a Parquet file in one list: a group that fits is read by one process
+# alone. The `datasets` library has 100 in a group.
+MOST_OF_GROUP = 128
+MOST_SHARED = 512 << 20  # bytes of slots that such lists may take; all else takes little
 # Seconds to read one list of orders in, besides what its images have to be decoded in.
 PATIENCE = 300.0
 START_PATIENCE = 120.0  # seconds to be ready in
@@ -46,12 +49,14 @@ class _Process:
         theirs.close()
         self.ready = False
         self.lists: deque[list[Order]] = deque()
+        self.left = 0  # images in them
         self.since = time.monotonic()
 
     def send(self, orders: list[Order]) -> None:
         if not self.lists:
             self.since = time.monotonic()
         self.lists.append(orders)
+        self.left += len(orders)
         with suppress(OSError):  # it died, which its sentinel tells
             self.connection.send(orders)
 
@@ -102,7 +107,10 @@ class Workers:
         _check_parent()
         self._orders = max(1, min(MOST_ORDERS, batch_size // (2 * count)))
         # Two batches ahead of the engine, and what the processes have in hand.
-        room = 2 * batch_size + count * LISTS_AHEAD * self._orders
+        self._ahead = 2 * batch_size + count * LISTS_AHEAD * self._orders
+        most = MOST_SHARED // slot_bytes(preset) // count - self._orders
+        self._of_group = max(self._orders, min(MOST_OF_GROUP, most))
+        room = self._ahead + count * (self._of_group - self._orders)
         self.slots = Slots(room, pixels_dtype(preset))
         self._free = list(range(room))
         self._context = multiprocessing.get_context("forkserver")
@@ -142,11 +150,11 @@ class Workers:
         Raises:
             StellarError: no process can be started.
         """
-        source = iter(items)
+        lists = self._lists(iter(items))
+        following = next(lists, None)
         retries: deque[list[Order]] = deque()
         done: dict[int, Outcome] = {}
         numbers = taken = 0
-        more = True
         while not stopped():
             while done and taken in done:
                 outcome = done.pop(taken)
@@ -159,28 +167,41 @@ class Workers:
                 if retries:
                     idle.send(retries.popleft())
                     continue
-                orders: list[Order] = []
                 # Only whole lists, or every slot that gets free would be a message of its own.
-                while more and len(orders) < self._orders <= len(self._free) + len(orders):
-                    item = next(source, None)
-                    if item is None:
-                        more = False
-                        break
-                    orders.append(Order(numbers, self._free.pop(), item))
-                    numbers += 1
-                if not orders:
+                if following is None or numbers - taken + len(following) > self._room(following):
                     break
+                orders = [
+                    Order(numbers + at, self._free.pop(), item) for at, item in enumerate(following)
+                ]
+                numbers += len(orders)
                 idle.send(orders)
-            if not more and taken == numbers:
+                following = next(lists, None)
+            if following is None and taken == numbers:
                 return
             if taken not in done:
                 for outcome in self._receive(retries):
                     done[outcome.number] = outcome
 
+    def _lists(self, items: Iterator[Item]) -> Iterator[list[Item]]:
+        """Items in lists for one process each: of one row group, or of none."""
+        for grouped, run in itertools.groupby(items, _group_of):
+            size = self._orders if grouped is None else self._of_group
+            while found := list(itertools.islice(run, size)):
+                yield found
+
+    def _room(self, items: list[Item]) -> int:
+        """Slots that may be taken for these items to be sent: no more than are needed to keep the
+        processes busy, as pixels take memory."""
+        return self._ahead if _group_of(items[0]) is None else self.slots.count
+
     def _next_idle(self) -> _Process | None:
-        """The process with the fewest lists, if it can take one more."""
-        least = min(self._processes, key=lambda process: len(process.lists))
-        return least if len(least.lists) < LISTS_AHEAD else None
+        """Of the processes that can take one more list, the one with the fewest images."""
+        idle = [
+            process
+            for process in self._processes
+            if len(process.lists) < LISTS_AHEAD and process.left <= self._orders
+        ]
+        return min(idle, key=lambda process: process.left, default=None)
 
     def _receive(self, retries: deque[list[Order]]) -> list[Outcome]:
         """Waits for answers, and replaces processes that died or do not return."""
@@ -197,7 +218,8 @@ class Workers:
             waited = time.monotonic() - process.since
             if process.ready and process.lists:
                 # A process that decodes for too long ends by itself.
-                if waited > PATIENCE + len(process.lists[0]) * self._limits.seconds:
+                told = min(len(process.lists[0]), MOST_ORDERS)
+                if waited > PATIENCE + told * self._limits.seconds:
                     why = f"reading took more than {PATIENCE:g} s"
                     found += self._replace(process, retries, why)
             elif not process.ready and waited > START_PATIENCE:
@@ -220,20 +242,26 @@ class Workers:
                     process.ready = True
                     self._false_starts = 0
                     continue
-                process.lists.popleft()
+                del process.lists[0][: len(message)]
+                process.left -= len(message)
+                if not process.lists[0]:
+                    process.lists.popleft()
                 found += message
         except (EOFError, OSError):
             pass  # it died, perhaps in the middle of an answer; its sentinel tells
         return found
 
     def _replace(self, process: _Process, retries: deque[list[Order]], why: str) -> list[Outcome]:
-        """A new process for one that died. The images of the list that it had in work are tried
-        once more, each in a list of its own, since one of them may have been the cause."""
+        """A new process for one that died. The images that it had in work are tried once more,
+        each in a list of its own, since one of them may have been the cause."""
         process.kill()
         lists = list(process.lists)
         failed = []
         if process.ready and lists:
-            for order in lists.pop(0):
+            orders = lists.pop(0)
+            if rest := orders[MOST_ORDERS:]:
+                lists.insert(0, rest)
+            for order in orders[:MOST_ORDERS]:
                 if order.number in self._died_on:
                     del self._died_on[order.number]
                     failed.append(Outcome(order.number, order.slot, f"{why}, twice"))
@@ -250,6 +278,11 @@ class Workers:
         retries.extend(lists)
         self._processes[self._processes.index(process)] = _Process(self._context, self._arguments)
         return failed
+
+
+def _group_of(item: Item) -> tuple[str, int] | None:
+    """The row group that an item is in, if it is in one."""
+    return None if item.group is None else (item.file, item.group)
 
 
 def _check_parent() -> None:
