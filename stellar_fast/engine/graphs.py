@@ -207,7 +207,10 @@ class GraphRunner:
                 graph.replay()
                 # The device is at work: what the host does from here on costs no time.
                 if out is None:
-                    kind = {"dtype": self._output_dtype, "memory_format": torch.contiguous_format}
+                    kind: dict[str, Any] = {
+                        "dtype": self._output_dtype,
+                        "memory_format": torch.contiguous_format,
+                    }
                     made = [torch.empty_like(tensor, **kind) for tensor in found]
                     out = dict(zip(outputs, made, strict=True))
                 else:
