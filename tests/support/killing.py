@@ -23,17 +23,19 @@ class Driver:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._asked, self._told = self.process.stdin, self.process.stdout
 
-    def extract(self, output: Path, kill_after: float | None = None, step: int = 0) -> int:
+    def extract(self, output: Path | str, kill_after: float | None = None, step: int = 0) -> int:
         """How the child ended: 0, or less a signal's number."""
-        self.process.stdin.write(f"{output}\t{step}\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
+        self._asked.write(f"{output}\t{step}\n")
+        self._asked.flush()
+        child = int(self._told.readline())
         if kill_after is not None:
             time.sleep(kill_after)
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-        code = int(self.process.stdout.readline())
+        code = int(self._told.readline())
         patience = time.monotonic() + 120
         while (alive := of_session(child)) and time.monotonic() < patience:
             time.sleep(0.02)
@@ -41,7 +43,7 @@ class Driver:
         return code
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self._asked.close()
         self.process.wait()
 
 
