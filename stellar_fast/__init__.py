@@ -58,9 +58,9 @@ def list_models(
     """
     if repo_id is None and revision is None and not local_files_only:
         return list(MODELS)
-    from .weights import hub
+    from .weights import source
 
-    return hub.list_models(repo_id or hub.PUBLISHED_REPO, revision, local_files_only)
+    return source.list_models(repo_id or source.PUBLISHED_REPO, revision, local_files_only)
 
 
 def __getattr__(name: str) -> Any:

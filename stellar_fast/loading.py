@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .config import MODELS, ModelConfig
+from .config import ModelConfig
 from .engine import backends
 from .engine.backends import resolve_device
 from .engine.callers import unaffected
 from .engine.engine import MAX_BATCH, MAX_PATCHES, Engine
 from .errors import CheckpointError
 from .precision import DTYPES, check_precision
-from .weights import checkpoint, hub, names, saving, synthetic
+from .weights import checkpoint, names, saving, source, synthetic
+from .weights.manifest import NOTHING_SAID, Trained
 from .weights.pack import pack_decoder, pack_encoder, pack_vqgan
 from .weights.packed import VQGANWeights
 from .weights.quantize import quantize_block
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .module import FastSTELLARModel
     from .reference.vqgan import VQGAN
 
-PUBLISHED_REPO = hub.PUBLISHED_REPO
+PUBLISHED_REPO = source.PUBLISHED_REPO
 SYNTHETIC_SEED = 0
 VQ_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
 
@@ -98,7 +99,7 @@ def load(
     target = resolve_device(device)
     located = hashed = None
     if weights == "pretrained":
-        located = hub.locate(
+        located = source.locate(
             name,
             repo=repo,
             revision=revision,
@@ -108,21 +109,21 @@ def load(
         )
         hashed = _hashed(located.weights)
         precision = _precision_of(located.weights, precision)
-    config = _local_config(name, repo) if located is None else located.config
+    config = source.geometry(name, repo) if located is None else located.config
     resolved, precision = backends.choose(backend, precision, target, config)
     if max_batch is None:
         max_batch = MAX_BATCH[target.type]
 
     if located is not None and saving.saved_precision(located.weights) is not None:
-        source = str(located.weights)
+        where = str(located.weights)
         encoder, decoder = saving.read(located.weights, config, target)
         if purpose == "reconstruct" and decoder is None:
-            raise CheckpointError(f"{source} was saved from an engine that only encodes")
+            raise CheckpointError(f"{where} was saved from an engine that only encodes")
     else:
         if located is None:
-            state, source = _synthetic(config, purpose), "synthetic"
+            state, where = _synthetic(config, purpose), "synthetic"
         else:
-            source = str(located.weights)
+            where = str(located.weights)
             state = _read_model(located.weights, config, purpose)
         dtype = DTYPES[precision]
         decoder = None
@@ -140,7 +141,7 @@ def load(
         output_dtype=output_dtype,
         max_batch=max_batch,
         max_patches=max_patches,
-        weights=source,
+        weights=where,
         weights_sha256=None if hashed is None else hashed.result(),
         backend=resolved,
         cuda_graphs=cuda_graphs,
@@ -248,18 +249,19 @@ def load_stellar(
     if target.type in MAX_BATCH:
         backends.resolve_backend(backend, target, "fp32" if precision == "auto" else precision)
 
-    def check(trained: hub.Trained) -> None:
+    def check(trained: Trained) -> None:
         if purpose != "encode" and vq_model is None and trained.pixel_head is False:
             raise _no_tokenizer(purpose)
 
-    source = repo_id if repo is None else repo
+    repository = repo_id if repo is None else repo
     state: Mapping[str, Tensor] | None = None
     if weights == "synthetic":
-        config, where, trained = _local_config(model, source), "synthetic weights", hub.Trained()
+        config = source.geometry(model, repository)
+        where, trained = "synthetic weights", NOTHING_SAID
     else:
-        located = hub.locate(
+        located = source.locate(
             model,
-            repo=source,
+            repo=repository,
             revision=revision,
             cache_dir=cache_dir,
             token=token,
@@ -359,21 +361,6 @@ def _fill(module: FastSTELLARModel, state: Mapping[str, Tensor] | None, where: s
     # Copied, since a tensor read may be the file's own memory.
     values = {name: state[name].to(torch.float32, copy=on_meta) for name in expected}
     module.load_state_dict(values, strict=False, assign=on_meta)
-
-
-def _local_config(name: str, repo: PathLike) -> ModelConfig:
-    """The geometry of synthetic weights: a local folder's if `repo` is one, else the published."""
-    folder = hub.local_folder(repo)
-    if folder is not None:
-        return hub.read_config(folder / hub.CONFIG_FILE, name)
-    if repo != PUBLISHED_REPO:
-        raise ValueError(
-            f"synthetic weights are drawn without the network, so the geometry in {repo!r} cannot "
-            "be looked up; give a local folder as repo, or leave it out"
-        )
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    return MODELS[name]
 
 
 def _synthetic(config: ModelConfig, purpose: str) -> Mapping[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import stellar_fast
 from stellar_fast import loading, photos
 from stellar_fast.extract import make_job, run
-from stellar_fast.weights import hub
+from stellar_fast.weights import source
 
 ROOT = Path(__file__).parent.parent
 READMES = {
@@ -26,7 +26,7 @@ READMES = {
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 }
 WITH_PYTHON = {name: blocks for name, blocks in READMES.items() if blocks}
-PUBLISHED = hub.PUBLISHED_REPO
+PUBLISHED = source.PUBLISHED_REPO
 ON_GPU = torch.cuda.is_available()
 
 
@@ -72,12 +72,12 @@ def load(name: str, **arguments) -> stellar_fast.Engine:
 def test_the_python_of_a_readme_runs(readme, place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr(stellar_fast, "load", load, raising=False)
-    locate = hub.locate
+    locate = source.locate
 
     def here(name: str, *, repo, **arguments):
         return locate(name, repo=place / "published" if repo == PUBLISHED else repo, **arguments)
 
-    monkeypatch.setattr(hub, "locate", here)
+    monkeypatch.setattr(source, "locate", here)
     image = torch.rand(1, 3, 224, 224)
     rows = np.arange(4 * len(photos.SCENES))
     names = {

@@ -22,8 +22,8 @@ import stellar_fast
 from stellar_fast.config import ModelConfig
 from stellar_fast.loading import SYNTHETIC_SEED
 from stellar_fast.reference import STELLARModel
-from stellar_fast.weights.hub import locate
 from stellar_fast.weights.names import encode_shapes
+from stellar_fast.weights.source import locate
 from stellar_fast.weights.synthetic import synthetic_state
 
 NAMES = ("engine-fp32", "engine-bf16", "reference-fp32")

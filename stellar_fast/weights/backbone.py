@@ -6,16 +6,17 @@ import os
 import warnings
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..config import BACKBONES, LAYER_NORM_EPS, BackboneConfig
 from ..errors import CheckpointError, DownloadError
-from ..files import MAX_JSON, parse_json
+from ..files import MAX_JSON
 from . import hub
 from .checkpoint import check_tensors, read_state
+from .manifest import CONFIG_FILE, read_json
 from .names import canonical_name, vit_shapes
+from .source import local_folder
 
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 # What the model is made of, and a ViT's config.json may say otherwise.
@@ -30,7 +31,7 @@ def read_backbone(source: PathLike) -> tuple[BackboneConfig, dict[str, Tensor]]:
 
     Args:
         source: a Hub repository "owner/name", or a local folder; the form decides, as for
-            `hub.locate`. In it are `config.json` and `model.safetensors` or `pytorch_model.bin`.
+            `source.locate`. In it are `config.json` and `model.safetensors` or `pytorch_model.bin`.
 
     Returns:
         The geometry, and the tensors by their names below `encoder.`; a pooler only if there is
@@ -54,7 +55,7 @@ def read_backbone(source: PathLike) -> tuple[BackboneConfig, dict[str, Tensor]]:
 
 
 def _read(source: PathLike) -> tuple[BackboneConfig, dict[str, Tensor]]:
-    config = _geometry(_file(source, hub.CONFIG_FILE, MAX_JSON))
+    config = _geometry(_file(source, CONFIG_FILE, MAX_JSON))
     most = 4 * config.parameters + BESIDE
     try:
         path = _file(source, WEIGHTS_FILES[0], most)
@@ -72,7 +73,7 @@ def _read(source: PathLike) -> tuple[BackboneConfig, dict[str, Tensor]]:
 
 
 def _file(source: PathLike, name: str, most_bytes: int) -> Path:
-    folder = hub.local_folder(source)
+    folder = local_folder(source)
     if folder is None:
         return hub.fetch(os.fspath(source), name, most_bytes)
     path = folder / name
@@ -82,10 +83,7 @@ def _file(source: PathLike, name: str, most_bytes: int) -> Path:
 
 
 def _geometry(path: Path) -> BackboneConfig:
-    try:
-        content: Any = parse_json(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("model_type") not in ("vit", "vit_mae"):
         raise CheckpointError(f"{path} is not the config.json of a ViT (model_type vit or vit_mae)")
     other = {name: content[name] for name in FIXED if content.get(name, FIXED[name]) != FIXED[name]}

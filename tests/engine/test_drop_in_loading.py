@@ -15,6 +15,7 @@ from stellar_fast import CheckpointError, DownloadError
 from stellar_fast.config import BackboneConfig
 from stellar_fast.reference import STELLARModel
 from stellar_fast.weights import hub
+from stellar_fast.weights.manifest import read_model
 
 pytestmark = pytest.mark.numerical
 
@@ -125,7 +126,7 @@ def test_a_config_of_the_newer_layout_is_honoured(published, tmp_path):
     entry |= {"embed_dim": 768, "patch_size": 8, "image_size": 64}
     del entry["backbone"]
     (tmp_path / "config.json").write_text(json.dumps({"models": {"a": entry}}))
-    found = hub.read_config(tmp_path / "config.json", "a").backbone
+    found = read_model(tmp_path / "config.json", "a")[0].backbone
     assert found == BackboneConfig(768, 12, 12, 3072, 8, 64)
     for wrong in ({"embed_dim": 512}, {"num_clusters": 0}, {"do_cls": 1}, {"recon_type": 3}):
         (tmp_path / "config.json").write_text(json.dumps({"models": {"a": entry | wrong}}))
@@ -137,10 +138,10 @@ def test_names_of_models_come_from_the_repository_that_is_asked(published, monke
     asked = []
 
     def fetch(*arguments, **keywords):
-        asked.append((*arguments[:3], keywords["local_files_only"]))
+        asked.append((*arguments[:2], keywords["revision"], keywords["local_files_only"]))
         return published / "config.json"
 
-    monkeypatch.setattr(hub, "_fetch", fetch)
+    monkeypatch.setattr(hub, "fetch", fetch)
     found = stellar_fast.list_models(repo_id="someone/stellar", local_files_only=True)
     assert found == ["tiny", "pixels"]
     stellar_fast.list_models(revision="v2")

@@ -21,7 +21,7 @@ PRIVATE_SETTINGS = re.compile("HF_|HUGGING|TRANSFORMERS_OFFLINE|.*_PROXY$", re.I
 CLIENT = """
 import dataclasses, json, sys, time
 from types import SimpleNamespace
-from stellar_fast.weights import hub
+from stellar_fast.weights import hub, source
 
 clock = 0.0
 
@@ -37,7 +37,7 @@ if timeout is not None:
 for case in cases:
     clock = 0.0
     try:
-        located = hub.locate(**case)
+        located = source.locate(**case)
         row = {"weights": str(located.weights), "config": dataclasses.asdict(located.config)}
     except Exception as error:
         row = {"error": type(error).__name__, "message": str(error)}
@@ -70,8 +70,8 @@ def locate_in_process(
     timeout: float | None = None,
     **settings: str,
 ) -> list[dict[str, Any]]:
-    """`hub.locate` of every case in one new process, since `huggingface_hub` reads its environment
-    when it is imported.
+    """`source.locate` of every case in one new process, since `huggingface_hub` reads its
+    environment when it is imported.
 
     The process has a clock of its own, which only sleeping moves: no pause takes any time.
 

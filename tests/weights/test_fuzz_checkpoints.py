@@ -21,7 +21,8 @@ from tiny import BACKBONE, CONFIG, CPU, join, save_packed, split
 
 from stellar_fast.config import BACKBONES, LARGEST
 from stellar_fast.errors import CheckpointError, DownloadError
-from stellar_fast.weights import checkpoint, hub, saving
+from stellar_fast.weights import checkpoint, saving
+from stellar_fast.weights.manifest import read_model
 
 # Of sizes of their own, so that no exchange of offsets goes unseen.
 STATE = {f"part.{n}.weight": torch.arange(1.0, 1 + 3 * n).reshape(3, n) for n in (1, 2, 3, 5, 7)}
@@ -195,7 +196,7 @@ def config_json(path: Path, draw: random.Random) -> str:
     else:
         raw = json.dumps(json_changed(content, draw)).encode()
     path.write_bytes(raw)
-    config = hub.read_config(path, "tiny")
+    config = read_model(path, "tiny")[0]
     for name, most in LARGEST.items():
         owner = config if hasattr(config, name) else config.backbone
         assert 1 <= getattr(owner, name) <= most

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import stellar_fast
 from stellar_fast.config import LARGEST, MODELS, MOST_PARAMETERS, BackboneConfig
 from stellar_fast.errors import CheckpointError, DownloadError
-from stellar_fast.weights import hub, names
+from stellar_fast.weights import names, source
 from stellar_fast.weights.checkpoint import read_state
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4)}
@@ -400,7 +400,7 @@ def test_the_published_models_are_a_tenth_of_the_bounds():
 
 
 def test_a_folder_never_takes_a_repositorys_name(tmp_path, monkeypatch):
-    for name in (hub.PUBLISHED_REPO, "org/there"):
+    for name in (source.PUBLISHED_REPO, "org/there"):
         folder = tmp_path / "planted" / name
         folder.mkdir(parents=True)
         for file, content in files(b"planted").items():
@@ -412,9 +412,9 @@ def test_a_folder_never_takes_a_repositorys_name(tmp_path, monkeypatch):
         as_published = json.loads(index())["models"]["small"]
         published = json.dumps({"models": {"stellar-b16": as_published}}).encode()
         server.add("org/there", honest)
-        server.add(hub.PUBLISHED_REPO, honest | {"config.json": published})
+        server.add(source.PUBLISHED_REPO, honest | {"config.json": published})
         cases = [
-            {"name": "stellar-b16", "repo": hub.PUBLISHED_REPO},
+            {"name": "stellar-b16", "repo": source.PUBLISHED_REPO},
             {"name": "small", "repo": "org/there"},
             {"name": "small", "repo": "./org/there"},
             {"name": "small", "repo": str(tmp_path / "planted/org/there")},
@@ -432,15 +432,15 @@ def test_a_folder_never_takes_a_repositorys_name(tmp_path, monkeypatch):
 
 
 def test_synthetic_geometry_is_not_taken_from_a_planted_folder(tmp_path, monkeypatch):
-    folder = tmp_path / hub.PUBLISHED_REPO
+    folder = tmp_path / source.PUBLISHED_REPO
     folder.mkdir(parents=True)
     (folder / "config.json").write_bytes(index())
     monkeypatch.chdir(tmp_path)
-    assert hub.local_folder(hub.PUBLISHED_REPO) is None
-    assert hub.local_folder(Path(hub.PUBLISHED_REPO)) is not None
-    assert hub.local_folder("microsoft") == Path("microsoft")
+    assert source.local_folder(source.PUBLISHED_REPO) is None
+    assert source.local_folder(Path(source.PUBLISHED_REPO)) is not None
+    assert source.local_folder("microsoft") == Path("microsoft")
     with pytest.raises(DownloadError, match="no such folder"):
-        hub.local_folder("absent")
+        source.local_folder("absent")
 
 
 def test_absurd_sizes_are_not_downloaded(tmp_path):
@@ -467,4 +467,4 @@ def test_honest_weights_are_within_the_size_that_is_downloaded():
     for config in MODELS.values():
         shapes = names.published_shapes(config, teacher=True) | names.vqgan_shapes()
         largest = sum(8 * torch.Size(shape).numel() for shape in shapes.values())
-        assert largest < hub._most_bytes(config) < 8 * largest
+        assert largest < source._most_bytes(config) < 8 * largest

@@ -1,4 +1,4 @@
-"""`hub.locate` against a server that speaks the Hub's HTTP."""
+"""`source.locate` against a server that speaks the Hub's HTTP."""
 
 import errno
 import socket
@@ -9,7 +9,7 @@ import pytest
 from hub_server import HubServer, files, index, locate_in_process
 
 from stellar_fast.errors import DownloadError
-from stellar_fast.weights import hub
+from stellar_fast.weights import hub, source
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 METADATA = SimpleNamespace(size=11)
@@ -285,7 +285,7 @@ def test_unknown_names_cost_no_weights(server, home):
     server.add("org/names", files())
     before = len(server.requests)
     published, other = locate_in_process(
-        [{"name": "stellar-x", "repo": hub.PUBLISHED_REPO}, case("org/names") | {"name": "big"}],
+        [{"name": "stellar-x", "repo": source.PUBLISHED_REPO}, case("org/names") | {"name": "big"}],
         server.endpoint,
         home,
     )
@@ -346,7 +346,7 @@ def test_a_failure_while_writing(monkeypatch, tmp_path, error, parts):
     monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *args, **arguments: METADATA)
     monkeypatch.setattr(hub, "hf_hub_download", download)
     with pytest.raises(DownloadError) as caught:
-        hub.locate("small", repo="org/name", revision="v1", cache_dir=tmp_path)
+        source.locate("small", repo="org/name", revision="v1", cache_dir=tmp_path)
     assert caught.value.__cause__ is error
     for part in ("'config.json'", "'org/name'", "'v1'", *parts):
         assert part in str(caught.value)

@@ -1,4 +1,4 @@
-"""`hub.locate` and `hub.read_config` on local folders, good and bad."""
+"""`source.locate` and `read_model` on local folders, good and bad."""
 
 import json
 import os
@@ -9,7 +9,8 @@ from hub_server import ENTRY, files, index
 
 from stellar_fast.config import BACKBONES, ModelConfig
 from stellar_fast.errors import CheckpointError, DownloadError
-from stellar_fast.weights import hub
+from stellar_fast.weights import source
+from stellar_fast.weights.manifest import read_model
 
 CONFIG = ModelConfig("small", BACKBONES["facebook/vit-mae-base"], 8, 2, 0.1, "small.safetensors")
 
@@ -22,38 +23,40 @@ def folder(tmp_path):
 
 
 def test_local_folder(folder, monkeypatch):
-    expected = hub.Located(CONFIG, folder / "small.safetensors")
-    assert hub.locate("small", repo=folder) == hub.locate("small", repo=str(folder)) == expected
+    expected = source.Located(CONFIG, folder / "small.safetensors")
+    assert (
+        source.locate("small", repo=folder) == source.locate("small", repo=str(folder)) == expected
+    )
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert hub.locate("small", repo=f"~/{folder.name}") == expected
+    assert source.locate("small", repo=f"~/{folder.name}") == expected
     monkeypatch.chdir(folder.parent)
     for repo in (folder.name, f"./{folder.name}", f"../{folder.parent.name}/{folder.name}"):
-        assert hub.locate("small", repo=repo).weights.samefile(expected.weights)
+        assert source.locate("small", repo=repo).weights.samefile(expected.weights)
 
 
 def test_local_folder_without_its_files(folder):
     (folder / "small.safetensors").rename(folder / "smal.safetensors")
     with pytest.raises(DownloadError, match=r"small\.safetensors.*config\.json, smal\.safeten"):
-        hub.locate("small", repo=folder)
+        source.locate("small", repo=folder)
     (folder / "config.json").unlink()
     with pytest.raises(DownloadError, match=r"config\.json is missing.*has: smal\.safetensors"):
-        hub.locate("small", repo=folder)
+        source.locate("small", repo=folder)
     with pytest.raises(DownloadError, match="is a file; give the folder"):
-        hub.locate("small", repo=folder / "smal.safetensors")
+        source.locate("small", repo=folder / "smal.safetensors")
 
 
 @pytest.mark.parametrize("repo", ["/absent/x", "./x", "~/absent-x", "a/b/c", "absent/", "a\\b"])
 def test_a_path_where_nothing_is(repo, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DownloadError, match="is a path, and there is no such folder"):
-        hub.locate("small", repo=repo)
+        source.locate("small", repo=repo)
     with pytest.raises(DownloadError, match="is a path, and there is no such folder"):
-        hub.locate("small", repo=Path("absent"))
+        source.locate("small", repo=Path("absent"))
 
 
 def test_unknown_name_in_a_folder(folder):
     with pytest.raises(ValueError, match=r"'stellar-b16'.*has: small") as caught:
-        hub.locate("stellar-b16", repo=folder)
+        source.locate("stellar-b16", repo=folder)
     assert not isinstance(caught.value, CheckpointError)
 
 
@@ -67,7 +70,7 @@ def test_backbone_objects_and_no_temperature(folder):
     }
     content = index(backbone=backbone, spatial_temp=None, weights="deep/er.bin", note="ours")
     (folder / "config.json").write_bytes(content)
-    config = hub.read_config(folder / "config.json", "small")
+    config = read_model(folder / "config.json", "small")[0]
     assert config.backbone.hidden_size == 64 and config.backbone.image_size == 224
     assert config.spatial_temp is None and config.weights == "deep/er.bin"
 
@@ -127,7 +130,7 @@ def test_configs_that_are_not_in_the_published_layout(folder, content, parts):
     path = folder / "config.json"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(CheckpointError) as caught:
-        hub.locate("small", repo=folder)
+        source.locate("small", repo=folder)
     for part in [os.fspath(path), *parts]:
         assert part in str(caught.value)
     assert len(str(caught.value)) < 400 + len(os.fspath(path)) * 2
