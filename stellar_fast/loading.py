@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .engine import backends
+from .engine import backends, namespaces
 from .engine.backends import resolve_device
 from .engine.callers import unaffected
 from .engine.engine import MAX_BATCH, MAX_PATCHES, Engine
@@ -25,6 +25,7 @@ from .weights.manifest import NOTHING_SAID, Trained
 from .weights.pack import pack_decoder, pack_encoder, pack_vqgan
 from .weights.packed import VQGANWeights
 from .weights.quantize import quantize_block
+from .weights.residency import let_go, trim
 
 if TYPE_CHECKING:
     from .module import FastSTELLARModel
@@ -113,10 +114,12 @@ def load(
     resolved, precision = backends.choose(backend, precision, target, config)
     if max_batch is None:
         max_batch = MAX_BATCH[target.type]
+    # Layer by layer, as they are read: there are never two copies of all weights.
+    layout = namespaces.layout(resolved, namespaces.typical_rows(config, max_batch))
 
     if located is not None and saving.saved_precision(located.weights) is not None:
         where = str(located.weights)
-        encoder, decoder = saving.read(located.weights, config, target)
+        encoder, decoder = saving.read(located.weights, config, target, layout)
         if purpose == "reconstruct" and decoder is None:
             raise CheckpointError(f"{where} was saved from an engine that only encodes")
     else:
@@ -129,9 +132,9 @@ def load(
         decoder = None
         if purpose == "reconstruct":
             vqgan = _vqgan(state, vq_model, located is None, dtype, target)
-            decoder = pack_decoder(state, config, vqgan, dtype, target)
+            decoder = pack_decoder(state, config, vqgan, dtype, target, layout)
         quantize = quantize_block if precision == "fp8" else None
-        encoder = pack_encoder(state, config, dtype, target, quantize=quantize)
+        encoder = pack_encoder(state, config, dtype, target, quantize=quantize, layout=layout)
     engine = Engine(
         config,
         encoder,
@@ -146,6 +149,8 @@ def load(
         backend=resolved,
         cuda_graphs=cuda_graphs,
     )
+    del encoder, decoder
+    trim()
     engine._load_exact = functools.partial(
         load,
         name,
@@ -379,6 +384,7 @@ def _read_model(path: Path, config: ModelConfig, purpose: str) -> Mapping[str, T
     known = names.published_shapes(config, teacher=True)
     ignored = {name for name in state if name in known or name.startswith("tokenizer.")}
     checkpoint.check_tensors(state, shapes, where=str(path), ignored=ignored)
+    let_go(state.values())
     return {name: state[name] for name in shapes}
 
 

@@ -64,7 +64,7 @@ def laid_out(values: list[Any], case: Case) -> list[Any]:
         return values
     x, weight, bias, *others = values
     rows = x.shape[0] * x.shape[1]
-    return [x, torch_ops.prepare(Linear(weight, bias), rows).weight, bias, *others]
+    return [x, torch_ops.laid_out(Linear(weight, bias), rows).weight, bias, *others]
 
 
 def _sdpa(backend: SDPBackend) -> Function:

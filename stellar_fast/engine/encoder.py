@@ -158,17 +158,39 @@ def encode(
         sparse (B, K, D), spatial (B, P, K), dense (B, P, D), lowrank (B, P, D), cls (B, 1, D),
         concat (B, K, D + P), peak_dist (B, K); they may be views of one another's memory.
     """
-    backbone = config.backbone
-    heads, tokens = backbone.num_attention_heads, config.num_sparse_tokens
+    x, sums = run_blocks(ops, weights, config, *embed(ops, weights, config, images, table))
     patches = table.shape[0] - 1
-    rows = wanted_rows(outputs, patches, tokens)
-    x, sums = embed(ops, weights, config, images, table)
+    return features_of(ops, weights, config, x, sums, patches, outputs, out_dtype)
+
+
+def run_blocks(
+    ops: Ops, weights: EncoderWeights, config: ModelConfig, x: Tensor, sums: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """All blocks but the last, which is another for each set of outputs: x (B, S, D) and the sums
+    of squares of its rows -> the same."""
+    heads = config.backbone.num_attention_heads
     for block in weights.blocks:
         if isinstance(block, Fp8Block):
             # Such weights are packed for a namespace alone that computes in FP8: `resolve_backend`.
             x, sums = run_fp8_block(cast(Fp8Ops, ops), block, x, heads)
         else:
             x, sums = run_block(ops, block, x, sums, heads)
+    return x, sums
+
+
+def features_of(
+    ops: Ops,
+    weights: EncoderWeights,
+    config: ModelConfig,
+    x: Tensor,
+    sums: Tensor | None,
+    patches: int,
+    outputs: Collection[str],
+    out_dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """`encode` from what `run_blocks` gives on."""
+    heads, tokens = config.backbone.num_attention_heads, config.num_sparse_tokens
+    rows = wanted_rows(outputs, patches, tokens)
     x = run_last_block(ops, weights.last, x, sums, rows.values(), heads)
 
     lengths = [part.stop - part.start for part in rows.values()]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +19,16 @@ from ..weights import saving
 from ..weights.int8 import is_quantized
 from ..weights.packed import DecoderWeights, EncoderWeights, map_nodes, position_code
 from ..weights.quantize import calibrated
-from . import backends, decoder, encoder, namespaces
+from . import backends, decoder, encoder, namespaces, openvino_forwards
 from .caching import ByteCache
 from .calibration import int8_of
 from .callers import unaffected
-from .encoder import DERIVED, OUTPUTS, with_parts
+from .encoder import DERIVED, OUTPUTS
 from .fidelity import Fidelity, compare
 from .graphs import CudaRecorder, GraphRunner
 from .inputs import as_batch, as_features, check_patches
 from .inputs import check_range as check_pixel_range
 
-if TYPE_CHECKING:
-    from .openvino_graphs import OpenVINORunner
-
-FACTORS = ("spatial", "sparse")  # of `lowrank`
-TYPICAL_BATCH = 8  # images in the product that weights are laid out for
 # Images computed at once. On two CPU cores B/16 ran fastest at 8 and 16, 5 % slower at 32, whose
 # activations outgrow the caches. The GPU's number bounds memory and is not tuned yet.
 MAX_BATCH = {"cpu": 16, "cuda": 256}
@@ -161,12 +156,14 @@ class Engine:
         device: torch.device,
     ) -> None:
         """Takes weights that are on `device`."""
-        rows = min(self.max_batch, TYPICAL_BATCH) * self.config.sequence_length
+        rows = namespaces.typical_rows(self.config, self.max_batch)
         self.device = device
         self._encoder_or_none: EncoderWeights | None = namespaces.prepare(
-            self._ops, encoder_weights, rows
+            self.backend, encoder_weights, rows
         )
-        self._decoder: DecoderWeights | None = namespaces.prepare(self._ops, decoder_weights, rows)
+        self._decoder: DecoderWeights | None = namespaces.prepare(
+            self.backend, decoder_weights, rows
+        )
         self._tables: ByteCache[tuple[int, int], Tensor] = ByteCache(
             TABLE_BYTES, lambda table: table.nbytes
         )
@@ -270,7 +267,10 @@ class Engine:
             grid = self._grid(*images.shape[2:])
             if out is None:
                 out = self._empty(len(images), self._features(wanted, grid))
-            self._encode_by_graph(self._runner, images, self._table(grid), out)
+            openvino_forwards.encode(
+                self._runner, self._ops, self._encoder, self.config, images, self._table(grid),
+                self._shapes(*grid), out,
+            )  # fmt: skip
             return out
         # Before the wait for the graph's turn; strides are kept, and the device reorders pixels.
         images = images.to(self.device)
@@ -324,43 +324,6 @@ class Engine:
                     )
         return self
 
-    def _encode_by_graph(
-        self, runner: OpenVINORunner, images: Tensor, table: Tensor, out: Out
-    ) -> None:
-        """Fills `out`. `lowrank` is the float32 product of the other two, whatever the precision;
-        where the graph would take it in bfloat16, a second one does it."""
-        apart = "lowrank" in out and runner.precision != "fp32"
-        needed = with_parts(out) & set(OUTPUTS)
-        if apart:
-            needed = (needed | set(FACTORS)) - {"lowrank"}
-        given, shapes = dict(out), self._shapes(*self._grid(*images.shape[2:]))
-        for name in needed:
-            exact = apart and name in FACTORS
-            if name not in given or (exact and given[name].dtype != torch.float32):
-                shape = (len(images), *shapes[name])
-                given[name] = torch.empty(shape, dtype=torch.float32, device=self.device)
-        names = tuple(name for name in OUTPUTS if name in needed)
-
-        def forward(images: Any, table: Any) -> Mapping[str, Any]:
-            return encoder.encode(
-                self._ops, self._encoder, self.config, images, table, names, torch.float32
-            )
-
-        def reassemble(spatial: Any, sparse: Any) -> Mapping[str, Any]:
-            return {"lowrank": self._ops.reassemble(spatial, sparse)}
-
-        opened = (-1, 3, -1, -1), (-1, self.config.backbone.hidden_size)
-        inputs = tuple(zip((images, table), opened, strict=True))
-        runner.run("encode", forward, inputs, {name: given[name] for name in names})
-        for name in names:
-            if name in out and given[name] is not out[name]:
-                out[name].copy_(given[name])
-        if apart:
-            factors = [(given[name], (-1, -1, shapes[name][1])) for name in FACTORS]
-            runner.exact.run("reassemble", reassemble, factors, {"lowrank": out["lowrank"]})
-        for name, tensor in encoder.derived(given, out).items():
-            out[name].copy_(tensor)
-
     @unaffected
     def reconstruct(
         self, features: Mapping[str, Tensor] | Tensor, spatial: Tensor | None = None
@@ -398,21 +361,17 @@ class Engine:
         weights = self._decoder
         dtype = weights.decoder_proj.bias.dtype
 
-        def forward(*parts: Any) -> dict[str, Any]:
-            *features, code = parts
-            lowrank = features[0] if len(features) == 1 else self._ops.reassemble(*features)
-            return decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code)
-
         def reconstruct_chunk(out: Out | None, *chunk: Tensor) -> Out:
-            code = position_code(weights.fourier, side, side).unflatten(0, (side, side))
             if self._runner is not None:
-                inputs = [(part, (-1, -1, part.shape[2])) for part in chunk]
-                inputs.append((code, (-1, -1, code.shape[2])))
                 out = self._empty(len(chunk[0]), shapes) if out is None else out
-                self._runner.run("reconstruct", forward, inputs, out)
+                openvino_forwards.reconstruct(
+                    self._runner, self._ops, weights, self.config, chunk, side, out
+                )
                 return out
-            moved = (part.to(self.device) for part in chunk)
-            found = forward(*moved, code.to(dtype))
+            code = position_code(weights.fourier, side, side).unflatten(0, (side, side)).to(dtype)
+            features = [part.to(self.device) for part in chunk]
+            lowrank = features[0] if len(features) == 1 else self._ops.reassemble(*features)
+            found = decoder.reconstruct(self._ops, weights, self.config, lowrank.to(dtype), code)
             return _copy_out(found, out, {name: kind for name, (_, kind) in shapes.items()})
 
         shapes = self._reconstructed(side)
@@ -529,7 +488,7 @@ class Engine:
             ValueError: an int8 engine that was not calibrated.
         """
         self._check_calibrated()
-        encode, decode = namespaces.restore(self._ops, (self._encoder, self._decoder))
+        encode, decode = namespaces.restore(self.backend, (self._encoder, self._decoder))
         saving.save(Path(folder), self.config, self.precision, encode, decode)
 
     def eval(self) -> Engine:
@@ -548,7 +507,7 @@ class Engine:
         target = resolve_device(device)
         if target != self.device:
             backends.resolve_backend(self.backend, target, self.precision)
-            weights = namespaces.restore(self._ops, (self._encoder_or_none, self._decoder))
+            weights = namespaces.restore(self.backend, (self._encoder_or_none, self._decoder))
             encode, decode = map_nodes(weights, Tensor, lambda tensor: tensor.to(target))
             self._place(encode, decode, target)
         return self

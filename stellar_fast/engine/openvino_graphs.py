@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ForkError
+from ..weights.packed import map_nodes
+from ..weights.residency import let_go, trim
 from .openvino_ops import Node
 from .openvino_runtime import op, ov
 
-# Compiled graphs; each holds the weights once more, as the processor's products read them.
-GRAPHS_KEPT = 3
+# Compiled graphs of one forward: its inputs may be of two dtypes, or number two or three.
+GRAPHS_KEPT = 2
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 _TYPES = {torch.uint8: ov.Type.u8, torch.float32: ov.Type.f32}
 
@@ -74,7 +76,7 @@ class OpenVINORunner:
         _core()
         self.precision = precision
         self._lock = threading.Lock()
-        self._graphs: OrderedDict[Hashable, ov.CompiledModel] = OrderedDict()
+        self._graphs: dict[str, OrderedDict[Hashable, ov.CompiledModel]] = {}
 
     @functools.cached_property
     def exact(self) -> OpenVINORunner:
@@ -83,10 +85,12 @@ class OpenVINORunner:
 
     def run(
         self,
-        name: Hashable,
+        name: str,
         forward: Forward,
         inputs: Sequence[tuple[Tensor, tuple[int, ...]]],
         out: Mapping[str, Tensor],
+        weights: Any = None,
+        kept: int = GRAPHS_KEPT,
     ) -> None:
         """Fills `out` by `forward` of the inputs.
 
@@ -95,26 +99,36 @@ class OpenVINORunner:
             forward: nodes, one for each input, -> the nodes of `out`'s names.
             inputs: tensors, each with the shape that `forward` is for, -1 where any will do.
             out: contiguous tensors of the results' shapes, of any float dtype, or int64.
+            weights: dataclasses of those that `forward` reads; the graph keeps copies, as the
+                processor's products read them, and those in files are let go.
+            kept: graphs of this forward.
         """
         tensors = [_contiguous(tensor) for tensor, _ in inputs]
         shapes = [shape for _, shape in inputs]
         kinds = [tensor.dtype for tensor in tensors]
-        key = (name, tuple(out), tuple(kinds), torch.get_num_threads())
+        key = (tuple(out), tuple(kinds), torch.get_num_threads())
         with self._lock:
-            graph = self._graphs.get(key) or self._compile(forward, shapes, kinds, tuple(out))
-            self._graphs[key] = graph
-            self._graphs.move_to_end(key)
-            if len(self._graphs) > GRAPHS_KEPT:
-                self._graphs.popitem(last=False)
+            graphs = self._graphs.setdefault(name, OrderedDict())
+            new = key not in graphs
+            if new and len(graphs) == kept:
+                graphs.popitem(last=False)  # first: two at a time take twice the memory
+            graph = graphs.get(key) or self._compile(forward, shapes, kinds, tuple(out))
+            graphs[key] = graph
+            graphs.move_to_end(key)
         request = graph.create_infer_request()
         for index, tensor in enumerate(tensors):
             request.set_input_tensor(index, _shared(tensor))
         rounded: dict[str, Tensor] = {}
+        constants: list[Tensor] = []
         for index, (output, result) in enumerate(out.items()):
             if result.dtype not in (torch.float32, torch.int64):
                 rounded[output] = torch.empty_like(result, dtype=torch.float32)
             request.set_output_tensor(index, _shared(rounded.get(output, result)))
         request.infer()
+        if new:  # packed as they are first read
+            map_nodes(weights, Tensor, constants.append)
+            let_go(constants)
+            trim()
         for output, wide in rounded.items():
             out[output].copy_(wide)
 

@@ -24,19 +24,24 @@ INT8_LEVELS = 256
 _TYPES = {torch.bfloat16: ov.Type.bf16, torch.float16: ov.Type.f16}
 
 
-def constant(value: Tensor) -> ov.Output:
-    """A float constant on the memory of `value`, which the graph keeps alive; float32 to its users.
+def _constant(value: Tensor) -> ov.Node:
+    """A float constant on the memory of `value`, which the graph keeps alive, of its dtype.
 
     NumPy has no bfloat16, so half precisions travel as 16-bit integers under their own type.
     """
     value = value.detach().contiguous()
     kind = _TYPES.get(value.dtype)
     if kind is None:
-        return op.constant(value.numpy(), shared_memory=True).output(0)
+        return op.constant(value.numpy(), shared_memory=True)
     bits = value.view(torch.int16).numpy().view(np.uint16)
-    tensor = ov.Tensor(bits, ov.Shape(list(value.shape)), kind)
-    half = ov.op.Constant(tensor, shared_memory=True)
-    return op.convert(half, "f32").output(0)
+    return ov.op.Constant(ov.Tensor(bits, ov.Shape(list(value.shape)), kind), shared_memory=True)
+
+
+def constant(value: Tensor) -> ov.Output:
+    """A constant that is float32 to its users: of half precision for small ones alone, since the
+    runtime keeps what it converts."""
+    node = _constant(value)
+    return (op.convert(node, "f32") if value.dtype in _TYPES else node).output(0)
 
 
 def _integers(*values: int) -> ov.Output:
@@ -248,7 +253,9 @@ def _rounded(x: Any, scales: Int8Scales) -> ov.Node:
 
 def _product(x: Any, weight: Tensor, scales: Int8Scales | None) -> ov.Node:
     if scales is None:
-        return op.matmul(x, constant(weight), False, True)
+        x = op.convert(x, _TYPES[weight.dtype]) if weight.dtype in _TYPES else x
+        y = op.matmul(x, _constant(weight), False, True)
+        return op.convert(y, "f32") if weight.dtype in _TYPES else y
     integers = op.constant(weight.numpy(), shared_memory=True)
     steps = op.multiply(op.convert(integers, "f32"), constant(scales.step[:, None]))
     return op.matmul(_rounded(x, scales), steps, False, True)

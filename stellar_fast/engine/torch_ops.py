@@ -1,7 +1,7 @@
 """The ops of the torch backend: those of `reference.ops`, by PyTorch's fused inference paths.
 
 On CPUs with oneDNN the linear layers carry bias, erf-GELU and residual add in the matrix product,
-on weights laid out once for the machine's vector or matrix units (`prepare`). Softmax and norms of
+on weights laid out once for the machine's vector or matrix units (`laid_out`). Softmax and norms of
 the spatial map are float32. There is no FP8 here, and no sums of squares are passed on: these paths
 take their own.
 """
@@ -33,25 +33,20 @@ def _onednn_runs(weight: Tensor) -> bool:
     return False
 
 
-def prepare(weights: Any, rows: int) -> Any:
-    """`weights` with every linear layer laid out as this machine's matrix product reads it.
+def laid_out(layer: Linear, rows: int) -> Linear:
+    """`layer` as this machine's matrix product reads it.
 
     Args:
-        weights: a dataclass of `weights.py`, or None.
         rows: rows that a product will typically have; a hint for the layout, any number stays
             right.
     """
-
-    def pack(layer: Linear) -> Linear:
-        if not _onednn_runs(layer.weight):
-            return layer
-        return Linear(torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows), layer.bias)
-
-    return map_nodes(weights, Linear, pack)
+    if layer.weight.is_mkldnn or not _onednn_runs(layer.weight):
+        return layer
+    return Linear(torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows), layer.bias)
 
 
 def restore(weights: Any) -> Any:
-    """`weights` as they were before `prepare`."""
+    """`weights` as they were before they were `laid_out`."""
 
     def unpack(layer: Linear) -> Linear:
         weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
@@ -111,7 +106,7 @@ def linear(
     sums: Tensor | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """`reference.ops.linear`; `weight` may be one that `prepare` laid out."""
+    """`reference.ops.linear`; `weight` may be that of a layer `laid_out`."""
     if norm_eps is not None:
         x = F.layer_norm(x, x.shape[-1:], None, None, norm_eps)
     if weight.is_mkldnn:
@@ -124,7 +119,7 @@ def linear(
 def linear_residual(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor
 ) -> tuple[Tensor, None]:
-    """`reference.ops.linear_residual`; `weight` may be one that `prepare` laid out."""
+    """`reference.ops.linear_residual`; `weight` may be that of a layer `laid_out`."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add"), None
     return F.linear(x, weight, bias).add_(residual), None

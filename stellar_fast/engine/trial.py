@@ -122,10 +122,10 @@ def _on(
 ) -> Callable[[], object]:
     """A call of `forward` on the sequence of one image, which gives (1, S, columns)."""
     ops, width, rows = namespaces.ops_of(backend), shape[0].hidden_size, shape[1]
-    weights = namespaces.prepare(ops, weights, rows)
     x = torch.linspace(-1, 1, rows * width).view(1, rows, width)
     runner = namespaces.float_runner(backend, precision)
     if runner is None:
+        weights = namespaces.prepare(backend, weights, rows)
         return functools.partial(forward, ops, weights, x.to(DTYPES[precision]))
     inputs, out = ((x, (-1, -1, width)),), {"y": torch.empty(1, rows, columns)}
 

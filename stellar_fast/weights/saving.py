@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from ..errors import CheckpointError, StellarError, listing
 from ..files import parse_json, replacing, writing
 from ..precision import DTYPES
 from . import checkpoint, int8, names
-from .pack import pack_decoder, pack_encoder, pack_vqgan
+from .pack import Layout, pack_decoder, pack_encoder, pack_vqgan
 from .packed import Block, DecoderWeights, EncoderWeights, Fp8Block, Fp8Linear, Linear
 from .quantize import FP8
+from .residency import let_go
 
 FORMAT = 1
 METADATA = "stellar_fast"
@@ -105,9 +106,9 @@ def saved_precision(path: Path) -> str | None:
 
 
 def read(
-    path: Path, config: ModelConfig, device: torch.device
+    path: Path, config: ModelConfig, device: torch.device, layout: Layout
 ) -> tuple[EncoderWeights, DecoderWeights | None]:
-    """What `save` wrote, on `device`.
+    """What `save` wrote, on `device`, each linear layer in a layout.
 
     The file gives values alone. What there is, of which shapes and dtypes, follows from `config`
     and the precision, and the file must hold just that.
@@ -130,10 +131,13 @@ def read(
             wrong = [f"{kind}: {listing(sorted(part))}" for kind, part in kinds.items() if part]
             if wrong:
                 raise ValueError("; ".join(wrong))
-            tensors = {name: _tensor(file, name, want, device) for name, want in expected.items()}
+
+            def tensor(name: str) -> Tensor:
+                return _tensor(file, name, expected[name], device)
+
             return (
-                _build(encoder, structure["encoder"], "encoder", tensors),
-                _build(decoder, structure["decoder"], "decoder", tensors),
+                _build(encoder, structure["encoder"], "encoder", tensor, layout),
+                _build(decoder, structure["decoder"], "decoder", tensor, layout),
             )
     except (SafetensorError, OSError, ValueError) as error:
         # Those of the library repeat what the file says, and that may be long.
@@ -195,31 +199,37 @@ def _quantized(block: Block, dtype: torch.dtype) -> Fp8Block:
     )
 
 
-def _build(want: Any, structure: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
+def _build(
+    want: Any, structure: Any, name: str, tensor: Callable[[str], Tensor], layout: Layout
+) -> Any:
     """`want` with the file's values, if its header describes just that.
+
+    Args:
+        tensor: gives them by name.
 
     Raises:
         ValueError: it describes something else; names where.
     """
     if isinstance(want, Tensor) and structure == {"tensor": name}:
-        return tensors[name]
+        return tensor(name)
     if want is None and structure is None:
         return None
     if isinstance(want, float) and isinstance(structure, float) and 0 < structure < math.inf:
         return structure
     if isinstance(want, tuple) and isinstance(structure, list) and len(structure) == len(want):
         items = zip(want, structure, strict=True)
-        return tuple(_build(*item, f"{name}.{i}", tensors) for i, item in enumerate(items))
+        return tuple(_build(*item, f"{name}.{i}", tensor, layout) for i, item in enumerate(items))
     if is_dataclass(want) and not isinstance(want, type) and isinstance(structure, dict):
         keys = [field.name for field in fields(want)]
         parts = structure.get("fields")
         exact = structure == {"kind": type(want).__name__, "fields": parts}
         if exact and isinstance(parts, dict) and list(parts) == keys:
             values = {
-                key: _build(getattr(want, key), parts[key], f"{name}.{key}", tensors)
+                key: _build(getattr(want, key), parts[key], f"{name}.{key}", tensor, layout)
                 for key in keys
             }
-            return type(want)(**values)
+            built = type(want)(**values)
+            return layout(built) if isinstance(built, Linear) else built
     raise ValueError(f"its header does not describe {name}, a {type(want).__name__}")
 
 
@@ -232,6 +242,7 @@ def _tensor(file: Any, name: str, want: Tensor, device: torch.device) -> Tensor:
             f"{tuple(want.shape)}"
         )
     tensor = found.to(device, copy=True)  # the file is mapped into memory, and may change
+    let_go([found])
     low, high = checkpoint.bounds(tensor)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} holds NaN or infinity")

@@ -96,9 +96,10 @@ def test_errors_are_at_most_twice_those_of_plain_rounding(engine, kind, size):
 
 def test_the_blocks_products_run_on_integers(engine):
     engine.encode(image(1, 64, 64))
-    (graph,) = list(engine._runner._graphs.values())[-1:]
+    graphs = [list(engine._runner._graphs[name].values())[-1] for name in ("blocks", "features")]
     kinds = [
         node.get_rt_info()["runtimePrecision"].astype(str)
+        for graph in graphs
         for node in graph.get_runtime_model().get_ops()
         if node.get_rt_info()["layerType"].astype(str) == "FullyConnected"
     ]

@@ -48,6 +48,10 @@ def decoding_engine():
     return small_engine(backend="openvino", purpose="reconstruct")
 
 
+def graphs_of(engine):
+    return {name: len(graphs) for name, graphs in engine._runner._graphs.items()}
+
+
 # --- numbers
 
 
@@ -99,7 +103,7 @@ def test_one_graph_serves_every_size_and_batch(engine, size):
     expected = small_engine()
     for batch in (1, 3):
         assert_same(engine.encode(image(batch, *size)), expected.encode(image(batch, *size)))
-    assert len(engine._runner._graphs) == 1
+    assert graphs_of(engine) == {"embed": 1, "blocks": 1, "features": 1}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,7 @@ def test_bytes_go_in_as_bytes(layout):
     given = x if layout == "channels first" else x.permute(0, 2, 3, 1).contiguous()
     small = small_engine(backend="openvino")
     assert_same(small.encode(given), small_engine().encode(x.float() / 255))
-    (graph,) = small._runner._graphs.values()
+    (graph,) = small._runner._graphs["embed"].values()
     assert graph.inputs[0].element_type.get_type_name() == "u8"
 
 
@@ -211,23 +215,26 @@ def test_many_threads_at_once(engine):
             assert torch.equal(one[name], other[name])
 
 
-def test_few_graphs_are_kept():
+def test_few_graphs_are_kept_and_one_of_the_blocks():
+    """It is the one with the weights, whatever is asked for and however pixels come."""
     small = small_engine(backend="openvino")
     x = image(1, 32, 32)
     whole = small_engine().encode(x)
-    for names in (("cls",), ("sparse",), ("dense",), ("cls", "dense"), ("cls",)):
+    small.encode((x * 255).round().to(torch.uint8))
+    (blocks,) = small._runner._graphs["blocks"].values()
+    sets = [("cls",), ("sparse",), ("dense",), ("cls", "dense"), ("cls",), ("spatial",)]
+    for names in sets:
         assert_same(small.encode(x, outputs=names), {name: whole[name] for name in names})
-    assert len(small._runner._graphs) == 3
+    assert graphs_of(small) == {"embed": 2, "blocks": 1, "features": 4}
+    assert list(small._runner._graphs["blocks"].values()) == [blocks]
 
 
 def test_weights_are_shared_with_the_graph_not_copied():
-    from stellar_fast.engine.openvino_ops import constant
+    from stellar_fast.engine.openvino_ops import _constant
 
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(64, 64).to(dtype)
-        node = constant(weight).get_node()
-        if dtype == torch.bfloat16:
-            node = node.input_value(0).get_node()
+        node = _constant(weight)
         assert node.get_type_name() == "Constant"
         assert node.data.ctypes.data == weight.data_ptr()
 
@@ -252,8 +259,9 @@ def test_threads_are_those_of_torch():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             small.encode(image(1, 32, 32))
-            graph = list(small._runner._graphs.values())[-1]
-            assert graph.get_property("INFERENCE_NUM_THREADS") == threads
+            for graphs in small._runner._graphs.values():
+                graph = list(graphs.values())[-1]
+                assert graph.get_property("INFERENCE_NUM_THREADS") == threads
     finally:
         torch.set_num_threads(before)
 

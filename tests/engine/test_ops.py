@@ -86,7 +86,7 @@ def test_linear_residual(dtype, batch):
 @pytest.mark.parametrize("flags", [{}, {"gelu": True}, {"residual": True}])
 def test_linear_on_a_prepared_weight(dtype, flags):
     x, weight, bias = (t.to(dtype) for t in (draw(2, 13, 48), draw(72, 48) / 7, draw(72)))
-    layer = torch_ops.prepare(Linear(weight, bias), rows=26)
+    layer = torch_ops.laid_out(Linear(weight, bias), rows=26)
     if torch.backends.mkldnn.is_available() and dtype == torch.float32:
         assert layer.weight.is_mkldnn
     if "residual" in flags:
