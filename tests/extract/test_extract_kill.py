@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,6 @@ import psutil
 import pytest
 from extracting import (
     SMALL_PARTS,
-    SUPPORT,
     Wrapped,
     contents,
     deadly_work,
@@ -32,6 +30,7 @@ from extracting import (
     load_small,
     parts,
 )
+from killing import Driver, assert_whole
 from pictures import photograph
 from scenes import write_photographs
 
@@ -56,59 +55,6 @@ def whole(photographs, engine, tmp_path_factory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole") / "out"
     run(make_job(photographs, output, **SMALL_PARTS), engine)
     return contents(output)
-
-
-class Driver:
-    """Extractions in children of another process, see `extract_driver.py`."""
-
-    def __init__(self, photographs: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(SUPPORT / "extract_driver.py"), photographs],
-            env={**os.environ, "PYTHONPATH": str(SUPPORT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def extract(self, output: Path, kill_after: float | None = None, step: int = 0) -> int:
-        """How the child ended: 0, or less a signal's number."""
-        self.process.stdin.write(f"{output}\t{step}\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        code = int(self.process.stdout.readline())
-        patience = time.monotonic() + 120
-        while (alive := of_session(child)) and time.monotonic() < patience:
-            time.sleep(0.02)
-        assert alive == [], "processes outlive the one that started them"
-        return code
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def of_session(session: int) -> list[psutil.Process]:
-    """Processes that are left of one; not those that only wait to be reaped."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def assert_whole(output: Path, expected: dict[str, bytes]) -> None:
-    """Whatever has a partition's name is a partition, to the byte."""
-    for part in parts(output):
-        for path in part.iterdir():
-            name = path.relative_to(output).as_posix()
-            if path.name != "manifest.json":
-                assert path.read_bytes() == expected[name]
-        assert (part / "manifest.json").is_file()
 
 
 # Before the list of images has its name; before the plan has. Then of the first partition: before
