@@ -160,10 +160,13 @@ def models() -> None:
         _say("  ".join(cells).rstrip())
 
 
+# Options of `extract` that are names with commas.
+NAMES = ("features", "keep")
 # What stands for the value of an option of `extract`, if not its type.
 METAVARS = {
     "worker_memory": "MIB",
     "partitions": "K/N",
+    "keep": "NAMES",
     "allow_protocol": "NAME",
     "allow_host": "HOST[:PORT]",
 }
@@ -172,14 +175,14 @@ METAVARS = {
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the fields of `Options` as flags, in place of its `**options`.
 
-    A collection is given by a flag that may be repeated; `features` by names with commas.
+    A collection is given by a flag that may be repeated; those of `NAMES` by names with commas.
     """
     hints = get_type_hints(Options, include_extras=True)
     (*parameters, _) = signature(command, eval_str=True).parameters.values()
     for option in dataclasses.fields(Options):
         kind, text = get_args(hints[option.name])
         default: Any = option.default
-        if option.name == "features":
+        if option.name in NAMES:
             kind, default = str, ",".join(default)
         elif kind == Collection[str]:
             kind, default = list[str], list(default)
@@ -300,9 +303,10 @@ def extract(
         from .extract.input.addresses import shown
         from .extract.input.sieve import told as told_skipped
 
-        names = options.pop("features").split(",")
-        features = [name.strip() for name in names if name.strip()]
-        job = jobs.make_job(source, output, features=features, **options)
+        for name in NAMES:
+            given = options[name].split(",")
+            options[name] = [one.strip() for one in given if one.strip()]
+        job = jobs.make_job(source, output, **options)
         precision = precisions.planned(job, precision)
         load: Callable[..., Engine] = functools.partial(
             _load,

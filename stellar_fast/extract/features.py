@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import StellarError
+from ..errors import MissingExtraError, StellarError
 from ..files import is_machines, told_of
 from .output.layout import PathLike, Plan, check_sums, complete, read_plan
 from .output.readers import Opened, ok, read_index
@@ -139,7 +139,7 @@ class Features:
     @property
     def index(self) -> pyarrow.Table:
         """One line an image, in the order of the input: id, row (here, null if it failed), status,
-        reason, width, height. Reads the index of every partition.
+        reason, width, height, and what was kept. Reads the index of every partition.
 
         Raises:
             StellarError: an index cannot be read.
@@ -171,6 +171,74 @@ class Features:
             for place, row in zip(at, inside, strict=True):
                 found[place] = ids[row].as_py()
         return found
+
+    @cached_property
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """What the index has of every row: id, width, height, and what was kept (`--keep`).
+
+        Integers, floats and booleans are arrays of them; text, and any column with missing values,
+        is an array of objects, where None stands for what is missing.
+
+        Raises:
+            StellarError: an index cannot be read.
+        """
+        table = self._rows
+        found = {name: table[name] for name in table.column_names}
+        return {
+            name: column.to_numpy()
+            if column.null_count == 0 and str(column.type) != "string"
+            else np.array(column.to_pylist(), object)
+            for name, column in found.items()
+        }
+
+    def row(self, id: str) -> int:
+        """The row of an image.
+
+        Raises:
+            KeyError: there is no such image, or it failed, and why.
+        """
+        try:
+            return self._places[id]
+        except KeyError:
+            reason = next((one.reason for one in self.failed if one.id == id), None)
+            why = f"no image {id!r}" if reason is None else f"{id!r} has no row: {reason}"
+            raise KeyError(why) from None
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {id: row for row, id in enumerate(self.ids)}
+
+    @property
+    def _rows(self) -> pyarrow.Table:
+        """The index of the images that have a row, without what is the same of all."""
+        table = self.index
+        return table.filter(ok(table)).drop_columns(["row", "status", "reason"])
+
+    def to_pandas(self, names: Collection[str] = ()) -> Any:
+        """A DataFrame with a line for each row: id, width, height, and what was kept.
+
+        Args:
+            names: features that become columns too; each of their cells is an array of the row.
+
+        Raises:
+            KeyError: no such feature.
+            MissingExtraError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError("a DataFrame", "recipes") from error
+        import pyarrow
+
+        table = self._rows
+        # Integers with missing ones among them stay integers.
+        missing = any(one.null_count and one.type == pyarrow.int64() for one in table.columns)
+        frame = table.to_pandas(
+            types_mapper={pyarrow.int64(): pandas.Int64Dtype()}.get if missing else None
+        )
+        for name in names:
+            frame[name] = list(self[name].to_numpy())
+        return frame
 
     def verify(self) -> None:
         """Reads every file and compares it with its checksum.
@@ -212,7 +280,7 @@ class Features:
         return FeatureDataset(self, self.names if names is None else names, with_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_files", "_views", "ids", "failed")
+        left_out = ("_files", "_views", "ids", "failed", "columns", "_places")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -13,10 +13,11 @@ from ..errors import StellarError
 from ..images.presets import least_side
 from .input import discover
 from .input.addresses import Allowed, is_address, localized, shown
+from .input.kept import settled
 from .input.sieve import Sieve
 from .options import Job, Options
 from .output.folder import Locks, check_output, clear
-from .output.foreign import DTYPES, FEATURES, FORMATS
+from .output.foreign import DTYPES, FEATURES, FORMATS, INDEX_COLUMNS, KEPT_NAMES, MOST_KEPT
 from .output.layout import (
     Item,
     Partition,
@@ -73,10 +74,23 @@ def make_job(source: PathLike, output: PathLike, **options: Any) -> Job:
     configuration |= {"input": shown(localized(os.fspath(source))), "partition_size": size}
     sieve = Sieve()
     items = None
+    types: dict[str, str] = {}
+    keep = check_keep(chosen.keep)
     if not chosen.resume:
         items = discover(
-            source, chosen.column, allowed, sieve, chosen.skip_duplicates, chosen.id_column
+            source,
+            chosen.column,
+            allowed,
+            sieve,
+            chosen.skip_duplicates,
+            chosen.id_column,
+            keep,
         )
+        items, found = settled(items, keep)
+        types |= found
+    elif existing is not None:  # whose types they are
+        types = {name: existing.configuration["keep"].get(name, "new") for name in keep}
+    configuration["keep"] = types
     batch_size = chosen.batch_size
     if existing is not None:
         _check_same(target, existing.configuration, configuration)
@@ -155,6 +169,26 @@ def _check_features(features: Collection[str]) -> list[str]:
             f"features must name some of {', '.join(FEATURES)}; got {', '.join(unknown) or 'none'}"
         )
     return [name for name in FEATURES if name in features]
+
+
+def check_keep(names: Collection[str]) -> list[str]:
+    """Names of what is carried along, in the order of the plan.
+
+    Raises:
+        ValueError: a name that there may not be.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"keep is a list of names, got {names!r}; put it into one")
+    for name in names:
+        if name in INDEX_COLUMNS:
+            raise ValueError(
+                f"the index has a column {name!r} of its own; rename that of the input to keep it"
+            )
+        if not KEPT_NAMES[1]([name]):
+            raise ValueError(f"{name!r} cannot be the name of a column; rename it")
+    if len(set(names)) > MOST_KEPT:
+        raise ValueError(f"{len(set(names))} columns to keep, and {MOST_KEPT} are the most")
+    return sorted(set(names))
 
 
 def _check_place(source: str, output: str, store: Store | None) -> Path:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Options:
     """How to extract; the line of each field is what `stellar-fast extract --help` says of it.
 
-    Those from `features` to `id_column` are in the plan: they decide what is in the files, and an
+    Those from `features` to `keep` are in the plan: they decide what is in the files, and an
     output that was begun with others may not be gone on with. The rest belongs to one run. In
     particular what may be read beyond the defaults is never the plan's, which may be a stranger's;
     and the limits of decoding are in every manifest instead, since an image that failed by them may
@@ -47,6 +47,9 @@ class Options:
         str | None, "Of paths: the only one, path, url, file; of images in Parquet: image, jpg, ..."
     ] = None
     id_column: Annotated[str | None, "Of Parquet with images: ids; FILE::ROW if left out."] = None
+    keep: Annotated[
+        Collection[str], "Carry along: label,caption of a table; cls,txt,FIELD of tars; folder."
+    ] = ()
     workers: Annotated[int | None, "Processes that decode; one for each core."] = None
     max_pixels: Annotated[int, "Width times height of an image; a larger one has failed."] = (
         50_000_000

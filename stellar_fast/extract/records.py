@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 PathLike = str | os.PathLike[str]
+Value = int | float | str | bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Item:
             file and row as `FILE::ROW`; printable.
         file: where it is, a local path or an address; for a member, its tar.
         offset, size: for a member of a tar, its bytes there.
+        kept: what is carried along of it, in the order of the plan's `keep`.
         column, group, row: for a cell of a Parquet file, its column, row group, and row in that.
     """
 
@@ -27,3 +29,4 @@ class Item:
     column: str | None = None
     group: int | None = None
     row: int | None = None
+    kept: tuple[Value, ...] = ()

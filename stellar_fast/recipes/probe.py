@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +9,13 @@ import numpy as np
 
 from ..errors import MissingExtraError
 from ..extract.features import Features
-from ..extract.input.addresses import WEB, is_address, parse
+from ..extract.input.kept import folder_of
 from .search import unit
 
 # Of the usual nearest-neighbour evaluation of self-supervised features: the number of neighbours
 # and the temperature of their votes (DINO, arXiv 2104.14294, after arXiv 1805.01978).
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-# Where an id, `TAR::MEMBER`, goes from a tar to what is in it; with the digest of a query.
-_TAR = re.compile(r"\.tar(?:\?[0-9a-f]{16})?::", re.IGNORECASE)
 
 
 def pooled(features: Features, name: str = "sparse") -> np.ndarray:
@@ -49,14 +46,10 @@ def folder_labels(features: Features) -> list[str]:
 
 
 def _label(id: str) -> str:
-    path = id
-    if is_address(id):  # of an archive, the member comes first; of the web, the host is no folder
-        address = parse(id)
-        path = address.name.partition("/")[2] if address.protocol in WEB else address.name
-    folders = [part for part in path.split("/")[:-1] if part not in ("", ".")]
-    if not folders:
+    label = folder_of(id)
+    if label is None:
         raise ValueError(f"{id}: is in no folder that could be its class")
-    return _TAR.split(folders[-1])[-1]
+    return label
 
 
 def linear_probe(vectors: np.ndarray, labels: Sequence[Any], *, c: float = 1.0) -> Any:

@@ -212,6 +212,7 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
         "partition_size": 9,
         "column": None,
         "id_column": None,
+        "keep": [],
         "skip_duplicates": True,
         "workers": 3,
         "on_error": "record",

@@ -30,7 +30,7 @@ from extracting import (
     load_small,
     parts,
 )
-from killing import Driver
+from killing import Driver, assert_whole
 from pictures import photograph
 from scenes import write_photographs
 
@@ -55,16 +55,6 @@ def whole(photographs, engine, tmp_path_factory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole") / "out"
     run(make_job(photographs, output, **SMALL_PARTS), engine)
     return contents(output)
-
-
-def assert_whole(output: Path, expected: dict[str, bytes]) -> None:
-    """Whatever has a partition's name is a partition, to the byte."""
-    for part in parts(output):
-        for path in part.iterdir():
-            name = path.relative_to(output).as_posix()
-            if path.name != "manifest.json":
-                assert path.read_bytes() == expected[name]
-        assert (part / "manifest.json").is_file()
 
 
 # Before the list of images has its name; before the plan has. Then of the first partition: before

@@ -13,6 +13,7 @@ from pyarrow import parquet
 import stellar_fast
 from stellar_fast.errors import StellarError
 from stellar_fast.extract.output import readers as opened
+from stellar_fast.extract.output import text
 from stellar_fast.extract.output.folder import Locks
 from stellar_fast.extract.output.layout import read_plan
 from stellar_fast.extract.output.partition import Work
@@ -234,7 +235,7 @@ def test_ids_are_utf8(npy):
 
 def test_text_that_repeats_is_measured_before_it_is_unpacked(npy, monkeypatch):
     """One reason of 64 kB for every image: a small file, and 16 GB for a partition of the most."""
-    monkeypatch.setattr(opened, "MOST_TEXT", 100_000)
+    monkeypatch.setattr(text, "MOST_TEXT", 100_000)
     long = pyarrow.array(["x" * 40_000] * 5)
 
     def all_failed(table):
@@ -251,8 +252,8 @@ def test_an_index_that_is_too_long_is_not_written_nor_read(npy, tmp_path, monkey
     from stellar_fast.extract.output import writers as writer
 
     monkeypatch.setattr(writer, "MOST_TEXT", 1000)
-    with pytest.raises(StellarError, match=r"bytes of ids and reasons.*smaller --partition-size"):
-        writer.write_index(tmp_path, ["x" * 900] * 2, [None] * 2, [(1, 1)] * 2)
+    with pytest.raises(StellarError, match=r"bytes of ids, reasons.*smaller --partition-size"):
+        writer.write_index(tmp_path, ["x" * 900] * 2, [None] * 2, [(1, 1)] * 2, {}, [()] * 2)
     monkeypatch.setattr(opened, "MOST_INDEX", 1000)
     refused(npy, "index.parquet: cannot be read: it has", "1000 are the most")
 

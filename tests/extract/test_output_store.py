@@ -107,7 +107,7 @@ def test_killed_at_every_step_it_goes_on_to_the_same_files(tmp_path, cache, engi
     write_photographs(tmp_path / "in", good=20, broken=2)
     run(make_job(tmp_path / "in", tmp_path / "whole", **SMALL_PARTS), engine)
     whole = contents(tmp_path / "whole")
-    driver = Driver(tmp_path / "in")
+    driver = Driver(tmp_path / "in", SMALL_PARTS | ALLOW)
     there = tmp_path / "bucket"
     try:
         for step in range(1, 40):

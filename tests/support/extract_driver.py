@@ -1,13 +1,15 @@
 """A process that extracts again and again, each time in a child of its own to be killed.
 
-Arguments: the photographs. For every line on its input, an output, a tab and a number, it
-forks a child that extracts into it and prints the child's number; then it waits for the child and
-prints how it ended. The child kills itself at its step of that number, before it is done; 0 is
-none. The steps are what order the files of an output on the disk: every fsync and every rename.
+Arguments: what to extract, and the options as JSON. For every line on its input, an output folder,
+a tab and a number, it forks a child that extracts into it and prints the child's number; then it
+waits for the child and prints how it ended. The child kills itself at its step of that number,
+before it is done; 0 is none. The steps are what order the files of an output on the disk: every
+fsync and every rename.
 
 The fork saves the seconds that importing torch takes; no engine is made before it.
 """
 
+import json
 import os
 import signal
 import sys
@@ -35,7 +37,7 @@ def die_at(step: int) -> None:
 
 def extract(output: str, step: int) -> None:
     from engines import small_engine
-    from extracting import SMALL_PARTS, Wrapped
+    from extracting import Wrapped
 
     from stellar_fast.extract import make_job, run
 
@@ -47,12 +49,10 @@ def extract(output: str, step: int) -> None:
 
     if step:
         die_at(step)
-    more = {}
     if output.startswith("shelf://"):
         import shelf  # noqa: F401
 
-        more = {"allow_protocol": ["shelf"]}
-    job = make_job(sys.argv[1], output, workers=1 if step else None, **SMALL_PARTS, **more)
+    job = make_job(sys.argv[1], output, workers=1 if step else None, **json.loads(sys.argv[2]))
     run(job, Wrapped(engine, encode))
 
 

@@ -1,5 +1,8 @@
-"""Extractions that are killed, in children of another process."""
+"""Extractions in processes of their own, to be killed, and what they must have left behind."""
 
+from __future__ import annotations
+
+import json
 import os
 import signal
 import subprocess
@@ -7,17 +10,23 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
-from extracting import SUPPORT
+from extracting import SMALL_PARTS, SUPPORT, parts
 
 
 class Driver:
     """Extractions in children of another process, see `extract_driver.py`."""
 
-    def __init__(self, photographs: Path) -> None:
+    def __init__(self, source: Path | str, options: dict[str, Any] | None = None) -> None:
+        """
+        Args:
+            options: of `make_job`; `SMALL_PARTS` if left out.
+        """
+        told = json.dumps(SMALL_PARTS if options is None else options)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(SUPPORT / "extract_driver.py"), photographs],
+            [sys.executable, "-P", str(SUPPORT / "extract_driver.py"), source, told],
             env={**os.environ, "PYTHONPATH": str(SUPPORT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -55,3 +64,13 @@ def of_session(session: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def assert_whole(output: Path, expected: dict[str, bytes]) -> None:
+    """Whatever has a partition's name is a partition, to the byte."""
+    for part in parts(output):
+        for path in part.iterdir():
+            name = path.relative_to(output).as_posix()
+            if path.name != "manifest.json":
+                assert path.read_bytes() == expected[name]
+        assert (part / "manifest.json").is_file()

@@ -44,6 +44,7 @@ def write_output(
         "input": "/nowhere",
         "column": None,
         "id_column": None,
+        "keep": {},
         "preset": "card",
         "scaled_decode": False,
         "features": list(features),

@@ -4,7 +4,8 @@ of Parquet files."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...printable import printable
@@ -13,6 +14,7 @@ from . import door
 from .addresses import Allowed, check, is_address, localized, parse, shown
 from .embedded import read_embedded
 from .folder import walk
+from .kept import OF_ID, filled, places
 from .lists import LISTS, read_lists
 from .sieve import Sieve, suffix_of
 from .tars import read_tars
@@ -28,6 +30,7 @@ def discover(
     sieve: Sieve | None = None,
     skip_duplicates: bool = False,
     id_column: str | None = None,
+    keep: Sequence[str] = (),
 ) -> list[Item]:
     """The images of a folder, of lists, tars or Parquet files; whether they can be read is
     found out later.
@@ -54,6 +57,8 @@ def discover(
         sieve: counts what is left out: what a folder or tars have beside their images, and lines.
         skip_duplicates: leave out lines of lists that name a file again.
         id_column: of Parquet files with images, the one with their ids.
+        keep: what is carried along with each image: columns of a table or of Parquet files, what is
+            beside it in a tar, or `kept.FOLDER`.
 
     Raises:
         ValueError: none of these, no image in it, one image twice, or an address that may not be
@@ -77,7 +82,7 @@ def discover(
     suffix = suffixes.pop()
     embedded = None
     if suffix == PARQUET_SUFFIX and not os.path.isdir(text):
-        embedded = read_embedded(text, root, names, column, id_column, allowed)
+        embedded = read_embedded(text, root, names, column, id_column, allowed, keep)
     if id_column is not None and embedded is None:
         raise ValueError(
             f"{shown(text)}: an id column is of Parquet files with images in them; all else is "
@@ -86,17 +91,17 @@ def discover(
     if embedded is not None:
         items = embedded
     elif os.path.isdir(text):
-        items = _read_folder(text, allowed, sieve)
+        items = _read_folder(text, allowed, sieve, keep)
     elif suffix == TAR_SUFFIX:
-        items = read_tars(text, root, names, sieve, allowed)
+        items = read_tars(text, root, names, sieve, allowed, keep)
     elif suffix in LISTS:
-        items = read_lists(names, suffix, column, allowed, sieve, skip_duplicates)
+        items = read_lists(names, suffix, column, allowed, sieve, skip_duplicates, keep)
     elif len(names) > 1:
         raise ValueError(
             f"{shown(text)}: a pattern names tars or lists; this names {shown(names[0])}"
         )
     else:
-        items = _read_folder(names[0], allowed, sieve)
+        items = _read_folder(names[0], allowed, sieve, keep)
     _check_ids(items, text)
     return items
 
@@ -115,7 +120,7 @@ def _check_ids(items: list[Item], source: str) -> None:
         seen.add(item.id)
 
 
-def _read_folder(source: str, allowed: Allowed, sieve: Sieve) -> list[Item]:
+def _read_folder(source: str, allowed: Allowed, sieve: Sieve, keep: Sequence[str]) -> list[Item]:
     path = localized(check(source, allowed))
     if is_address(path):
         items = sorted(_find(path, allowed, sieve), key=lambda item: item.id)
@@ -131,7 +136,8 @@ def _read_folder(source: str, allowed: Allowed, sieve: Sieve) -> list[Item]:
         tables = sieve.skipped[f"{PARQUET_SUFFIX} files"]
         remedy = f"; to read those, name them: {shown(source)}/**/*.parquet" if tables else ""
         raise ValueError(f"{shown(source)}: no images in this folder; {sieve.nothing()}{remedy}")
-    return items
+    values = [OF_ID for _ in places(keep, [], f"{shown(source)}: a folder has no columns")]
+    return [replace(item, kept=filled(values, item.id)) for item in items] if keep else items
 
 
 def _find(source: str, allowed: Allowed, sieve: Sieve) -> Iterator[Item]:

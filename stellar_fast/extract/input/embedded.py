@@ -7,11 +7,11 @@ files and need be no text; the two are told apart by the bytes of the first cell
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count, islice, repeat
+from itertools import islice
 from typing import IO, Any
 
 from ...printable import printable
@@ -19,7 +19,8 @@ from ..footer import Group, read_footer, unaccounted
 from ..records import Item
 from .addresses import Allowed, label, localized, shown
 from .door import open_file
-from .parquet_column import ROWS, check_alone, check_column, sparing
+from .kept import FOLDER, Budget
+from .parquet_column import check_alone, kept_columns, rows_of, sparing
 from .table import COLUMNS, IMAGES, MAX_LINE, MAX_LINES, column_name, said
 
 THREADS = 8  # files whose footers are read at once
@@ -50,6 +51,7 @@ def read_embedded(
     column: str | None,
     id_column: str | None,
     allowed: Allowed,
+    keep: Sequence[str] = (),
 ) -> list[Item] | None:
     """The images in Parquet files, in the order of the files and of their rows; None where the
     files are lists of paths.
@@ -60,6 +62,7 @@ def read_embedded(
         root: the folder that the ids count the files' names from.
         column: the one with the images; one of `IMAGES`, or the only one, if left out.
         id_column: the one with the ids, of text or integers; `FILE::ROW`, if left out.
+        keep: columns whose values are carried along.
 
     Raises:
         ValueError: a file cannot be read, it cannot be told which column has the images or what it
@@ -76,6 +79,7 @@ def read_embedded(
         tables = list(pool.map(partial(_read_table, allowed), places))
     chosen: str | None = None
     items: list[Item] = []
+    budget = Budget()
     for table in tables:
         name = shown(table.place)
         found = _image_column(table, name, chosen or column, allowed)
@@ -91,7 +95,7 @@ def read_embedded(
         if len(items) + sum(group.rows for group in table.groups) > MAX_LINES:
             raise ValueError(f"{name}: more than the limit of {MAX_LINES} rows")
         _check_file(table, name, allowed)
-        items += _items(table, label(table.place, root), chosen, id_column, allowed)
+        items += _items(table, label(table.place, root), chosen, id_column, keep, budget, allowed)
     if chosen is None:
         return None
     if not items:
@@ -191,13 +195,7 @@ def _is_binary(kind: Any) -> bool:
 
 def _holds_images(table: _Table, name: str, column: str, allowed: Allowed) -> bool:
     """Whether a binary column holds images, and no paths."""
-    cells: list[bytes] = []
-    with open_file(table.place, allowed) as file:
-        values = _cells(file, name, [column], 1)
-        for (cell,) in islice(values, PROBED_ROWS):
-            cells += [] if cell is None else [cell]
-            if len(cells) == PROBED:
-                break
+    cells = _first_cells(table, name, column, allowed)
     if cells and all(map(is_image, cells)):
         return True
     if all(map(_is_path, cells)):  # of no cells, too: what a list says of them
@@ -210,6 +208,24 @@ def _holds_images(table: _Table, name: str, column: str, allowed: Allowed) -> bo
     raise ValueError(
         f"{name}: the column {printable(column)!r} holds {what}; name another by --column"
     )
+
+
+def _first_cells(table: _Table, name: str, column: str, allowed: Allowed) -> list[bytes]:
+    """The first cells of a binary column that are not null."""
+    from pyarrow import ArrowException, parquet
+
+    cells: list[bytes] = []
+    try:
+        with open_file(table.place, allowed) as file:
+            found = parquet.ParquetFile(file, buffer_size=1 << 20)
+            batches = found.iter_batches(1, columns=[column], use_threads=False)
+            for batch in islice(sparing(batches), PROBED_ROWS):
+                cells += [cell for cell in batch[column].to_pylist() if cell is not None]
+                if len(cells) == PROBED:
+                    break
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}: cannot be read as Parquet: {said(error)}") from None
+    return cells
 
 
 def is_image(cell: bytes) -> bool:
@@ -232,48 +248,53 @@ def _is_path(cell: bytes) -> bool:
     return 0 < len(cell) <= MAX_LINE and not any(end in cell for end in (b"\0", b"\n", b"\r"))
 
 
-def _cells(file: IO[bytes], name: str, columns: list[str], rows: int) -> Iterator[tuple[Any, ...]]:
-    """The values of some columns, row by row.
+def _items(
+    table: _Table,
+    label: str,
+    column: str,
+    id_column: str | None,
+    keep: Sequence[str],
+    budget: Budget,
+    allowed: Allowed,
+) -> Iterator[Item]:
+    name = shown(table.place)
+    if FOLDER in keep and FOLDER not in table.schema.names:
+        raise ValueError(f"{name}: no column {FOLDER!r} to keep, and rows are in no folder")
+    columns = kept_columns(table.schema, table.groups, name, keep)
+    if id_column is not None:
+        column_name(table.schema.names, name, id_column)
+        _check_ids(table.schema.field(id_column).type, name, id_column)
+        columns.append(id_column)
+    with open_file(table.place, allowed) as file:
+        values = _values(file, table, name, columns)
+        number = 0
+        for at, group in enumerate(table.groups):
+            for row in range(group.rows):
+                kept = next(values, None)
+                if kept is None:
+                    raise ValueError(f"{name}: cannot be read as Parquet: it ends at row {number}")
+                id = f"{label}::{number}"
+                if id_column is not None and (id := kept.pop()) in (None, ""):
+                    raise ValueError(
+                        f"{name}: row {number} has no id in the column {printable(id_column)!r}"
+                    )
+                budget.take(kept, f"{name}, row {number}")
+                id = printable(str(id))
+                yield Item(id, table.place, None, None, column, at, row, tuple(kept))
+                number += 1
 
-    Args:
-        rows: that are unpacked at once.
-    """
-    from pyarrow import ArrowException, parquet
 
+def _values(file: IO[bytes], table: _Table, name: str, columns: list[str]) -> Iterator[list[Any]]:
+    """The values of some columns, row by row."""
+    from pyarrow import ArrowException
+
+    if not columns:
+        yield from ([] for _ in range(sum(group.rows for group in table.groups)))
+        return
     try:
-        table = parquet.ParquetFile(file, buffer_size=1 << 20)
-        batches = sparing(table.iter_batches(rows, columns=columns, use_threads=False))
-        for batch in batches:
-            yield from zip(*(batch[column].to_pylist() for column in columns), strict=True)
+        yield from rows_of(file, table.groups, name, columns)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet: {said(error)}") from None
-
-
-def _items(
-    table: _Table, label: str, column: str, id_column: str | None, allowed: Allowed
-) -> Iterator[Item]:
-    ids = _ids(table, label, id_column, allowed)
-    for at, group in enumerate(table.groups):
-        for row in range(group.rows):
-            yield Item(next(ids), table.place, None, None, column, at, row)
-
-
-def _ids(table: _Table, label: str, column: str | None, allowed: Allowed) -> Iterator[str]:
-    if column is None:
-        yield from (f"{printable(label)}::{number}" for number in count())
-        return
-    name = shown(table.place)
-    column_name(table.schema.names, name, column)
-    _check_ids(table.schema.field(column).type, name, column)
-    check_column(table.groups, name, column)
-    with open_file(table.place, allowed) as file:
-        values = _cells(file, name, [column], ROWS)
-        for number, (value,) in enumerate(chain(values, repeat((None,)))):
-            if value is None or value == "":
-                raise ValueError(
-                    f"{name}: row {number} has no id in the column {printable(column)!r}"
-                )
-            yield printable(str(value))
 
 
 def _check_ids(kind: Any, name: str, column: str) -> None:

@@ -7,17 +7,21 @@ import csv
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from ..records import Item
 from .addresses import Address, Allowed, address_of, is_address, locate, shown
 from .door import check_stores, open_file
+from .kept import OF_ID, Budget, filled, numbers_of, places
 from .parquet_column import parquet_lines
 from .sieve import SUFFIXES, Sieve, suffix_of
 from .table import COLUMNS, MAX_LINE, MAX_LINES, Lines, column_name, no_path, no_paths, said
 
 FIRST = 1000  # rows of a CSV by which a column of numbers is told
+
+Numbered = Iterator[tuple[int, str]]
+Rows = Iterator[tuple[int, list[str]]]
 
 
 def read_lists(
@@ -27,12 +31,14 @@ def read_lists(
     allowed: Allowed,
     sieve: Sieve,
     skip_duplicates: bool,
+    keep: Sequence[str] = (),
 ) -> list[Item]:
     """The images that lists name, in their order.
 
     Args:
         sieve: counts the lines that are left out.
         skip_duplicates: leave out lines that name a file again; they are an error otherwise.
+        keep: columns whose values are carried along.
 
     Raises:
         ValueError: a list cannot be read, names no images, one twice, or what may not be read.
@@ -42,7 +48,7 @@ def read_lists(
     first: dict[str, int] = {}  # where -> its place in items
     numbers: list[int] = []
     starts: list[int] = []
-    lines = LISTS[suffix]
+    lines, budget = LISTS[suffix], Budget()
 
     def line_of(place: int) -> str:
         list_of = max(at for at, start in enumerate(starts) if start <= place)
@@ -59,7 +65,7 @@ def read_lists(
         own = address_of(name)
         number = 0
         with file:
-            for number, line in lines(file, shown(name), column, own):
+            for number, line, values in lines(file, shown(name), column, own, keep):
                 if len(line) > MAX_LINE:
                     raise ValueError(
                         f"{shown(name)}: line {number} has more than {MAX_LINE} characters"
@@ -78,33 +84,38 @@ def read_lists(
                         f"{shown(where)}; every image may be listed once, or --skip-duplicates"
                     )
                 first[where] = len(items)
-                items.append(Item(id, where))
+                kept = filled(values, id)
+                budget.take(kept, f"{shown(name)}, line {number}")
+                items.append(Item(id, where, kept=kept))
                 if len(items) > MAX_LINES:
                     raise ValueError(f"{shown(name)}: more than the limit of {MAX_LINES} lines")
         if not number:
             raise ValueError(f"{shown(name)}: the list names no images")
-        places = (item.file for item in items[starts[-1] :])
-        check_stores({_store_of(place) for place in places if is_address(place)}, shown(name))
-    return items
+        stores = {_store_of(item.file) for item in items[starts[-1] :] if is_address(item.file)}
+        check_stores(stores, shown(name))
+    return numbers_of(items, keep) if suffix in (".csv", ".tsv") and keep else items
 
 
 def _store_of(where: str) -> str:
     return where.rpartition("::")[2].partition("://")[0]
 
 
-def _text_lines(file: IO[bytes], name: str, column: str | None, own: Address) -> Lines:
+def _text_lines(
+    file: IO[bytes], name: str, column: str | None, own: Address, keep: Sequence[str]
+) -> Lines:
     if column is not None:
         raise ValueError(f"{name}: a text list has no columns, and so no column {column!r}")
+    places(keep, [], f"{name}: a text list has no columns")
     lines = (
         (number, content.decode("utf-8", "surrogateescape"))
         for number, content in _lines(file, name)
     )
     for number, line in _stripped(lines, name):
         if line.strip():
-            yield number, line
+            yield number, line, [OF_ID for _ in keep]
 
 
-def _stripped(lines: Lines, name: str) -> Lines:
+def _stripped(lines: Numbered, name: str) -> Numbered:
     """Lines without their ends."""
     for number, line in lines:
         line = line.removesuffix("\n").removesuffix("\r")
@@ -134,19 +145,23 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
         yield number, content
 
 
-def _csv_lines(file: IO[bytes], name: str, column: str | None, own: Address) -> Lines:
+def _csv_lines(
+    file: IO[bytes], name: str, column: str | None, own: Address, keep: Sequence[str]
+) -> Lines:
     rows = csv.reader((line for _, line in _decoded(file, name)), strict=True)
-    return _table_lines(((rows.line_num, row) for row in rows), name, column, own, ";|\t")
+    return _table_lines(((rows.line_num, row) for row in rows), name, column, own, keep, ";|\t")
 
 
-def _tsv_lines(file: IO[bytes], name: str, column: str | None, own: Address) -> Lines:
+def _tsv_lines(
+    file: IO[bytes], name: str, column: str | None, own: Address, keep: Sequence[str]
+) -> Lines:
     """Tabs and line ends have no other meaning in a .tsv, and a quote begins nothing: a caption
     may. Only a whole field in quotes is what it holds, since many programs write all so."""
     rows = (
         (number, [_unquoted(field) for field in line.split("\t")] if line else [])
         for number, line in _stripped(_decoded(file, name), name)
     )
-    return _table_lines(rows, name, column, own, ";|,")
+    return _table_lines(rows, name, column, own, keep, ";|,")
 
 
 def _unquoted(field: str) -> str:
@@ -164,11 +179,10 @@ def _decoded(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
             raise ValueError(f"{name}: line {number} is no UTF-8; save it as UTF-8") from None
 
 
-Rows = Iterator[tuple[int, list[str]]]
-
-
-def _table_lines(rows: Rows, name: str, column: str | None, own: Address, marks: str) -> Lines:
-    """One column of a text table, whose rows all have as many.
+def _table_lines(
+    rows: Rows, name: str, column: str | None, own: Address, keep: Sequence[str], marks: str
+) -> Lines:
+    """One column and what is kept of a text table, whose rows all have as many.
 
     Args:
         marks: what separates columns elsewhere, and not in tables of this kind.
@@ -181,9 +195,11 @@ def _table_lines(rows: Rows, name: str, column: str | None, own: Address, marks:
         names = head[0][1]
         if _is_row(head, name, own, marks):
             rows, place, chosen = itertools.chain(head, rows), 0, ""
+            kept = places(keep, [], f"{name}: its first line has no names of columns")
         else:
             chosen = column_name(names, name, column)
             rows, place = itertools.chain(head[1:], rows), names.index(chosen)
+            kept = places(keep, names, name)
             values = [row[place] for _, row in head[1:] if len(row) == len(names)]
             if values and all(value.isdecimal() for value in values):
                 raise ValueError(no_paths(name, chosen, "numbers"))
@@ -196,7 +212,8 @@ def _table_lines(rows: Rows, name: str, column: str | None, own: Address, marks:
                 )
             if not row[place]:
                 raise ValueError(no_path(name, number, chosen))
-            yield number, row[place]
+            # An empty field is no value.
+            yield number, row[place], [OF_ID if at is None else row[at] or None for at in kept]
     except csv.Error as error:
         raise ValueError(f"{name}: cannot be read as a table: {said(error)}") from None
 
@@ -238,7 +255,7 @@ def _numbered(text: str) -> str:
     return re.sub(r"\d+", "0", text)
 
 
-LISTS: dict[str, Callable[[IO[bytes], str, str | None, Address], Lines]] = {
+LISTS: dict[str, Callable[[IO[bytes], str, str | None, Address, Sequence[str]], Lines]] = {
     ".txt": _text_lines,
     ".csv": _csv_lines,
     ".tsv": _tsv_lines,

@@ -7,8 +7,10 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
+from ...printable import printable
 from ..footer import Group, read_footer
 from .addresses import Address
+from .kept import OF_ID, places
 from .table import MAX_LINES, Lines, column_name, no_path, no_paths, said
 
 MAX_TABLE = 4 << 30  # bytes of a column of paths, unpacked
@@ -19,7 +21,9 @@ ROWS = 1024
 DELTA = (5, 6, 7)  # of parquet.thrift, Encoding: what Arrow cannot read as a dictionary
 
 
-def parquet_lines(file: IO[bytes], name: str, column: str | None, own: Address) -> Lines:
+def parquet_lines(
+    file: IO[bytes], name: str, column: str | None, own: Address, keep: Sequence[str]
+) -> Lines:
     from pyarrow import ArrowException, parquet
 
     try:
@@ -31,14 +35,14 @@ def parquet_lines(file: IO[bytes], name: str, column: str | None, own: Address) 
         names = parquet.ParquetFile(file).schema_arrow
         chosen = column_name(names.names, name, column)
         _check_type(names.field(chosen).type, name, chosen)
-        # Repeated paths are stored once, and stay so: all rows would be another matter.
-        repeated = [chosen] if check_column(groups, name, chosen) else None
-        table = parquet.ParquetFile(file, read_dictionary=repeated)
-        batches = sparing(table.iter_batches(ROWS, columns=[chosen], use_threads=False))
+        kept = kept_columns(names, groups, name, keep)
         found = 0
-        for number, value in _column((batch[chosen] for batch in batches), name, chosen, 1):
-            yield number, value
-            found = number
+        for value, *values in rows_of(file, groups, name, [chosen, *kept]):
+            path = os.fsdecode(value) if isinstance(value, bytes) else value
+            if not path or "\0" in path:
+                raise ValueError(no_path(name, found + 1, chosen))
+            found += 1
+            yield found, path, [values.pop(0) if one in kept else OF_ID for one in keep]
         # A page that is damaged may have fewer, and Arrow then gives fewer.
         if found != sum(group.rows for group in groups):
             raise OSError(f"it gives {found} of its {sum(group.rows for group in groups)} rows")
@@ -105,6 +109,52 @@ def check_column(groups: Sequence[Group], name: str, column: str) -> bool:
     return not any(encoding in DELTA for one in found for encoding in one.encodings)
 
 
+def kept_columns(schema: Any, groups: Sequence[Group], name: str, keep: Sequence[str]) -> list[str]:
+    """Which columns have what is kept; the image's folder has none.
+
+    Raises:
+        ValueError: a column is missing, or holds what is not kept.
+    """
+    from pyarrow import types
+
+    columns: list[str] = schema.names
+    found = [columns[place] for place in places(keep, columns, name) if place is not None]
+    for column in found:
+        kind = schema.field(column).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        single = types.is_integer, types.is_floating, types.is_boolean, types.is_null
+        if not any(holds(kind) for holds in (*single, *_of_text(types)[:3])):
+            raise ValueError(
+                f"{name}: the column {printable(column)!r} holds {kind}; integers, floats, "
+                "booleans and text are kept"
+            )
+    return found
+
+
+def rows_of(
+    file: IO[bytes], groups: Sequence[Group], name: str, columns: Sequence[str]
+) -> Iterator[list[Any]]:
+    """The values of some columns of text or numbers, row by row.
+
+    Raises:
+        ValueError: a column is too long.
+    """
+    from pyarrow import parquet, types
+
+    schema = parquet.ParquetFile(file).schema_arrow
+    text = [
+        one for one in columns if any(holds(schema.field(one).type) for holds in _of_text(types))
+    ]
+    # Repeated text is stored once, and stays so: all rows would be another matter.
+    repeated = [
+        column for column in columns if check_column(groups, name, column) and column in text
+    ]
+    table = parquet.ParquetFile(file, read_dictionary=repeated)
+    for batch in sparing(table.iter_batches(ROWS, columns=list(columns), use_threads=False)):
+        for row in zip(*(_values(batch[column]) for column in columns), strict=True):
+            yield list(row)
+
+
 def _check_type(kind: Any, name: str, column: str) -> None:
     from pyarrow import types
 
@@ -118,20 +168,6 @@ def _of_text(types: Any) -> tuple[Callable[[Any], bool], ...]:
     """Of Arrow's types, those that hold text, or the bytes of names that may be no UTF-8."""
     text = types.is_string, types.is_large_string, types.is_string_view
     return *text, types.is_binary, types.is_large_binary, types.is_binary_view
-
-
-def _column(arrays: Iterator[Any], name: str, column: str, first: int) -> Lines:
-    number = first
-    for array in arrays:
-        for value in map(_as_text, _values(array)):
-            if not value or "\0" in value:
-                raise ValueError(no_path(name, number, column))
-            yield number, value
-            number += 1
-
-
-def _as_text(value: str | bytes | None) -> str | None:
-    return os.fsdecode(value) if isinstance(value, bytes) else value
 
 
 def _values(array: Any) -> list[Any]:

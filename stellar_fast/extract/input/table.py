@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from ...printable import printable
+from ..records import Value
 from .addresses import scrubbed, shown
 
 # What the column of paths may be called, where a table has several; and that of images themselves.
@@ -14,7 +15,8 @@ IMAGES = ("image", "img", "picture", "jpg", "jpeg", "png")
 MAX_LINES = 100_000_000
 MAX_LINE = 64 << 10  # bytes of one path or address
 
-Lines = Iterator[tuple[int, str]]
+# Of each line: its number, the path in it, and what is kept of it.
+Lines = Iterator[tuple[int, str, list[Value]]]
 
 
 def column_name(columns: list[str], name: str, wanted: str | None) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 from ...printable import printable
-from ..records import Item
+from ..records import Item, Value
 from .addresses import Allowed, label, localized, shown
-from .archives import files
+from .archives import Member, files
 from .door import open_file
+from .kept import Budget, of_sample, read_member, sample_of, suffixes_of
 from .sieve import Sieve
 
 # Tars read through at once; in remote stores each waits for the network most of the time.
@@ -17,7 +20,12 @@ THREADS = 8
 
 
 def read_tars(
-    source: str, root: str, names: list[str], sieve: Sieve, allowed: Allowed
+    source: str,
+    root: str,
+    names: list[str],
+    sieve: Sieve,
+    allowed: Allowed,
+    keep: Sequence[str] = (),
 ) -> list[Item]:
     """The images of tars, in the order of the tars and of their members.
 
@@ -26,6 +34,7 @@ def read_tars(
     Args:
         root: the folder that the ids count the tars' names from.
         sieve: tells images by their names, and counts what else there is.
+        keep: what is carried along of the members beside an image, see `kept.values_of`.
 
     Raises:
         ValueError: a tar is damaged, compressed or named twice; a member is there twice; no images.
@@ -38,7 +47,7 @@ def read_tars(
             f"{shown(source)}: names {shown(twice)} twice; every image may be read once"
         )
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(partial(_read_tar, root, allowed), places))
+        found = list(pool.map(partial(_read_tar, root, allowed, keep, Budget()), places))
     items = [item for part, _ in found for item in part]
     for _, one in found:
         for reason, count in one.skipped.items():
@@ -48,10 +57,14 @@ def read_tars(
     return items
 
 
-def _read_tar(root: str, allowed: Allowed, place: str) -> tuple[list[Item], Sieve]:
+def _read_tar(
+    root: str, allowed: Allowed, keep: Sequence[str], budget: Budget, place: str
+) -> tuple[list[Item], Sieve]:
     name_of, sieve = label(place, root), Sieve()
     items = []
     seen = set()
+    keys: list[str] = []  # of the items
+    beside: dict[str, dict[str, Value]] = {}  # what is kept of the members with a key
     try:
         file = open_file(place, allowed)
     except FileNotFoundError as error:
@@ -62,6 +75,16 @@ def _read_tar(root: str, allowed: Allowed, place: str) -> tuple[list[Item], Siev
             sieve.skip("empty tars")
             return [], sieve
         for name, member in files(file, shown(place)):
+            key, suffix = sample_of(name)
+            if suffix in suffixes_of(keep) and isinstance(member, Member):
+                where = f"{shown(place)}: {printable(name)}"
+                if f"{key}.{suffix}" in seen:
+                    raise ValueError(f"{where} is there twice; an image has one")
+                seen.add(f"{key}.{suffix}")
+                found = read_member(file, suffix, member, keep, where)
+                budget.take(list(found.values()), where)
+                beside.setdefault(key, {}).update(found)
+                continue
             if not sieve.keeps(name):
                 continue
             if isinstance(member, str):
@@ -74,4 +97,10 @@ def _read_tar(root: str, allowed: Allowed, place: str) -> tuple[list[Item], Siev
                 raise ValueError(f"{id} is in the tar twice; every image may be read once")
             seen.add(id)
             items.append(Item(id, place, member.offset, member.size))
+            keys.append(key)
+    if keep:
+        items = [
+            replace(item, kept=of_sample(keep, item.id, beside.get(key, {})))
+            for item, key in zip(items, keys, strict=True)
+        ]
     return items, sieve

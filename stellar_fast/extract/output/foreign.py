@@ -29,6 +29,19 @@ MOST_IMAGES = 1 << 18  # of one partition: its index and its list are in memory 
 MOST_TEXT = 128 << 20  # bytes of ids and reasons in one index
 MOST_ROW = (1 << 31) - 1  # bytes of one feature of one image; Arrow has no wider column
 
+MOST_KEPT = 64  # columns that are carried along
+MOST_NAME = 200  # characters of such a column's name
+# Of every index; then come the columns that are carried along.
+INDEX_COLUMNS = {
+    "id": "string",
+    "row": "int64",
+    "status": "string",
+    "reason": "string",
+    "width": "int32",
+    "height": "int32",
+}
+KEPT_TYPES = ("int64", "float64", "string", "bool")
+
 Rule = tuple[str, Callable[[Any], bool]]
 
 
@@ -90,6 +103,28 @@ def _features(value: Any) -> bool:
     )
 
 
+KEPT_NAMES: Rule = (
+    f"at most {MOST_KEPT} names of columns that an index has not",
+    lambda names: (
+        len(names) <= MOST_KEPT
+        and all(
+            isinstance(name, str)
+            and 0 < len(name) <= MOST_NAME
+            and name.isprintable()
+            and name not in INDEX_COLUMNS
+            for name in names
+        )
+    ),
+)
+_KEPT: Rule = (
+    f"{KEPT_NAMES[0]}, each with one of {', '.join(KEPT_TYPES)}",
+    lambda value: (
+        isinstance(value, dict)
+        and KEPT_NAMES[1](value)
+        and all(isinstance(kind, str) and kind in KEPT_TYPES for kind in value.values())
+    ),
+)
+
 # What else a configuration holds, nothing here depends on.
 CONFIGURATION: Mapping[str, Rule] = {
     "model": OBJECT,
@@ -98,6 +133,7 @@ CONFIGURATION: Mapping[str, Rule] = {
     "input": TEXT,
     "column": TEXT_OR_NULL,
     "id_column": TEXT_OR_NULL,
+    "keep": _KEPT,
     "preset": TEXT,
     "scaled_decode": ("true or false", lambda value: isinstance(value, bool)),
     "features": (f"some of {', '.join(FEATURES)}, in this order", _features),
@@ -146,6 +182,7 @@ def check_manifest(
         "images": same(images),
         "rows": whole(0, images),
         "format": same(configuration["format"]),
+        "keep": same(configuration["keep"]),
         "features": OBJECT,
         "files": OBJECT,
     }

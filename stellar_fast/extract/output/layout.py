@@ -3,12 +3,13 @@
     OUTPUT/plan.json        the configuration, and the partitions that the input was cut into
     OUTPUT/inputs.parquet   every image of the plan, one row group a partition: id, file, for a
                             member of a tar its offset and size there, for a cell of a Parquet file
-                            its column, group and row; its owner's alone, since the addresses may
-                            have credentials
+                            its column, group and row, and what is kept of it; its owner's alone,
+                            since the addresses may have credentials
     OUTPUT/part-00000/      one partition: all of the files below, or it is not there
         sparse.npy ...      one file a feature, (rows, ...) of the plan's dtype; or, as the plan's
                             format is "parquet", features.parquet
-        index.parquet       one line an image: id, row, status, reason, width, height
+        index.parquet       one line an image: id, row, status, reason, width, height,
+                            and what the plan keeps
         manifest.json       counts, sizes and checksums of the others; written last
     OUTPUT/stats.json       what the last run did and what limited it
 
@@ -25,6 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import StellarError
@@ -41,6 +43,7 @@ from .foreign import (
     read_json,
     shown,
 )
+from .text import plain
 
 if TYPE_CHECKING:
     import pyarrow
@@ -108,15 +111,15 @@ class Plan:
 
 
 def digest_of(items: Iterable[Item]) -> str:
-    """SHA-256 of images in their order: id, file, offset, size, column, group and row, a zero byte
-    after each.
+    """SHA-256 of images in their order: id, file, offset, size, column, group, row and what is
+    kept, a zero byte after each.
 
     Of an address, without its user and password, since a digest could tell a guess at them.
     """
     digest = hashlib.sha256()
     for item in items:
         place = without_user(item.file), item.offset, item.size, item.column, item.group, item.row
-        text = "".join(f"{fact}\0" for fact in (item.id, *place))
+        text = "".join(f"{fact}\0" for fact in (item.id, *place, *map(repr, item.kept)))
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
@@ -166,7 +169,7 @@ def write_plan(output: Path, plan: Plan, items: Sequence[Item]) -> None:
     folder_to_disk(output)
 
 
-def _inputs_schema() -> pyarrow.Schema:
+def _inputs_schema(keep: Mapping[str, str]) -> pyarrow.Schema:
     import pyarrow
 
     return pyarrow.schema(
@@ -178,6 +181,7 @@ def _inputs_schema() -> pyarrow.Schema:
             ("column", pyarrow.string()),
             ("group", pyarrow.int32()),
             ("row", pyarrow.int64()),
+            *((f"kept.{name}", pyarrow.type_for_alias(kind)) for name, kind in keep.items()),
         ]
     )
 
@@ -186,7 +190,7 @@ def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    schema = _inputs_schema()
+    schema = _inputs_schema(plan.configuration["keep"])
     start = 0
     _remove_leftovers(path)
     with replacing(path) as temporary:
@@ -205,12 +209,24 @@ def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
                     [item.column for item in part],
                     [item.group for item in part],
                     [item.row for item in part],
+                    *zip(*(item.kept for item in part), strict=True),
                 ]
-                writer.write_table(pyarrow.table(columns, schema=schema), row_group_size=len(part))
+                table = pyarrow.table(columns, schema=schema)
+                if table.nbytes > MOST_TEXT:
+                    raise StellarError(
+                        f"{partition.name} has {table.nbytes} bytes of names and of what is kept, "
+                        f"and {MOST_TEXT} are the most; give a smaller --partition-size"
+                    )
+                writer.write_table(table, row_group_size=len(part))
 
 
-def read_items(output: PathLike, partition: Partition) -> list[Item]:
+def read_items(
+    output: PathLike, partition: Partition, keep: Mapping[str, str] = MappingProxyType({})
+) -> list[Item]:
     """The images of one partition, from `inputs.parquet`.
+
+    Args:
+        keep: of the plan's configuration.
 
     Raises:
         StellarError: the file is not the plan's.
@@ -227,13 +243,17 @@ def read_items(output: PathLike, partition: Partition) -> list[Item]:
                     f"{partition.name} has {group.rows} lines of {size} bytes, not "
                     f"{partition.images} of {MOST_TEXT} at most"
                 )
-            with parquet.ParquetFile(opened) as file:
-                if not file.schema_arrow.equals(_inputs_schema()):
-                    raise ValueError("its columns are not those of a plan's images")
-                columns = file.read_row_group(partition.index).to_pydict()
+            schema = _inputs_schema(keep)
+            if not parquet.ParquetFile(opened).schema_arrow.equals(schema):
+                raise ValueError("its columns are not those of a plan's images")
+            text = [field.name for field in schema if str(field.type) in ("string", "binary")]
+            with parquet.ParquetFile(opened, read_dictionary=text) as file:
+                columns = plain(file.read_row_group(partition.index), text).to_pydict()
         items = [
-            Item(name, os.fsdecode(place), *rest)
-            for name, place, *rest in zip(*columns.values(), strict=True)
+            Item(name, os.fsdecode(place), offset, size, column, group, row, tuple(kept))
+            for name, place, offset, size, column, group, row, *kept in zip(
+                *columns.values(), strict=True
+            )
         ]
     except (OSError, ArrowException, IndexError, TypeError, ValueError) as error:
         raise StellarError(f"{path}: cannot be read: {error}") from error

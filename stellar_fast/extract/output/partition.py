@@ -71,6 +71,7 @@ class Work:
         try:
             self.earlier = read_manifest(output, plan, index, held=store is None)
             self._all = [item.id for item in items]
+            self._kept = [item.kept for item in items]
             if self.earlier is not None:
                 self._index = self._read_earlier(self.earlier)
                 failed = {
@@ -140,7 +141,8 @@ class Work:
                 self._store.bring(self.partition.name, self.earlier)
             paths = self._merge(self.earlier)
         rows = self.reasons.count(None)
-        paths.append(write_index(folder, self._all, self.reasons, self.sizes))
+        keep = self._plan.configuration["keep"]
+        paths.append(write_index(folder, self._all, self.reasons, self.sizes, keep, self._kept))
         manifest = {
             "schema": SCHEMA,
             "partition": self.partition.index,
@@ -150,6 +152,7 @@ class Work:
             "rows": rows,
             "failed": len(self._all) - rows,
             "format": self._plan.configuration["format"],
+            "keep": keep,
             "features": {
                 name: {"shape": [rows, *shape], "dtype": self._plan.configuration["dtype"]}
                 for name, shape in self._shapes.items()

@@ -23,9 +23,10 @@ import numpy as np
 from ...errors import StellarError
 from ...files import is_machines, open_inside, told_of
 from ..footer import SNAPPY, UNCOMPRESSED, read_footer
-from .foreign import DTYPES, MOST_TEXT
+from .foreign import DTYPES, INDEX_COLUMNS, MOST_TEXT
 from .layout import FEATURES_PARQUET, INDEX
-from .writers import INDEX_COLUMNS, METADATA
+from .text import plain
+from .writers import METADATA
 
 if TYPE_CHECKING:
     import pyarrow
@@ -211,32 +212,25 @@ def read_index(folder: Path, manifest: Mapping[str, Any]) -> pyarrow.Table:
             raise ValueError(f"it has {lines} lines, and its manifest {manifest['images']}")
         if any(codec not in (UNCOMPRESSED, SNAPPY) for codec in groups[0].codecs):
             raise ValueError("it is packed otherwise than by snappy")
-        table = _unpacked(_parquet(file, read_dictionary=["id", "status", "reason"]))
+        types = {**INDEX_COLUMNS, **manifest["keep"]}
+        text = [name for name, kind in types.items() if kind == "string"]
+        table = _unpacked(_parquet(file, read_dictionary=text), types, text)
         _check_index(table, manifest)
         return table
 
 
-def _unpacked(file: parquet.ParquetFile) -> pyarrow.Table:
+def _unpacked(
+    file: parquet.ParquetFile, types: Mapping[str, str], text: list[str]
+) -> pyarrow.Table:
     """The table of an index whose text, however often it is repeated, is within `MOST_TEXT`."""
-    import pyarrow
-    import pyarrow.compute as compute
-
-    packed = dict.fromkeys(("id", "status", "reason"), "dictionary<values=string, indices=int32")
+    packed = "dictionary<values=string, indices=int32, ordered=0>"
     found = {field.name: str(field.type) for field in file.schema_arrow}
-    expected = {**INDEX_COLUMNS, **{name: f"{type}, ordered=0>" for name, type in packed.items()}}
+    names = {"float64": "double"}  # as Arrow writes them
+    expected = {name: names.get(kind, kind) for name, kind in types.items()}
+    expected |= dict.fromkeys(text, packed)
     if found != expected or len(file.schema_arrow) != len(expected):
         raise ValueError("its columns are not those of an index")
-    table = file.read()
-    table.validate(full=True)  # UTF-8, and places in the dictionary
-    text = 0
-    for name in packed:
-        for chunk in table[name].chunks:
-            sizes = compute.binary_length(chunk.dictionary).cast(pyarrow.int64())
-            text += compute.sum(sizes.take(chunk.indices)).as_py() or 0
-    if text > MOST_TEXT:
-        raise ValueError(f"its text unpacks to {text} bytes, and {MOST_TEXT} are the most")
-    columns = {name: table[name].cast(pyarrow.string()) for name in packed}
-    return pyarrow.table({name: columns.get(name, table[name]) for name in INDEX_COLUMNS})
+    return plain(file.read(), text)
 
 
 def _check_index(table: pyarrow.Table, manifest: Mapping[str, Any]) -> None:

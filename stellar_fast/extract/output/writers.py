@@ -13,19 +13,12 @@ import numpy as np
 
 from ...errors import StellarError
 from ...files import to_disk, writing
-from .foreign import MOST_TEXT
+from ..records import Value
+from .foreign import INDEX_COLUMNS, MOST_TEXT
 from .layout import FEATURES_PARQUET, INDEX
 
 Shapes = Mapping[str, tuple[int, ...]]
 METADATA = b"stellar_fast"  # the key of shapes and dtypes in a Parquet schema
-INDEX_COLUMNS = {
-    "id": "string",
-    "row": "int64",
-    "status": "string",
-    "reason": "string",
-    "width": "int32",
-    "height": "int32",
-}
 
 
 class FeatureFiles(Protocol):
@@ -187,15 +180,19 @@ def write_index(
     ids: Sequence[str],
     reasons: Sequence[str | None],
     sizes: Sequence[tuple[int | None, int | None]],
+    keep: Mapping[str, str],
+    kept: Sequence[tuple[Value, ...]],
 ) -> Path:
     """Writes `index.parquet`, one line an image in the order of the input.
 
     Columns: id (string); row (int64), its row in the features, null if the image failed; status
     (string), "ok" or "failed"; reason (string), null if ok; width and height (int32) of the upright
-    picture in pixels, null if it failed.
+    picture in pixels, null if it failed; then what is kept.
 
     Args:
         reasons: why each image failed, None where it did not.
+        keep: the columns that are kept, and their types.
+        kept: their values, of each image.
 
     Raises:
         StellarError: it cannot be written, or its text is longer than `opened.read_index` takes.
@@ -209,21 +206,26 @@ def write_index(
         rows.append(good if reason is None else None)
         good += reason is None
     states = ["ok" if reason is None else "failed" for reason in reasons]
-    columns = {
+    columns: dict[str, Sequence[Any]] = {
         "id": ids,
         "row": rows,
         "status": states,
         "reason": reasons,
         "width": [width for width, _ in sizes],
         "height": [height for _, height in sizes],
+        **dict(zip(keep, zip(*kept, strict=True), strict=True)),
     }
-    table = pyarrow.table(columns, schema=pyarrow.schema(list(INDEX_COLUMNS.items())))
+    types = {**INDEX_COLUMNS, **keep}
+    table = pyarrow.table(
+        columns,
+        pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in types.items()]),
+    )
     path = folder / INDEX
-    text = sum(table[name].nbytes for name in ("id", "status", "reason"))
+    text = sum(table[name].nbytes for name, kind in types.items() if kind == "string")
     if text > MOST_TEXT:
         raise StellarError(
-            f"{path}: {text} bytes of ids and reasons, and {MOST_TEXT} are the most; give a "
-            "smaller --partition-size"
+            f"{path}: {text} bytes of ids, reasons and kept text, and {MOST_TEXT} are the most; "
+            "give a smaller --partition-size"
         )
     with writing(path), path.open("wb") as file:
         parquet.write_table(table, file, compression="snappy")  # what `opened` reads

@@ -307,7 +307,7 @@ class Pipeline:
         while left and claimed:
             busy, claimed = [], False
             for index in left:
-                items = read_items(output, parts[index])
+                items = read_items(output, parts[index], self._plan.configuration["keep"])
                 try:
                     work = Work(
                         output,

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any
 
@@ -171,7 +172,8 @@ class Workers:
                 if following is None or numbers - taken + len(following) > self._room(following):
                     break
                 orders = [
-                    Order(numbers + at, self._free.pop(), item) for at, item in enumerate(following)
+                    Order(numbers + at, self._free.pop(), replace(item, kept=()))
+                    for at, item in enumerate(following)
                 ]
                 numbers += len(orders)
                 idle.send(orders)
