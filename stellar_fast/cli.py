@@ -14,25 +14,26 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from . import answers
 from .config import MODELS
-from .errors import StellarError
+from .console import Debug, Device, LocalOnly, Model, Precision, Preset, Repo, Revision, Weights
+from .console import load_engine as _load
+from .console import reported as _reported
+from .console import say as _say
 from .extract.options import Options
 from .leaving import leave
-from .printable import printable
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
 
 SOME_FAILED = 3
-INTERRUPTED = 130
 
 app = typer.Typer(
     add_completion=False,
@@ -41,30 +42,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Sparse tokens and spatial maps of images, by the STELLAR vision transformer.",
 )
-
-Model = Annotated[str, typer.Option(help="A model of `stellar-fast models`, or of --repo.")]
-Repo = Annotated[
-    str | None,
-    typer.Option(
-        help="A Hub repository, or a local folder in its layout; microsoft/STELLAR if left out."
-    ),
-]
-Weights = Annotated[
-    str, typer.Option(help="pretrained; or synthetic: random ones, with no network, for trials.")
-]
-Preset = Annotated[
-    str,
-    typer.Option(help="card (resized to 224x224) or eval (shorter side 256, centre crop 224)."),
-]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, fp8 (GPUs) or int8 (CPUs).")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one, if left out.")
-]
-Revision = Annotated[str | None, typer.Option(help="Of the Hub repository: branch, tag, commit.")]
-LocalOnly = Annotated[
-    bool, typer.Option("--local-files-only", help="Take weights from the cache, never the network.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def main() -> None:
@@ -90,33 +67,6 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             mode = "w" if descriptor else "r"
             setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Prints a line; where nobody reads any longer, as behind `| head -1`, nothing."""
-    try:
-        typer.echo(printable(text, keep="\n"), err=err)
-    except BrokenPipeError:
-        nobody = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nobody, 2 if err else 1)  # or flushing at the end would fail too
-        os.close(nobody)
-
-
-@contextmanager
-def _reported(debug: bool) -> Iterator[None]:
-    """Errors raised on purpose become one line on stderr and exit status 1."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _say("error: interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except (StellarError, ValueError, TypeError, OSError) as error:
-        if debug:
-            raise
-        _say(f"error: {printable(' '.join(str(error).split()))}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -469,10 +419,4 @@ def demo(
         run_demo(out, model, say=_say)
 
 
-def _load(model: str, *, repo: str | None, **arguments: Any) -> Engine:
-    from .loading import PUBLISHED_REPO, load
-
-    engine = load(model, repo=repo or PUBLISHED_REPO, **arguments)
-    if engine.weights == "synthetic":
-        _say("note: the weights are synthetic, random numbers: nothing was learned", err=True)
-    return engine
+app.command()(answers.search)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from stellar_fast import images
 from stellar_fast.errors import MissingExtraError
+from stellar_fast.images.seen import seen
 from stellar_fast.viz import plots
 
 ROWS, COLUMNS = 3, 5
@@ -102,13 +103,13 @@ assert "matplotlib.pyplot" not in sys.modules
 
 def test_seen_is_what_the_preset_shows():
     picture = photograph(640, 400)
-    whole = plots.seen(picture, "card")
+    whole = seen(picture, "card")
     assert whole.size == (512, 320)
-    assert plots.seen(photograph(60, 40), "card").size == (60, 40)
-    crop = plots.seen(picture, "eval")
+    assert seen(photograph(60, 40), "card").size == (60, 40)
+    crop = seen(picture, "eval")
     assert crop.size == (350, 350)
     model_input = images.apply_preset(picture, "eval").mul(255).byte()
     shown = np.asarray(crop.resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.abs(shown.astype(int) - model_input.numpy()).mean() < 2
     with pytest.raises(ValueError, match="unknown preset"):
-        plots.seen(picture, "square")
+        seen(picture, "square")

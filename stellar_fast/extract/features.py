@@ -7,6 +7,8 @@ are asked for are read. Rows are the images that did not fail, in the order of t
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import numpy as np
 
 from ..errors import MissingExtraError, StellarError
 from ..files import is_machines, told_of
-from .output.layout import PathLike, Plan, check_sums, complete, read_plan
+from .output.layout import Partition, PathLike, Plan, check_sums, complete, read_plan
 from .output.readers import Opened, ok, read_index
 
 if TYPE_CHECKING:
@@ -239,6 +241,30 @@ class Features:
         for name in names:
             frame[name] = list(self[name].to_numpy())
         return frame
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decided the features and of what their files hold, by the manifests: that
+        of other rows, or of other features of the same images, is another."""
+        files = [
+            {name: facts["sha256"] for name, facts in manifest["files"].items()}
+            for manifest in self._manifests
+        ]
+        text = json.dumps([self._plan.digest, files], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def parts_of(
+        self, rows: Collection[int] | np.ndarray
+    ) -> Iterator[tuple[Partition, dict[str, Any], np.ndarray, np.ndarray]]:
+        """The partitions that some rows are in: each with its manifest, the places of its rows in
+        `rows`, and their numbers there.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        for part, at, inside in self._split(_checked(np.asarray(rows), len(self))):
+            manifest = self._manifests[part]
+            yield self._plan.partitions[manifest["partition"]], manifest, at, inside
 
     def verify(self) -> None:
         """Reads every file and compares it with its checksum.

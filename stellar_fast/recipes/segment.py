@@ -15,7 +15,8 @@ from torch.nn.functional import interpolate
 from ..files import replacing
 from ..images.presets import SIZE
 from ..images.reader import decode
-from ..viz.plots import seen, token_colours
+from ..images.seen import seen
+from ..viz.plots import token_colours
 
 SHOWN = 0.55  # share of a region's colour; the rest is the photograph
 BORDER = 0.35  # brightness of the lines between regions

@@ -59,7 +59,8 @@ def save_spatial(
         StellarError: the file cannot be written.
     """
     from ..images.presets import apply_preset
-    from .plots import save_maps, seen
+    from ..images.seen import seen
+    from .plots import save_maps
 
     pixels = apply_preset(photograph, preset)
     out = engine.encode(pixels[None], outputs=("spatial",))

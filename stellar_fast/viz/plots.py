@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import MissingExtraError
-from ..images.presets import EVAL_SIDE, SIZE, check_preset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,23 +21,7 @@ if TYPE_CHECKING:
 COLUMNS = 6
 PANEL_INCHES = 1.9
 DOTS_PER_INCH = 110
-SHOWN_SIDE = 512  # pixels: more than a panel has
 GREY = 0.7  # brightness of the photograph under a map
-
-
-def seen(image: Image.Image, preset: str) -> Image.Image:
-    """The part of a photograph that a preset shows to the model, in the photograph's own
-    proportions, no longer than 512 pixels."""
-    check_preset(preset)
-    if preset == "eval":
-        side = round(min(image.size) * SIZE / EVAL_SIDE)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    scale = SHOWN_SIDE / max(image.size)
-    if scale >= 1:
-        return image
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def save_maps(

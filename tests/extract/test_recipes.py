@@ -95,7 +95,7 @@ def test_what_does_not_belong_together_is_refused(photographs, features, engine,
         search.search(index, features, engine_of_others, [photographs / features.ids[0]])
     index.add(np.zeros((1, 64), np.float32))
     rows = len(features)
-    with pytest.raises(ValueError, match=f"the index has {rows + 1} rows, the features {rows}"):
+    with pytest.raises(ValueError, match=f"the index has {rows + 1} vectors, the features {rows}"):
         search.search(index, features, engine, [photographs / features.ids[0]])
     write_output(tmp_path / "out", {"sparse": np.zeros((3, 4, 8), np.float32)})
     with pytest.raises(KeyError, match="no feature 'cls'"):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from pyarrow import parquet
 
+from stellar_fast.extract import originals
 from stellar_fast.extract.work import decoding
 
 SUPPORT = Path(__file__).parent  # what other processes import these from
@@ -102,6 +103,23 @@ def deadly_work(*arguments) -> None:
     patched: Any = decoding
     patched.read_item = read
     decoding.work(*arguments)
+
+
+def deadly_pictures(*arguments) -> None:
+    """A process of `originals` that decodes images called "endless" for ever."""
+    decode, endless = originals.decode, []
+
+    def read(item, allowed):
+        endless[:] = [item.id] if "endless" in item.id else []
+        return decoding.read_item(item, allowed)
+
+    def decode_or_not(*given, **named):
+        time.sleep(3600 if endless else 0)
+        return decode(*given, **named)
+
+    patched: Any = originals
+    patched.read_item, patched.decode = read, decode_or_not
+    originals._work(*arguments)
 
 
 def false_start(*arguments) -> None:

@@ -25,6 +25,7 @@ def write_output(
     leave_out: Sequence[int] = (),
     format: str = "npy",
     batch: int = 2,
+    weights: str = "made-up",
 ) -> list[str]:
     """Writes `features` (rows, ...) into partitions of `size` images: the ids of all images.
 
@@ -39,7 +40,7 @@ def write_output(
     items = [Item(id, f"/nowhere/{id}") for id in ids]
     configuration = {
         "model": {"name": "made-up", "backbone": {"patch_size": 16}},
-        "weights": "made-up",
+        "weights": weights,
         "precision": "fp32",
         "input": "/nowhere",
         "column": None,

@@ -33,7 +33,8 @@ ENGINE = "engine"  # a folder: the packed weights of an extraction that has scal
 _PLAN_BYTE = 1 << 40
 OURS = re.compile(
     rf"{re.escape(PLAN)}|{re.escape(INPUTS)}|stats(-\d+-of-\d+)?\.json|part-\d{{5,}}|"
-    rf"{re.escape(LOCK)}|{ENGINE}|\.part-\d{{5,}}\.partial-.*|\.(plan|inputs|stats).*"
+    rf"{re.escape(LOCK)}|{ENGINE}|\.part-\d{{5,}}\.partial-.*|\.(plan|inputs|stats|search-).*|"
+    r"search-[a-z]+\.faiss"  # of `recipes.kept`
 )
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
