@@ -3,13 +3,15 @@
     python -P benchmarks/audit/predict.py [--arch 90] [--model NAME] [--precision P] [--batch N]
 
 Of every launch of a real forward it takes the tiles, their waves over the multiprocessors and the
-bytes that must move, and of its compiled code what a warp issues in the main loop and beside it.
-A tile takes the longest of its matrix products, its instructions and its reads from the cache; what
-is beside the main loop adds to that where one program has the multiprocessor for itself, and
-overlaps where several share it. A launch takes no less than its bytes at the memory's rate.
+bytes that must move, and of its compiled code what a warp issues and waits for in the main loop and
+beside it. A tile takes the longest of its matrix products, its instructions, its reads from the
+cache and its pipeline's waiting: a pass's memory is free when its products are done and is full a
+trip later, in which as many passes go by as are under way. What is beside the main loop adds to
+that, with the trips that follow one another there, where one program has the multiprocessor for
+itself, and overlaps where several share it. A launch takes no less than its bytes at the memory's
+rate.
 
-Rates are those of `CHIPS`, or the ceilings of a result file of this repository. Where such a file
-has a measured time for a launch, it is printed beside the prediction, with its error.
+Rates are those of `CHIPS`. What was measured is beside it in the tables of benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -35,13 +37,21 @@ from torch import Tensor
 from stellar_fast.config import MODELS, ModelConfig
 from stellar_fast.kernels import launch
 
-START = 1.2e-6  # seconds between dependent launches of a CUDA graph, an assumption
-FILL = 1.0e-6  # seconds from a program's start to its first product, an assumption
+# Seconds between dependent launches of a CUDA graph, with the last stores' way to the memory: an
+# assumption. A norm of one image, three trips, took 2.4 us on an H200.
+START = 1.4e-6
+# Of a trip to the memory, what one to the cache takes, where what is read beside the main loop has
+# been written by the launch before. An assumption.
+CACHED = 0.5
+# Cycles from an instruction of a warp to its next, where no other warp of its scheduler fills them:
+# results are there after four to six, those of the uniform unit after a dozen. On an H200 the fc2
+# of one image took 207 to 212 ns a pass of 156 instructions, read by 48 programs as by 100.
+ALONE = 2.5
 PORT = 64  # bytes a cycle from the cache into one multiprocessor, sm_80 to sm_120
-# Bytes a cycle and multiprocessor that the cache gives to all of them at once. From the rates that
-# Triton's persistent products are known to reach on an H100 without multicast, 1,350 TFLOP/s in FP8
-# and half of it in bf16: both are 48 KiB tiles at 60 GB/s for each of 132 multiprocessors.
-CACHE = 34
+# Bytes a cycle of the boost clock and multiprocessor that the cache gives to all of them at once; a
+# load of products does not slow it. On an H200, products of 64 images that read 2.02 GB in tiles of
+# 128x256x64 took 260 us, those of one image that read 131 MB 17 us: 7.7 TB/s both.
+CACHE = 30
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Chip:
         boost: cycles a second where matrix products do not draw all the power.
         matrix: FLOP/s of a large bf16 product.
         copy: bytes/s of a device copy, reads and writes together.
+        trip: seconds from a load's issue until its bytes from the memory are there.
         source: where the two rates come from.
     """
 
@@ -63,6 +74,7 @@ class Chip:
     boost: float
     matrix: float
     copy: float
+    trip: float
     source: str
 
     @property
@@ -71,15 +83,27 @@ class Chip:
         return self.matrix / (self.processors * self.flops)
 
 
+# Of an H200's fc2 for one image (tuning at commit ce74130), in tiles whose passes wait for their
+# loads: what a pass took times the passes under way, less its products and instructions, is 410 to
+# 550 ns with two to four stages. Other GPUs' is the same by assumption: DRAM's has hardly changed.
+TRIP = 490e-9
 _SHEET = "80 % of the data sheet's dense bf16 rate, 90 % of its bandwidth"
 CHIPS = {
-    80: Chip("A100 SXM", 108, 2048, 1.41e9, 0.8 * 312e12, 0.9 * 2.04e12, _SHEET),
-    89: Chip("L40S", 142, 1024, 2.52e9, 0.8 * 362e12, 0.9 * 0.864e12, _SHEET),
+    80: Chip("A100 SXM", 108, 2048, 1.41e9, 0.8 * 312e12, 0.9 * 2.04e12, TRIP, _SHEET),
+    86: Chip("A40", 84, 1024, 1.74e9, 0.8 * 149.7e12, 0.9 * 0.696e12, TRIP, _SHEET),
+    89: Chip("L40S", 142, 1024, 2.52e9, 0.8 * 362e12, 0.9 * 0.864e12, TRIP, _SHEET),
     90: Chip(
-        "H200", 132, 4096, 1.98e9, 790e12, 4.3e12, "a matrix product and a copy measured on an H200"
+        "H200",
+        132,
+        4096,
+        1.98e9,
+        790e12,
+        4.3e12,
+        TRIP,
+        "a matrix product and a copy measured on an H200",
     ),
-    100: Chip("B200", 148, 8192, 1.85e9, 0.8 * 2250e12, 0.9 * 8.0e12, _SHEET),
-    120: Chip("RTX 5090", 170, 512, 2.41e9, 0.8 * 209.5e12, 0.9 * 1.79e12, _SHEET),
+    100: Chip("B200", 148, 8192, 1.85e9, 0.8 * 2250e12, 0.9 * 8.0e12, TRIP, _SHEET),
+    120: Chip("RTX 5090", 170, 512, 2.41e9, 0.8 * 209.5e12, 0.9 * 1.79e12, TRIP, _SHEET),
 }
 
 
@@ -93,6 +117,7 @@ class Work:
         read: bytes that a tile reads through the cache.
         flops, moved: of the launch: FLOPs without padding, and bytes of its operands and results.
         alternates: whether products wait for instructions of the same warp, as in a softmax.
+        fills: how often a tile's pipeline begins empty, where loops are nested.
     """
 
     tiles: int
@@ -102,6 +127,7 @@ class Work:
     flops: float
     moved: float
     alternates: bool = False
+    fills: int = 1
 
 
 def _moved(item: launch.Launch) -> float:
@@ -138,6 +164,7 @@ def work_of(item: launch.Launch) -> Work:
             read=(a["BLOCK_M"] + a["BLOCK_N"]) * steps * a["BLOCK_K"] * size,
             flops=2.0 * m * n * k,
             moved=moved,
+            fills=a["CHUNKS"],
         )
     if name == "_attention_kernel":
         steps = -(-a["S"] // a["BLOCK_K"])
@@ -193,6 +220,8 @@ class Prediction:
         waves: tiles for each place that there is for a program.
         products, instructions: seconds that one tile needs of each, alone on a multiprocessor.
         cache: seconds in which the cache gives all tiles what they read.
+        waiting: seconds in which a tile's pipeline can have its loads, one program alone.
+        trips: seconds of a tile beside its main loop in trips that follow one another.
         bound: which of them, or memory, or starting, sets the time.
     """
 
@@ -202,6 +231,8 @@ class Prediction:
     products: float
     instructions: float
     cache: float
+    waiting: float
+    trips: float
     bound: str
 
 
@@ -209,37 +240,53 @@ def predict(
     work: Work, finding: Finding, warps: int, fp8: bool, chip: Chip, clock: float
 ) -> Prediction:
     """The time of a launch whose code is `finding`, at `clock` cycles a second."""
-    anatomy = finding.anatomy
-    assert anatomy is not None
+    anatomy, waits = finding.anatomy, finding.waits
+    assert anatomy is not None and waits is not None
     exact = not finding.matrix  # float32 products are instructions like others
     rate = chip.matrix * (2 if fp8 else 1)
-    products = 0.0 if exact else work.products / (rate / chip.processors)
+    products = 0.0 if exact else work.products / (chip.flops * clock * (2 if fp8 else 1))
     loop = work.passes * anatomy.loop * warps / 4 / clock
+    slowly = loop * max(1.0, ALONE * 4 / warps)
     tile = anatomy.tile * warps / 4 / clock
     port = work.read / PORT / clock
-    main = products + loop if work.alternates else max(products, loop)
-    alone = max(main, port) + tile
+    waiting = 0.0
+    if waits.under_way is not None:
+        pass_alone = chip.trip + (products + slowly) / work.passes
+        waiting = work.passes * pass_alone / (1 + waits.under_way)
+    waiting += work.passes * waits.each * chip.trip
+    trips = waits.after * CACHED * chip.trip
+    # A program's first loads; where loops are nested or there is one tile, those of each tile.
+    first = chip.trip * (waits.before * CACHED + work.fills * (waits.under_way is not None))
+    # The softmaxes of programs side by side have not hidden one another's either: attention took as
+    # long for a pass of each with three of them as with one.
+    main = products + slowly if work.alternates else max(products, slowly)
+    alone = max(main, port, waiting) + tile + trips
     if not anatomy.flattened:
-        alone += FILL
+        alone += first
     resident = max(1, finding.programs)
     most = -(-work.tiles // chip.processors)  # tiles of the busiest multiprocessor
-    together = max(products, loop + tile, port)
-    cache = work.tiles * work.read / (CACHE * clock * chip.processors)
+    together = main + tile if work.alternates else max(products, loop + tile, port)
+    cache = work.tiles * work.read / (CACHE * chip.boost * chip.processors)
     memory = work.moved / chip.copy
     shares = {
         "products": most * products,
         "instructions": most * (loop + tile),
         "cache": max(cache, most * port),
         "memory": memory,
+        "waiting": -(-most // resident) * (waiting + trips),
         "start": START,
     }
+    last = tile + trips  # of the last tile, when all is read
+    busiest = max(most * together, -(-most // resident) * alone, cache + last, memory)
     return Prediction(
-        seconds=START + max(most * together, -(-most // resident) * alone, cache, memory),
+        seconds=START + (first if anatomy.flattened else 0.0) + busiest,
         floor=max(0.0 if exact else work.flops / rate, memory),
         waves=work.tiles / (chip.processors * resident),
         products=products,
         instructions=loop + tile,
         cache=cache,
+        waiting=waiting,
+        trips=trips,
         bound=max(shares, key=lambda name: shares[name]),
     )
 
@@ -286,6 +333,9 @@ def rows_of(
                     "times": len(items),
                     "tile": audit.describe(compilation)["tile"],
                     "programs": finding.programs,
+                    "shared": finding.shared,
+                    "stack": finding.stack,
+                    **(asdict(finding.waits) if finding.waits is not None else {}),
                     **asdict(prediction),
                 }
             )
@@ -310,13 +360,14 @@ def kept(found: list[Row]) -> list[Any]:
     chips = {str(arch): asdict(CHIPS[arch]) for arch in {result["arch"] for result in found}}
     command = "python -P benchmarks/audit/predict.py --json FILE"
     lines: list[Any] = [results.facts("predicted", command, prediction=True, chips=chips)]
-    fields = ("op", "times", "seconds", "floor", "bound")
+    fields = ("op", "times", "seconds", "floor", "bound", "tile", "shared", "stack",
+              "before", "each", "after", "under_way")  # fmt: skip
     for result in found:
         job = {name: result[name] for name in ("model", "batch", "precision", "arch")}
         job["stage"] = "predicted"
         job["key"] = "{model}/b{batch}/{precision}/sm_{arch}".format(**job)
         total = {name: value for name, value in result.items() if name != "rows"}
-        launches = [{name: row[name] for name in fields} for row in result["rows"]]
+        launches = [{k: row[k] for k in fields if k in row} for row in result["rows"]]
         lines.append([{**job, **row} for row in ({**total, "op": "forward"}, *launches)])
     return lines
 

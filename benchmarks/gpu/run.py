@@ -166,6 +166,12 @@ def run(
     return whole
 
 
+def unfinished(stages: Sequence[Stage], path: Path) -> str:
+    """The stages that the result file does not say to be finished."""
+    finished = read(path).finished
+    return ", ".join(stage.name for stage in stages if stage.name not in finished) or "nothing"
+
+
 def device_name() -> str | None:
     """Of the first CUDA device, or None."""
     import torch
@@ -229,8 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         path = results.going_on(folder, header, options.resume, options.fresh)
         with importable(), results.adding_to(path, header) as file:
-            print(f"-> {path}", flush=True)
+            print(f"-> {path}\nto do: {unfinished(stages, path)}", flush=True)
             done = run(stages, path, file, options.minutes, options.only)
+            print(f"left: {unfinished(stages, path)}")
             return 0 if done else 1
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -286,6 +286,42 @@ def predicted() -> str:
     )
 
 
+def _among(rows: Sequence[Row], field: str) -> str:
+    """The smallest and the largest value of a field that rows have."""
+    found = sorted({row[field] for row in rows if row.get(field) is not None})
+    return f"{found[0]} to {found[-1]}" if len(found) > 1 else "".join(map(str, found))
+
+
+def predicted_elsewhere() -> str:
+    """What the machine code for other GPUs is, and what it makes of H/14 there."""
+    found = newest("predicted")
+    guesses = found.rows("predicted", op="forward") if found else []
+    guesses = [guess for guess in guesses if guess["arch"] != 90]
+    if found is None or not guesses:
+        return "Nothing has been predicted for other GPUs."
+    lines = []
+    for guess in guesses:
+        rows = [row for row in found.jobs["predicted", guess["key"]] if row["op"] != "forward"]
+        matrix = [row for row in rows if row.get("under_way") is not None]
+        lines.append([
+            f"sm_{guess['arch']}, {guess['chip']}",
+            f"{guess['model']} {guess['precision']}, batch {guess['batch']}",
+            f"{1e3 * guess['seconds']:.3g} ms", f"{guess['floor'] / guess['seconds']:.0%}",
+            f"{max(row['shared'] for row in rows) / 1024:.0f} KiB", _among(matrix, "under_way"),
+            f"{_among(rows, 'before')}, {_among(rows, 'each')}, {_among(rows, 'after')}",
+            str(sum(row["stack"] > 0 for row in rows)),
+        ])  # fmt: skip
+    head = ["PREDICTED, not measured", "", "time", "of its ceiling", "most shared memory",
+            "passes under way", "trips to the memory before, in, behind the main loop",
+            "kernels that spill"]  # fmt: skip
+    facts = found.facts
+    return markdown(head, lines) + (
+        "\n\nBy the heuristics' tiles, which no such GPU has tuned, read from their machine code; "
+        "the ceiling is the longer of FLOPs at 80 % of the data sheet's rate and bytes at 90 % of "
+        f"its bandwidth. Commit {facts['commit']}, triton {facts['versions']['triton']}."
+    )
+
+
 TABLES = {
     "gpu-figures": _figures_table,
     "gpu-goals": _of_newest(_goals, ", so no goal for one can be met or missed yet"),
@@ -293,4 +329,5 @@ TABLES = {
     "gpu-kernels": _of_newest(_kernels, ": no kernel has a time"),
     "gpu-waterfall": _of_newest(_waterfall, ": what each optimisation brings is not known"),
     "predicted": predicted,
+    "predicted-elsewhere": predicted_elsewhere,
 }

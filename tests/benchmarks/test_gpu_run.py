@@ -201,13 +201,20 @@ def test_without_a_device_there_is_one_error(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_command_writes_where_it_is_told_and_knows_its_file_again(folder, monkeypatch):
+def test_the_command_writes_where_it_is_told_and_knows_its_file_again(folder, monkeypatch, capsys):
     monkeypatch.setattr(run, "device_name", lambda: "NVIDIA H200")
     seen = []
-    monkeypatch.setattr(run, "run", lambda stages, path, *_: seen.append((path, stages)) or True)
+
+    def measure(stages, path, file, *_) -> bool:
+        seen.append((path, stages))
+        file.write(results.lines_of([{"finished": stages[len(seen) - 1].name}]))
+        return True
+
+    monkeypatch.setattr(run, "run", measure)
     out = folder / "out"
-    for _ in range(2):
+    for todo, left in (("ops, tune", "tune"), ("tune", "nothing")):
         assert run.main(["--out", str(out), "--commit", "abc", "--stages", "ops", "tune"]) == 0
+        assert capsys.readouterr().out.endswith(f"to do: {todo}\nleft: {left}\n")
     (path, chosen), second = seen
     assert second[0] == path and [stage.name for stage in chosen] == ["ops", "tune"]
     assert path.parent == out / "nvidia-h200" and len(read(path).runs) == 2

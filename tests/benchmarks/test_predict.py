@@ -9,13 +9,15 @@ from audit import machine_code, predict
 from audit import run as audit
 from audit.compilation import Compilation, Finding
 from audit.machine_code import Anatomy, Instruction
+from audit.waits import Waits
 from harness.results import read
 from harness.workloads import flops_per_image
 
 from stellar_fast.config import MODELS
 
-CHIP = predict.Chip("chip", 10, 1000, 1e9, matrix=8e12, copy=1e12, source="a test")
-FINDING = Finding(128, 0, 0, 0, 1, ("HGMMA",), (), Anatomy(100, 1000, False, {"HGMMA": 4}))
+CHIP = predict.Chip("chip", 10, 1000, 1e9, matrix=8e12, copy=1e12, trip=1e-6, source="a test")
+ANATOMY = Anatomy(100, 1000, False, {"HGMMA": 4})
+FINDING = Finding(128, 0, 0, 0, 1, ("HGMMA",), (), ANATOMY, Waits(0, 0, 0, None, None))
 WORK = predict.Work(tiles=20, passes=10, products=0.0, read=0.0, flops=0.0, moved=0.0)
 
 
@@ -139,25 +141,50 @@ def test_an_unknown_kernel_is_refused():
 
 
 def test_two_waves_of_instructions():
-    # 10 passes of 100 cycles and 1,000 beside them, twice, by a scheduler each; filling up, twice.
-    assert seconds(WORK) == pytest.approx(predict.START + 2 * (2e-6 + predict.FILL))
+    # 10 passes of 100 cycles and 1,000 beside them, twice, by a scheduler each. A warp that has a
+    # scheduler for itself takes more for a pass.
+    assert seconds(WORK) == pytest.approx(predict.START + 2 * (1e-6 * predict.ALONE + 1e-6))
     two = replace(FINDING, programs=2)
     assert seconds(WORK, two) == pytest.approx(predict.START + 4e-6)  # they hide one another
-    assert seconds(WORK, warps=8) == pytest.approx(predict.START + 2 * (4e-6 + predict.FILL))
+    many = predict.START + 2 * (2e-6 * max(1.0, predict.ALONE / 2) + 2e-6)
+    assert seconds(WORK, warps=8) == pytest.approx(many)
+    assert seconds(WORK, warps=16) == pytest.approx(predict.START + 2 * (4e-6 + 4e-6))
+
+
+def test_a_pipeline_has_as_many_passes_in_a_trip_as_are_under_way():
+    def found(anatomy: Anatomy = ANATOMY, **changes: int | None) -> float:
+        assert FINDING.waits is not None
+        waits = replace(FINDING.waits, **changes)
+        return seconds(WORK, replace(FINDING, anatomy=anatomy, waits=waits)) - predict.START
+
+    one_pass = 1e-6 + 1e-7 * predict.ALONE
+    assert found(under_way=0) == pytest.approx(2 * (10 * one_pass + 1e-6 + 1e-6))
+    assert found(under_way=1) == pytest.approx(2 * (5 * one_pass + 1e-6 + 1e-6))
+    flattened = replace(ANATOMY, flattened=True)
+    assert found(flattened, under_way=1) == pytest.approx(2 * (5 * one_pass + 1e-6) + 1e-6)
+    deep = 2 * (1e-6 * predict.ALONE + 1e-6 + 1e-6)  # instructions take longer than the trips
+    assert found(under_way=9) == pytest.approx(deep)
+    beside = predict.CACHED * 1e-6
+    assert found(under_way=9, before=2, after=3) == pytest.approx(deep + 2 * 5 * beside)
+    assert found(under_way=9, each=2) == pytest.approx(2 * (one_pass + 20e-6 + 1e-6 + 1e-6))
 
 
 def test_products_hide_instructions_unless_they_wait_for_one_another():
-    work = replace(WORK, products=0.8e12 * 3e-6, tiles=10)  # 3 us of a processor's matrix rate
-    assert seconds(work) == pytest.approx(predict.START + 3e-6 + 1e-6 + predict.FILL)
-    assert seconds(work, fp8=True) == pytest.approx(predict.START + 1.5e-6 + 1e-6 + predict.FILL)
-    waiting = replace(work, alternates=True)
-    assert seconds(waiting) == pytest.approx(predict.START + 4e-6 + 1e-6 + predict.FILL)
+    work = replace(WORK, products=1e12 * 3e-6, tiles=10)  # 3 us of a processor's matrix rate
+    slowly = 1e-6 * predict.ALONE
+    assert seconds(work) == pytest.approx(predict.START + 3e-6 + 1e-6)
+    assert seconds(work, fp8=True) == pytest.approx(predict.START + max(1.5e-6, slowly) + 1e-6)
+    waiting = replace(work, alternates=True, tiles=20)
+    both = 2 * (3e-6 + slowly + 1e-6)
+    assert seconds(waiting) == pytest.approx(predict.START + both)
+    two = replace(FINDING, programs=2)
+    assert seconds(waiting, two) == pytest.approx(predict.START + both), "they hide nothing"
 
 
 def test_a_launch_takes_its_bytes_and_the_caches_time():
     assert seconds(replace(WORK, moved=1e8)) == pytest.approx(predict.START + 1e-4)
     assert seconds(replace(WORK, read=1e6)) == pytest.approx(
-        predict.START + 20 * 1e6 / (predict.CACHE * 1e9 * 10)
+        predict.START + 20 * 1e6 / (predict.CACHE * 1e9 * 10) + 1e-6
     )
 
 

@@ -242,6 +242,48 @@ def test_predictions_are_labelled_and_held_against_what_was_measured(measured, p
     assert line("predicted", f"{H} bf16, batch 7")[4] == "not measured"
 
 
+def test_what_other_gpus_would_do_is_told_from_their_kernels(plant):
+    job = {"stage": "predicted", "key": "k", "model": H, "batch": 1, "precision": "bf16"}
+    job |= {"arch": 86, "chip": "A40"}
+    total = {"seconds": 0.002, "floor": 0.0005, "images_per_second": 500.0}
+    launches = [
+        {
+            "op": "qkv",
+            "shared": 65536,
+            "stack": 0,
+            "before": 0,
+            "each": 0,
+            "after": 4,
+            "under_way": 2,
+        },
+        {
+            "op": "fc1",
+            "shared": 98304,
+            "stack": 8,
+            "before": 1,
+            "each": 0,
+            "after": 2,
+            "under_way": 1,
+        },
+        {
+            "op": "norm",
+            "shared": 0,
+            "stack": 0,
+            "before": 0,
+            "each": 0,
+            "after": 3,
+            "under_way": None,
+        },
+    ]
+    plant([{**job, "op": "forward", **total}, *({**job, **row} for row in launches)],
+          "predicted", name="predicted", chips={})  # fmt: skip
+    assert line("predicted-elsewhere", "sm_86, A40") == [
+        "sm_86, A40", f"{H} bf16, batch 1", "2 ms", "25%", "96 KiB", "1 to 2",
+        "0 to 1, 0, 2 to 4", "1",
+    ]  # fmt: skip
+    assert gpu.TABLES["predicted-elsewhere"]().startswith("| PREDICTED, not measured |")
+
+
 def test_the_waterfall_is_sorted_by_what_it_brings(measured):
     measured()
     rows = [row.split(" | ")[0] for row in gpu.TABLES["gpu-waterfall"]().splitlines()[2:5]]
