@@ -91,7 +91,11 @@ def costs() -> dict[str, float]:
     config = shallow(MODELS["stellar-b16"])
     meta = encoder_of(config, "bf16")
     weights = map_nodes(meta, Tensor, lambda tensor: torch.zeros_like(tensor, device="cpu"))
-    own: dict[str, Any] = {"device": torch.device("cpu"), "precision": "bf16", "output_dtype": torch.float32}
+    own: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "precision": "bf16",
+        "output_dtype": torch.float32,
+    }
     engine = with_graphs(Engine(config, weights, None, max_batch=16, weights="zeros", **own))
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     engine.warm_up(sizes=((32, 32),)).warm_up(sizes=((32, 32),), outputs=("cls",))

@@ -118,7 +118,7 @@ class Store:
     def _changed(
         self, fs: Any, root: str, there: Mapping[str, int], plan: Plan
     ) -> Iterator[Partition]:
-        """The partitions of which there is another manifest here than there."""
+        """The partitions that are not there as they are here: by the manifest, or in a size."""
         for first in range(0, len(plan.partitions), AT_ONCE):
             parts = plan.partitions[first : first + AT_ONCE]
             names = {part.index: f"{part.name}/{MANIFEST}" for part in parts}
@@ -129,7 +129,12 @@ class Store:
             for part in parts:
                 path = self.here / names[part.index]
                 here = path.read_bytes() if path.is_file() else None
-                if found.get(f"{root}/{names[part.index]}") != here:
+                text = found.get(f"{root}/{names[part.index]}")
+                files = parse_json(here)["files"] if here is not None and here == text else {}
+                if here != text or any(
+                    there.get(f"{part.name}/{name}") != facts["bytes"]
+                    for name, facts in files.items()
+                ):
                     yield part
 
     def _fetch_partition(
