@@ -103,7 +103,8 @@ def costs() -> dict[str, float]:
         "encode, five outputs": microseconds(lambda: engine.encode(images)),
         "encode, cls alone": microseconds(lambda: engine.encode(images, outputs=("cls",))),
     }
-    table, seen = weights.table.table(2, 2), []
+    table = weights.table.table(2, 2)
+    seen: list[Any] = []
 
     def forward() -> None:
         encoder.encode(kernels, weights, config, images, table, OUTPUTS, torch.float32)
