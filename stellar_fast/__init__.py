@@ -19,6 +19,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .engine.engine import Engine
     from .extract.features import open_features
+    from .extracting import extract_features
     from .loading import load, load_stellar
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "ImageError",
     "MissingExtraError",
     "StellarError",
+    "extract_features",
     "list_models",
     "load",
     "load_stellar",
@@ -38,6 +40,7 @@ __all__ = [
 
 _LAZY = {
     "Engine": "engine.engine",
+    "extract_features": "extracting",
     "load": "loading",
     "load_stellar": "loading",
     "open_features": "extract.features",

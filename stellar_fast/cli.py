@@ -247,52 +247,38 @@ def extract(
     """
     with _reported(debug):
         from .extract import job as jobs
-        from .extract import precision as precisions
         from .extract import runner
         from .extract.failures import told_failures
         from .extract.input.addresses import shown
         from .extract.input.sieve import told as told_skipped
+        from .extract.runner import Load
+        from .extracting import carried_out, facts_of, prepared
 
         for name in NAMES:
             given = options[name].split(",")
             options[name] = [one.strip() for one in given if one.strip()]
-        job = jobs.make_job(source, output, **options)
-        precision = precisions.planned(job, precision)
-        load: Callable[..., Engine] = functools.partial(
+        load: Load = functools.partial(
             _load,
             model,
             repo=repo,
             weights=weights,
-            precision=precision,
-            max_batch=job.batch_size,
             revision=revision,
             local_files_only=local_files_only,
         )
-        if precision == "int8":
-            load = precisions.with_scales(job, load, typer.echo)
-        facts = {"repo": repo, "revision": revision} if weights != "synthetic" else {}
-        if ray is not None and devices is not None:
-            raise ValueError("--ray gives each engine its device; leave --devices out")
-        names = runner.device_names(devices)
+        job, load = prepared(source, output, load, precision, typer.echo, options)
+        facts = facts_of(repo, revision, weights)
         if plan_only:
+            names = runner.device_names(devices)
             plan = jobs.make_plan(job, jobs.decided(job, load(device=names[0])), facts)
             left = f"; left out: {told_skipped(job.skipped)}" if job.skipped else ""
             _say(
                 f"{shown(output)}: {plan.images} images in {len(plan.partitions)} partitions{left}"
             )
             return
-        told: dict[str, Any] = {"facts": facts, "log_seconds": log_seconds}
         try:
-            if ray is not None:
-                from .extract import ray_runner
-
-                summary = ray_runner.run(
-                    job, load, address=ray, workers=job.options.workers, **told
-                )
-            elif len(names) == 1:
-                summary = runner.run(job, load(device=names[0]), **told)
-            else:
-                summary = runner.run_devices(job, load, names, **told)
+            summary = carried_out(
+                job, load, devices=devices, ray=ray, facts=facts, log_seconds=log_seconds
+            )
         except KeyboardInterrupt:
             _say("complete parts stay: the same command goes on from there", err=True)
             raise

@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 MOST_FOOTER = 64 << 20  # bytes
 MOST_DEPTH = 16  # a footer of Arrow's has 6
 UNCOMPRESSED, SNAPPY = 0, 1  # parquet.thrift, CompressionCodec
+PLAIN, RLE = 0, 3  # parquet.thrift, Encoding
 
 # Of the compact protocol.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)

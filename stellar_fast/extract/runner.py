@@ -12,12 +12,13 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from ..errors import StellarError
@@ -29,11 +30,17 @@ from .output.folder import Locks, has_locks
 from .output.layout import STATS, Plan, difference, read_manifest, write_json
 from .stats import Progress, Summary
 from .work.pipeline import Encoder, Pipeline, Stopped, Wanted
-from .work.workers import cores, exit_of, without_interrupts
+from .work.workers import cores, exit_of, without_interrupts, without_script
 
 LOG_SECONDS = 30.0
 # Seconds for the processes to drop their partitions when they are told to stop: one batch's work.
 STOP_SECONDS = 120.0
+
+AGAIN = "run the same command to go on"
+GUARD = (
+    "it imports the script, since that defines how to load the engine: the script must extract "
+    "under `if __name__ == '__main__':`"
+)
 
 Load = Callable[..., Encoder]
 # Of a process that works: ("report", images, failed images, seconds by stage) since the last one,
@@ -281,6 +288,7 @@ class _Process:
     name: str
     process: BaseProcess
     link: Connection
+    remedy: str  # what to do if it dies
 
     def receive(self) -> Any:
         """What it tells next; None when it is done.
@@ -294,8 +302,9 @@ class _Process:
             self.process.join()
             raise StellarError(
                 f"the process for {self.name} died ({exit_of(self.process.exitcode)}); "
-                "run the same command to go on"
+                f"{self.remedy}"
             ) from None
+        self.remedy = AGAIN
         if isinstance(message, Exception):
             raise message
         return message
@@ -309,15 +318,17 @@ def _processes(job: Job, load: Load, devices: Sequence[str | None]) -> Iterator[
     items = None if job.writes else job.items
     theirs = replace(job, items=items, workers=workers)
     threads = max(1, cores() // len(devices))
+    # Only what the caller's script defines makes it necessary there.
+    scripted = b"__main__" in bytes(ForkingPickler.dumps(load))
     started: list[_Process] = []
     try:
         for device in devices:
             mine, link = context.Pipe()
             process = context.Process(target=_main, args=(link, load, device, theirs, threads))
-            with without_interrupts():
+            with without_interrupts(), nullcontext() if scripted else without_script():
                 process.start()
             link.close()
-            started.append(_Process(str(device), process, mine))
+            started.append(_Process(str(device), process, mine, GUARD if scripted else AGAIN))
         yield started
     finally:
         for one in started:

@@ -89,14 +89,6 @@ def test_a_daemonic_process_is_told(monkeypatch, tmp_path):
         run(job, small_engine())
 
 
-def test_a_script_that_is_no_file_is_told(monkeypatch, tmp_path):
-    job = make_job(pictures(tmp_path / "in"), tmp_path / "out")
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>", raising=False)
-    with pytest.raises(StellarError, match=r"the script is <stdin> and no file.*save it"):
-        run(job, small_engine())
-
-
 def test_batches_that_fit_no_memory_are_told(repo, tmp_path):
     pictures(tmp_path / "in")
     arguments = ("extract", tmp_path / "in", tmp_path / "out", *small(repo))

@@ -18,7 +18,7 @@ from pictures import photograph
 from scenes import write_photographs
 
 import stellar_fast
-from stellar_fast import cli
+from stellar_fast import cli, extracting
 from stellar_fast.extract import failures, job, stats
 from stellar_fast.images.presets import load_image
 
@@ -191,7 +191,9 @@ def test_every_option_reaches_its_place(repo, picture, tmp_path, monkeypatch):
     monkeypatch.setattr(
         stellar_fast.loading, "load", lambda *a, **k: (loaded.update(k), load(*a, **k))[1]
     )
-    monkeypatch.setattr(job, "make_job", lambda *a, **k: (planned.update(k), make_job(*a, **k))[1])
+    monkeypatch.setattr(
+        extracting, "make_job", lambda *a, **k: (planned.update(k), make_job(*a, **k))[1]
+    )
     arguments = "--dtype float16 --batch-size 5 --preset eval --precision bf16 --workers 3"
     flags = "--features cls,dense --overwrite --local-files-only --revision main --device cpu"
     more = "--format parquet --partition-size 9 --on-error record --max-errors 8 --dummy-reader"

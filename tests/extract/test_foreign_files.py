@@ -100,7 +100,7 @@ def with_column(name: str, values) -> object:
 
 
 def wider(table):
-    wide = pyarrow.array([bytes(28)] * 4, pyarrow.binary(28))
+    wide = pyarrow.array([[0.0] * 7] * 4, pyarrow.list_(pyarrow.float32(), 7))
     return with_column("cls", wide)(table)
 
 
@@ -125,7 +125,13 @@ def wider(table):
                 "cls", lambda rows: pyarrow.array([None, *rows.to_pylist()[1:]], rows.type)
             ),
             {},
-            "has not the 4 rows",
+            "its columns are not those",
+        ),
+        (lambda table: table, {"use_dictionary": True}, "repeats values by a dictionary"),
+        (
+            lambda table: table,
+            {"column_encoding": {"cls.list.element": "BYTE_STREAM_SPLIT"}},
+            "or in another way",
         ),
     ],
 )

@@ -6,7 +6,6 @@ says of itself is what the plan and the manifest say, and its length is as that 
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -22,11 +21,11 @@ import numpy as np
 
 from ...errors import StellarError
 from ...files import is_machines, open_inside, told_of
-from ..footer import SNAPPY, UNCOMPRESSED, read_footer
+from ..footer import PLAIN, RLE, SNAPPY, UNCOMPRESSED, read_footer
 from .foreign import DTYPES, INDEX_COLUMNS, MOST_TEXT
 from .layout import FEATURES_PARQUET, INDEX
 from .text import plain
-from .writers import METADATA
+from .writers import features_schema
 
 if TYPE_CHECKING:
     import pyarrow
@@ -150,17 +149,17 @@ class ParquetRows:
         length = os.fstat(file.fileno()).st_size
         if sum(map(_width, features.values())) * self.shape[0] > length:
             raise ValueError(f"it has {length} bytes, fewer than its rows take")
+        columns = [column for group in groups for column in group.columns]
+        if any(code not in (PLAIN, RLE) for column in columns for code in column.encodings):
+            raise ValueError("it repeats values by a dictionary, or in another way")
         return counts
 
     def _check_columns(self, features: Mapping[str, Any]) -> None:
-        schema = self._file.schema_arrow
-        rows = {name: {**facts, "shape": facts["shape"][1:]} for name, facts in features.items()}
-        written = json.loads((schema.metadata or {}).get(METADATA, b"null"))
-        types = {"id": "string"} | {
-            name: f"fixed_size_binary[{_width(facts)}]" for name, facts in features.items()
-        }
-        found = {field.name: str(field.type) for field in schema}
-        if (found, written) != (types, rows) or len(schema) != len(types):
+        shapes = {name: tuple(facts["shape"][1:]) for name, facts in features.items()}
+        expected = features_schema(shapes, self.dtype)
+        found = self._file.schema_arrow
+        # Of one order, too.
+        if not found.equals(expected, check_metadata=True):
             raise ValueError("its columns are not those of its manifest")
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
@@ -179,19 +178,9 @@ class ParquetRows:
                 with _told(self._path):
                     column = self._file.read_row_group(group, [self._name])[self._name]
                     count = int(self._starts[group + 1] - self._starts[group])
-                    # Under a null there is whatever was in memory.
-                    if (len(column), column.null_count) != (count, 0):
+                    if len(column) != count:
                         raise ValueError(f"row group {group} has not the {count} rows that it says")
-                    chunks = [
-                        np.frombuffer(
-                            chunk.buffers()[1].slice(
-                                chunk.offset * chunk.type.byte_width,
-                                len(chunk) * chunk.type.byte_width,
-                            ),
-                            self.dtype,
-                        )
-                        for chunk in column.chunks
-                    ]
+                    chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
                     self._last = group, np.concatenate(chunks).reshape(count, *self.shape[1:])
             return self._last[1]
 

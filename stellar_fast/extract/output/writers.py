@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from ...files import to_disk, writing
 from ..records import Value
 from .foreign import INDEX_COLUMNS, MOST_TEXT
 from .layout import FEATURES_PARQUET, INDEX
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Shapes = Mapping[str, tuple[int, ...]]
 METADATA = b"stellar_fast"  # the key of shapes and dtypes in a Parquet schema
@@ -119,31 +122,38 @@ class NpyFiles:
         return header.getvalue()
 
 
-class ParquetFile:
-    """`features.parquet`: an id and one column of fixed-size bytes a feature, a row group a batch.
+def features_schema(shapes: Shapes, dtype: np.dtype[Any]) -> pyarrow.Schema:
+    """Of `features.parquet`: an id, and each feature as a fixed-size list of floats, flattened row
+    by row. The metadata has the shape and dtype of a row, as JSON under `METADATA`."""
+    import pyarrow
 
-    The schema's metadata has the shape and dtype of a row, as JSON under `METADATA`. Bytes rather
-    than lists of numbers: Parquet would store every number on its own, 20 times slower.
-    """
+    number = pyarrow.field("element", pyarrow.from_numpy_dtype(dtype), nullable=False)
+    fields = [pyarrow.field("id", pyarrow.string(), nullable=False)] + [
+        pyarrow.field(name, pyarrow.list_(number, int(np.prod(shape))), nullable=False)
+        for name, shape in shapes.items()
+    ]
+    facts = {name: {"shape": list(shape), "dtype": dtype.name} for name, shape in shapes.items()}
+    return pyarrow.schema(fields, metadata={METADATA: json.dumps(facts).encode()})
+
+
+class ParquetFile:
+    """`features.parquet`, a row group a batch."""
 
     def __init__(self, path: Path, shapes: Shapes, dtype: np.dtype[Any]) -> None:
-        import pyarrow
         from pyarrow import parquet
 
         self.rows = 0
         self._path, self._shapes, self._dtype = path, shapes, dtype
-        facts = {
-            name: {"shape": list(shape), "dtype": dtype.name} for name, shape in shapes.items()
-        }
-        columns = [("id", pyarrow.string())] + [
-            (name, pyarrow.binary(int(np.prod(shape)) * dtype.itemsize))
-            for name, shape in shapes.items()
-        ]
-        self._schema = pyarrow.schema(columns, metadata={METADATA: json.dumps(facts).encode()})
+        self._schema = features_schema(shapes, dtype)
         with writing(path):
             self._file = path.open("wb")
+            # Plain and not packed: what a reader takes is then bounded by the file's length.
             self._writer = parquet.ParquetWriter(
-                self._file, self._schema, compression="none", use_dictionary=False
+                self._file,
+                self._schema,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=["id"],
             )
 
     def append(self, ids: Sequence[str], rows: Mapping[str, np.ndarray]) -> None:
@@ -151,12 +161,10 @@ class ParquetFile:
 
         columns = [pyarrow.array(ids, pyarrow.string())]
         for name, shape in self._shapes.items():
-            stored = _stored(name, rows[name], shape, self._dtype)
-            columns.append(
-                pyarrow.Array.from_buffers(
-                    self._schema.field(name).type, len(ids), [None, pyarrow.py_buffer(stored)]
-                )
-            )
+            stored = _stored(name, rows[name], shape, self._dtype).reshape(-1)
+            kind = self._schema.field(name).type
+            numbers = pyarrow.array(stored, kind.value_type)
+            columns.append(pyarrow.FixedSizeListArray.from_arrays(numbers, type=kind))
         with writing(self._path):
             self._writer.write_table(pyarrow.table(columns, schema=self._schema))
         self.rows += len(ids)

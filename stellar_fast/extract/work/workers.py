@@ -7,16 +7,17 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import connection, forkserver, resource_tracker
+from types import ModuleType
 from typing import Any
 
 from ...errors import StellarError
-from ...printable import printable
 from ..input.addresses import Allowed
 from ..input.door import NOTHING_MORE
 from ..records import Item
@@ -34,6 +35,7 @@ PATIENCE = 300.0
 START_PATIENCE = 120.0  # seconds to be ready in
 # Processes that die one after another before they are ready.
 FALSE_STARTS = 3
+_HIDING = threading.Lock()
 POLL = 0.5  # seconds between looks at the clock and at `stopped`
 
 
@@ -45,7 +47,7 @@ class _Process:
         self.process = context.Process(
             target=work, args=(theirs, *arguments), daemon=True, name="decode"
         )
-        with without_interrupts():
+        with without_interrupts(), without_script():
             self.process.start()
         theirs.close()
         self.ready = False
@@ -76,6 +78,19 @@ def without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
+@contextmanager
+def without_script() -> Iterator[None]:
+    """Processes started in here do not import the script that is run, as multiprocessing has them
+    do: it may be a notebook or come from a pipe, and need no guard. They run this package alone."""
+    with _HIDING:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
 
 
 class Workers:
@@ -274,8 +289,8 @@ class Workers:
             self._false_starts += 1
             if self._false_starts >= FALSE_STARTS:
                 raise StellarError(
-                    f"{why} before it was ready, {FALSE_STARTS} times in a row; a script that "
-                    "extracts must do so under `if __name__ == '__main__':`"
+                    f"{why} before it was ready, {FALSE_STARTS} times in a row; it may have said "
+                    "why, above"
                 )
         retries.extend(lists)
         self._processes[self._processes.index(process)] = _Process(self._context, self._arguments)
@@ -288,19 +303,11 @@ def _group_of(item: Item) -> tuple[str, int] | None:
 
 
 def _check_parent() -> None:
-    """Raises StellarError in a process that cannot have children, or whose script they, which
-    import it, would not find."""
+    """Raises StellarError in a process that cannot have children."""
     if multiprocessing.current_process().daemon:
         raise StellarError(
             "extraction starts processes, which a daemonic process may not: start this one with "
             "daemon=False, or by concurrent.futures.ProcessPoolExecutor"
-        )
-    main = sys.modules["__main__"]
-    script = getattr(main, "__file__", None)
-    if main.__spec__ is None and script is not None and not os.path.exists(script):
-        raise StellarError(
-            f"the script is {printable(str(script))} and no file, so the processes that extraction "
-            "starts cannot import it; save it, with `if __name__ == '__main__':`, and run that"
         )
 
 
