@@ -275,7 +275,8 @@ def fidelity(
         int, typer.Option(help="To compare, at most, evenly spread over IMAGES.", min=1)
     ] = 64,
     plot: Annotated[
-        Path | None, typer.Option(metavar="OUT.png", help="Draw the table too (extra viz).")
+        Path | None,
+        typer.Option(metavar="OUT", help="Draw the table, OUT.png, .pdf or .svg (extra viz)."),
     ] = None,
     revision: Revision = None,
     local_files_only: LocalOnly = False,
@@ -311,17 +312,21 @@ def fidelity(
         found = engine.fidelity(pixels, preset=preset)
         typer.echo(str(found))
         if plot is not None:
-            save_fidelity(plot, found, engine.config.name)
+            save_fidelity(plot, found, f"{engine.config.name}{_synthetic(engine)}")
 
 
 @app.command()
 def maps(
     image: Annotated[Path, typer.Argument(metavar="IMAGE")],
-    output: Annotated[Path, typer.Argument(metavar="OUT.png")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="OUT.png, .pdf or .svg.")],
     model: Model = "stellar-b16",
     repo: Repo = None,
     weights: Weights = "pretrained",
     preset: Preset = "card",
+    top: Annotated[
+        int | None,
+        typer.Option(help="So many maps, of the tokens with the largest shares.", min=1),
+    ] = None,
     precision: Precision = "auto",
     device: Device = None,
     revision: Revision = None,
@@ -347,10 +352,10 @@ def maps(
             revision=revision,
             local_files_only=local_files_only,
         )
-        synthetic = " (synthetic weights)" if engine.weights == "synthetic" else ""
-        title = f"{engine.config.name}{synthetic}: {image.name}"
-        save_spatial(output, engine, photograph, preset, title)
-        _say(f"{output}: {engine.config.num_sparse_tokens} maps")
+        title = f"{engine.config.name}{_synthetic(engine)}: {image.name}"
+        save_spatial(output, engine, photograph, preset, title, top)
+        count = engine.config.num_sparse_tokens
+        _say(f"{output}: {count if top is None else min(top, count)} maps")
 
 
 @app.command()
@@ -360,6 +365,9 @@ def reconstruct(
     vq_model: Annotated[
         Path | None, typer.Option(help="The MaskGIT-VQGAN tokenizer's file.")
     ] = None,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Show the original, as the model saw it, beside it.")
+    ] = False,
     model: Model = "stellar-b16",
     repo: Repo = None,
     weights: Weights = "pretrained",
@@ -372,10 +380,10 @@ def reconstruct(
     """A photograph as its features tell it: encoded, then decoded again (preset card)."""
     with _reported(debug):
         from .images.presets import load_image
-        from .viz.pictures import check_picture, save_picture
+        from .viz.pictures import check_picture, save_beside, save_picture
 
-        check_picture(output)
-        pixels = load_image(image, "card")
+        check_picture(output, (".png",))
+        original = load_image(image, "card")
         engine = _load(
             model,
             repo=repo,
@@ -387,9 +395,12 @@ def reconstruct(
             revision=revision,
             local_files_only=local_files_only,
         )
-        out = engine.reconstruct(engine.encode(pixels[None], outputs=("lowrank",)))
+        out = engine.reconstruct(engine.encode(original[None], outputs=("lowrank",)))
         pixels = out["reconstruction"][0]
-        save_picture(output, pixels)
+        if beside:
+            save_beside(output, original, pixels, f"reconstruction{_synthetic(engine)}")
+        else:
+            save_picture(output, pixels)
         _say(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
 
 
@@ -408,4 +419,10 @@ def demo(
         run_demo(out, model, say=_say)
 
 
+def _synthetic(engine: Engine) -> str:
+    """What a picture says of weights that mean nothing."""
+    return " (synthetic weights)" if engine.weights == "synthetic" else ""
+
+
 app.command()(answers.search)
+app.command()(answers.probe)
