@@ -1,4 +1,4 @@
-"""The commands that answer by features which were extracted: `search`."""
+"""The commands that answer by features which were extracted: `search` and `probe`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import Debug, Device, LocalOnly, Precision, Repo, Revision, load_engine, reported, say
+from .errors import listing
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
@@ -125,3 +126,82 @@ def _tell(found: Found) -> None:
         say(f"  {hit.score:7.4f}  row {hit.row:<6}{token}  {hit.id}")
     if not found.hits:
         say("  nothing")
+
+
+def probe(
+    features: FeaturesFolder,
+    label: Annotated[str, typer.Option(metavar="COLUMN", help="That has the labels.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv", help="With the columns id and COLUMN; FEATURES' own, if left out."
+        ),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="The mean over tokens of sparse or dense; or cls.")
+    ] = "sparse",
+    held_out: Annotated[
+        float, typer.Option(help="The share of each class's images that is tested on.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of which these are.", min=0)] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT", help="The confusion matrix, OUT.png, .pdf or .svg (extra viz)."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """How well the features tell labels apart: logistic regression (extra recipes).
+
+    The accuracy is of images that were not trained on, with its 95 % Wilson interval, which is
+    about the choice of images alone. Images without a label are left out, and counted.
+    """
+    with reported(debug):
+        from .extract.features import open_features
+        from .recipes.labels import labels_of
+        from .recipes.probe import POOLED, pooled, probed
+        from .viz.pictures import check_picture, check_viz
+
+        if plot is not None:
+            check_viz("drawing a confusion matrix")
+            check_picture(plot)
+        opened = open_features(features)
+        if by not in POOLED or by not in opened:
+            known = [name for name in POOLED if name in opened]
+            raise ValueError(f"{opened.folder}: no {by} to probe; it has {', '.join(known)}")
+        found = labels_of(opened, label, labels)
+        say(str(found))
+        rows = [row for row, value in enumerate(found.values) if value is not None]
+        named = [value for value in found.values if value is not None]
+        result = probed(pooled(opened, by)[rows], named, held_out=held_out, seed=seed)
+        if result.single:
+            count = f"{len(result.single)} classes have one image, which is trained on, not tested"
+            say(f"{count}: {listing(result.single)}")
+        if not result.converged:
+            say("note: training did not come to its end; the accuracy could be higher", err=True)
+        low, high = result.interval
+        say(
+            f"{by}: {len(result.classes)} classes, trained on {result.trained}, tested on "
+            f"{result.tested} (seed {seed})"
+        )
+        say(
+            f"accuracy {result.accuracy:.1%} ({result.right} of {result.tested}), 95 % Wilson "
+            f"interval {low:.1%} to {high:.1%}; always the most frequent class: "
+            f"{result.usual / result.tested:.1%}"
+        )
+        synthetic = opened.configuration["weights"] == "synthetic"
+        if synthetic:
+            say("note: the weights are synthetic, random numbers: nothing was learned", err=True)
+        if plot is not None:
+            from .viz.pictures import save_confusion
+
+            model = str(opened.configuration["model"].get("name"))
+            save_confusion(
+                plot,
+                result.confusion,
+                result.classes,
+                f"{model}{' (synthetic weights)' if synthetic else ''}, {by}: {label}\n"
+                f"accuracy {result.accuracy:.1%} ({low:.1%} to {high:.1%})",
+            )
+            say(f"{plot}: {len(result.classes)} classes")

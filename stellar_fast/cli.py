@@ -311,7 +311,8 @@ def fidelity(
         bool, typer.Option("--scaled-decode", help="As of extract; float32 sees images in full.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="OUT.png", help="Draw the table too (extra viz).")
+        Path | None,
+        typer.Option(metavar="OUT", help="Draw the table, OUT.png, .pdf or .svg (extra viz)."),
     ] = None,
 ) -> None:
     """How far a precision's features are from float32, on your own images.
@@ -340,7 +341,7 @@ def fidelity(
     found = engine.fidelity(scaled, preset=preset, intended=pixels)
     typer.echo(str(found))
     if plot is not None:
-        save_fidelity(plot, found, engine.config.name)
+        save_fidelity(plot, found, f"{engine.config.name}{_synthetic(engine)}")
 
 
 @app.command()
@@ -348,8 +349,12 @@ def fidelity(
 def maps(
     load: Callable[..., Any],
     image: Annotated[Path, typer.Argument(metavar="IMAGE")],
-    output: Annotated[Path, typer.Argument(metavar="OUT.png")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="OUT.png, .pdf or .svg.")],
     preset: Preset = "card",
+    top: Annotated[
+        int | None,
+        typer.Option(help="So many maps, of the tokens with the largest shares.", min=1),
+    ] = None,
 ) -> None:
     """The spatial maps of the sparse tokens, drawn over a photograph (extra viz)."""
     from .images.presets import check_preset
@@ -361,10 +366,10 @@ def maps(
     check_picture(output)
     photograph = decode(image)
     engine = load()
-    synthetic = " (synthetic weights)" if engine.weights == "synthetic" else ""
-    title = f"{engine.config.name}{synthetic}: {image.name}"
-    save_spatial(output, engine, photograph, preset, title)
-    _say(f"{output}: {engine.config.num_sparse_tokens} maps")
+    title = f"{engine.config.name}{_synthetic(engine)}: {image.name}"
+    save_spatial(output, engine, photograph, preset, title, top)
+    count = engine.config.num_sparse_tokens
+    _say(f"{output}: {count if top is None else min(top, count)} maps")
 
 
 @app.command()
@@ -376,17 +381,23 @@ def reconstruct(
     vq_model: Annotated[
         Path | None, typer.Option(help="The MaskGIT-VQGAN tokenizer's file.")
     ] = None,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Show the original, as the model saw it, beside it.")
+    ] = False,
 ) -> None:
     """A photograph as its features tell it: encoded, then decoded again (preset card)."""
     from .images.presets import load_image
-    from .viz.pictures import check_picture, save_picture
+    from .viz.pictures import check_picture, save_beside, save_picture
 
-    check_picture(output)
-    pixels = load_image(image, "card")
+    check_picture(output, (".png",))
+    original = load_image(image, "card")
     engine = load(purpose="reconstruct", vq_model=vq_model)
-    out = engine.reconstruct(engine.encode(pixels[None], outputs=("lowrank",)))
+    out = engine.reconstruct(engine.encode(original[None], outputs=("lowrank",)))
     pixels = out["reconstruction"][0]
-    save_picture(output, pixels)
+    if beside:
+        save_beside(output, original, pixels, f"reconstruction{_synthetic(engine)}")
+    else:
+        save_picture(output, pixels)
     _say(f"{output}: {pixels.shape[2]}x{pixels.shape[1]} pixels")
 
 
@@ -405,4 +416,10 @@ def demo(
         run_demo(out, model, say=_say)
 
 
+def _synthetic(engine: Engine) -> str:
+    """What a picture says of weights that mean nothing."""
+    return " (synthetic weights)" if engine.weights == "synthetic" else ""
+
+
 app.command()(answers.search)
+app.command()(answers.probe)

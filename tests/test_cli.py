@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from pictures import photograph
 from PIL import Image
 
 import stellar_fast
-from stellar_fast import demo, photos
+from stellar_fast import cli, demo, images, photos
 from stellar_fast.viz import pictures
 
 
@@ -38,8 +39,8 @@ def test_outputs_are_refused_before_any_model_is_loaded(picture, tmp_path):
     nowhere = ("--repo", tmp_path / "no-such-folder")
     refused(invoke("extract", tmp_path, tmp_path / "out", *nowhere), "not empty")
     refused(invoke("maps", picture, tmp_path / "no" / "out.png", *nowhere), "there is no folder")
-    refused(invoke("maps", picture, tmp_path / "out.gif", *nowhere), "PNG")
-    refused(invoke("reconstruct", picture, tmp_path / "out.gif", *nowhere), "PNG")
+    refused(invoke("maps", picture, tmp_path / "out.gif", *nowhere), r"OUT\.png or OUT\.pdf")
+    refused(invoke("reconstruct", picture, tmp_path / "out.pdf", *nowhere), r"OUT\.png, by its")
     refused(invoke("reconstruct", picture, tmp_path / "out.png", *nowhere), "no-such-folder")
 
 
@@ -61,6 +62,15 @@ def test_maps_writes_a_picture(repo, picture, tmp_path, preset):
     assert result.exit_code == 0, result.output
     assert min(Image.open(out).size) > 100
     assert sorted(os.listdir(tmp_path)) == ["maps.png", "photograph.jpg"]
+
+
+def test_maps_of_the_largest_tokens_as_a_pdf(repo, picture, tmp_path):
+    out = tmp_path / "maps.pdf"
+    result = invoke("maps", picture, out, *small(repo), "--top", "3")
+    assert result.stdout == f"{out}: 3 maps\n"
+    assert out.read_bytes().startswith(b"%PDF")
+    assert invoke("maps", picture, out, *small(repo), "--top", "99").stdout == f"{out}: 8 maps\n"
+    assert invoke("maps", picture, out, *small(repo), "--top", "0").exit_code == 2
 
 
 def test_maps_without_matplotlib_names_the_extra(picture, tmp_path, monkeypatch):
@@ -89,6 +99,61 @@ def test_reconstruct_writes_what_the_engine_makes(repo, picture, tmp_path, monke
     expected = pixels["reconstruction"][0].clamp(0, 1)
     found = torch.from_numpy(np.array(Image.open(out))).permute(2, 0, 1) / 255
     assert (found - expected).abs().max() <= 0.51 / 255
+
+
+def test_reconstruct_with_the_original_beside_it(repo, picture, tmp_path):
+    alone, both = tmp_path / "again.png", tmp_path / "both.png"
+    assert invoke("reconstruct", picture, alone, *small(repo, "pixel")).exit_code == 0
+    result = invoke("reconstruct", picture, both, *small(repo, "pixel"), "--beside")
+    assert result.exit_code == 0, result.output
+    made, pair = np.asarray(Image.open(alone)), np.asarray(Image.open(both))
+    height, width = made.shape[:2]
+    assert pair.shape == (height + pictures.CAPTION, 2 * width + pictures.GAP, 3)
+    np.testing.assert_array_equal(pair[:height, -width:], made)
+    seen = images.load_image(picture, "card").permute(1, 2, 0).numpy()
+    small_again = Image.fromarray(pair[:height, :width]).resize(
+        (224, 224), Image.Resampling.BICUBIC
+    )
+    assert np.abs(np.asarray(small_again).astype(int) - seen).mean() < 3
+    for caption in (pair[height:, :width], pair[height:, -width:]):
+        assert caption.min() < 50
+        assert caption.max() == 255
+
+
+def test_pictures_say_that_weights_are_synthetic(repo, picture, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(pictures, "save_spatial", lambda *given: said.append(given[4]))
+    monkeypatch.setattr(pictures, "save_beside", lambda *given: said.append(given[3]))
+    monkeypatch.setattr(pictures, "save_fidelity", lambda *given: said.append(given[2]))
+    for weights in ("synthetic", "elsewhere"):
+        engine = small_engine(weights)
+        monkeypatch.setattr(cli, "_load", lambda *given, engine=engine, **named: engine)
+        for arguments in (
+            ("maps", picture, tmp_path / "a.png"),
+            ("reconstruct", picture, tmp_path / "a.png", "--beside"),
+            ("fidelity", tmp_path, "--plot", tmp_path / "a.png"),
+        ):
+            result = invoke(*arguments)
+            assert result.exit_code == 0, (arguments, result.output, result.exception)
+    assert [" (synthetic weights)" in text for text in said] == [True] * 3 + [False] * 3
+
+
+def small_engine(weights: str):
+    """What `load` gives, as far as the commands ask for it."""
+
+    class Fidelity:
+        def __str__(self) -> str:
+            return ""
+
+    config = SimpleNamespace(name="small", num_sparse_tokens=8)
+    made = {"reconstruction": torch.zeros(1, 3, 8, 8)}
+    return SimpleNamespace(
+        weights=weights,
+        config=config,
+        encode=lambda *given, **named: {},
+        reconstruct=lambda features: made,
+        fidelity=lambda *given, **named: Fidelity(),
+    )
 
 
 def test_reconstruct_without_its_tokenizer_says_which_file(repo, picture, tmp_path):

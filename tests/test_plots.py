@@ -1,5 +1,6 @@
 """The picture of spatial maps: each map in its panel, over the part of the photograph it is of."""
 
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,47 @@ def test_the_strongest_token_has_its_titles_colour():
             title = panels[2 + strongest[row, column]].title.get_color()
             assert np.allclose(np.asarray(title), colours[row, column] * 0.8)
     assert len({tuple(np.round(panel.title.get_color(), 3)) for panel in panels[2:]}) == 8
+
+
+@pytest.mark.parametrize("top", [1, 3, 8, 99])
+def test_the_tokens_with_the_largest_shares(top):
+    maps = spatial(8).numpy().reshape(ROWS, COLUMNS, 8)
+    figure = plots._draw(photograph(60, 40), maps, "", top)
+    panels = [axis for axis in figure.axes if axis.images][2:]
+    order = np.argsort(-maps.mean(axis=(0, 1)))[:top]
+    assert [int(re.search(r"\d+", panel.get_title())[0]) for panel in panels] == order.tolist()
+    for token, panel in zip(order, panels, strict=True):
+        assert (np.asarray(panel.images[1].get_array()) == maps[:, :, token]).all()
+        colour = plots.token_colours(8)[token] * 0.8
+        assert np.allclose(np.asarray(panel.title.get_color()), colour), "as in all pictures"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("PNG", b"\x89PNG")]
+)
+def test_the_suffix_decides_the_format(suffix, begins, tmp_path):
+    written = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.{suffix}"
+        plots.save_maps(path, photograph(60, 40), spatial(4), (ROWS, COLUMNS), "maps")
+        written.append(path.read_bytes())
+    assert written[0].startswith(begins)
+    assert written[0] == written[1], "there is a date in it"
+
+
+def test_the_letters_of_a_pdf_are_outlines_that_printers_take(tmp_path):
+    path = tmp_path / "a.pdf"
+    plots.save_maps(path, photograph(60, 40), spatial(4), (ROWS, COLUMNS), "maps")
+    assert b"/Type3" not in path.read_bytes()
+    assert b"/TrueType" in path.read_bytes() or b"/CIDFontType2" in path.read_bytes()
+
+
+def test_a_title_is_no_formula(tmp_path):
+    """Nor does it hide what a file is called."""
+    path = tmp_path / "a.png"
+    plots.save_maps(path, photograph(), spatial(4), (ROWS, COLUMNS), "$\\frac$ a$b$\u202e.jpg")
+    maps = spatial(4).numpy().reshape(ROWS, COLUMNS, 4)
+    assert plots._draw(photograph(), maps, "$x$\u202e").get_suptitle() == "$x$\\u202e"
 
 
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (300, 20), (20, 300)])

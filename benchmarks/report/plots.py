@@ -25,7 +25,10 @@ from stellar_fast.config import MODELS
 
 OURS, PLAIN, OTHERS = "#c1272d", "#333333", ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#7b3fa0")
 WITHOUT = "engine without"
-MARKERS = "osD^vPXd*p<>"
+MARKERS = "osD^vPXd*p<>hH8"
+LINES: dict[str, Any] = {
+    "fp32": "-", "bf16": "--", "fp16": ":", "fp8": "-.", "int8": (0, (1, 1))
+}  # fmt: skip
 COLOURS = {"bf16": OURS, "fp8": OTHERS[0], "fp16": OTHERS[1], "fp32": OTHERS[3]}
 
 
@@ -43,17 +46,29 @@ def _where(result: Result) -> str:
     return f"{device}, {facts['date']}, commit {facts['commit']}"
 
 
-def _styles(names: list[str]) -> dict[str, dict[str, str]]:
-    """Red is ours, black is plain PyTorch, dashed is bf16; a marker stays an implementation's."""
-    styles, others = {}, iter(OTHERS * len(names))
-    for index, name in enumerate(names):
+def _implementation(name: str) -> str:
+    """A name without its precision."""
+    return " ".join(word for word in name.split() if word not in LINES)
+
+
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    """By name: a marker is an implementation's, in whatever precision, a line a precision's. Red is
+    ours, or a precision's colour where there is FP8, and black is plain PyTorch."""
+    implementations = list(dict.fromkeys(map(_implementation, names)))
+    markers = dict(zip(implementations, MARKERS, strict=False))
+    others = (name for name in implementations if not name.startswith("engine"))
+    colours = dict(zip((n for n in others if not n.endswith("eager")), OTHERS * 3, strict=False))
+    styles = {}
+    for name in names:
+        precision = next((word for word in name.split() if word in LINES), "fp32")
+        implementation = _implementation(name)
         if name.startswith("engine"):
-            color = COLOURS[name.split()[1]] if any("fp8" in n for n in names) else OURS
+            colour = COLOURS[precision] if any("fp8" in other for other in names) else OURS
         else:
-            color = PLAIN if name.endswith("eager") else next(others)
-        line = "--" if "bf16" in name else "-"
-        marker = MARKERS[index % len(MARKERS)]
-        styles[name] = {"color": color, "linestyle": line, "marker": marker}
+            colour = colours.get(implementation, PLAIN)
+        styles[name] = {
+            "color": colour, "linestyle": LINES[precision], "marker": markers[implementation]
+        }  # fmt: skip
     return styles
 
 

@@ -16,7 +16,8 @@ from ..files import replacing
 from ..images.presets import SIZE
 from ..images.reader import decode
 from ..images.seen import seen
-from ..viz.plots import token_colours
+from ..viz.pictures import check_picture
+from ..viz.plots import draw_regions, token_colours
 
 SHOWN = 0.55  # share of a region's colour; the rest is the photograph
 BORDER = 0.35  # brightness of the lines between regions
@@ -60,8 +61,9 @@ def save_segments(
     spatial: Tensor | np.ndarray,
     grid: tuple[int, int],
     preset: str = "card",
+    title: str | None = None,
 ) -> np.ndarray:
-    """Writes a PNG: the photograph as the model saw it, its regions coloured and outlined.
+    """Writes the photograph as the model saw it, its regions coloured and outlined.
 
     A token has the same colour in every picture.
 
@@ -69,15 +71,22 @@ def save_segments(
         image: the photograph, as a path or an image that `images.decode` takes.
         spatial, grid: as for `segments`.
         preset: that the features were made with, which decides what part the model saw.
+        title: with one, even an empty one, a legend of the tokens and their shares is beside it,
+            and `path` may be a PNG, a PDF or an SVG (extra viz); without, `path` is a PNG of the
+            photograph's size.
 
     Returns:
         The regions, by `segments`, of the picture that was written.
 
     Raises:
         ImageError: the photograph cannot be read.
-        ValueError: unknown preset, or as `segments`.
+        ValueError: unknown preset, another suffix, or as `segments`.
+        MissingExtraError: matplotlib is needed for a legend, and is not installed.
         StellarError: the picture cannot be written.
     """
+    path = Path(path)
+    if title is not None:
+        check_picture(path)
     photograph = seen(decode(image), preset)
     regions = segments(spatial, grid, photograph.size)
     colours = token_colours(spatial.shape[1])[regions]
@@ -86,6 +95,10 @@ def save_segments(
     edge[:, 1:] |= regions[:, 1:] != regions[:, :-1]
     edge[1:] |= regions[1:] != regions[:-1]
     picture[edge] *= BORDER
-    with replacing(Path(path)) as temporary:
-        Image.fromarray((picture * 255).round().astype(np.uint8)).save(temporary, "PNG")
+    pixels = (picture * 255).round().astype(np.uint8)
+    with replacing(path) as temporary:
+        if title is None:
+            Image.fromarray(pixels).save(temporary, "PNG")
+        else:
+            draw_regions(temporary, pixels, regions, spatial.shape[1], title)
     return regions

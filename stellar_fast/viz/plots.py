@@ -1,4 +1,4 @@
-"""Spatial maps as a picture: where in a photograph each sparse token looks."""
+"""Spatial maps and regions as pictures: where in a photograph each sparse token looks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..errors import MissingExtraError
+from ..printable import printable
+from .figures import new_figure, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 6
 PANEL_INCHES = 1.9
-DOTS_PER_INCH = 110
+REGIONS_INCHES = 4.5  # width of a photograph with its regions
 GREY = 0.7  # brightness of the photograph under a map
 
 
@@ -30,13 +31,17 @@ def save_maps(
     spatial: Tensor | np.ndarray,
     grid: tuple[int, int],
     title: str,
+    top: int | None = None,
 ) -> None:
-    """Writes a PNG: the photograph, the strongest token of every patch, and every token's map.
+    """Writes a PNG, a PDF or an SVG, by the suffix: the photograph, the strongest token of every
+    patch, and every token's map.
 
     Args:
         image: what the model saw, RGB, in any proportions: the maps are stretched over it.
         spatial: (P, K), as `encode` gives it for one image, rows that sum to 1.
         grid: rows and columns of patches, P in all.
+        top: so many maps at most, of the tokens with the largest shares, largest first; all in
+            their order, if left out.
 
     Raises:
         ValueError: `spatial` is not (P, K), or P is not rows times columns.
@@ -48,11 +53,7 @@ def save_maps(
     if spatial.ndim != 2 or len(spatial) != rows * columns:
         raise ValueError(f"spatial must be ({rows} x {columns}, K), got {spatial.shape}")
     maps = spatial.reshape(rows, columns, -1)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("drawing spatial maps", "viz") from error
-    _draw(image, maps, title).savefig(path, format="png", dpi=DOTS_PER_INCH)
+    write_figure(_draw(image, maps, title, top), path)
 
 
 def token_colours(count: int) -> np.ndarray:
@@ -64,20 +65,20 @@ def token_colours(count: int) -> np.ndarray:
     return np.array([colorsys.hsv_to_rgb(hue, 1, 1) for hue in hues]).reshape(count, 3)
 
 
-def _draw(image: Image.Image, maps: np.ndarray, title: str) -> Figure:
-    """A matplotlib Figure of `maps` (rows, columns, K); never pyplot, whose state is the user's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    count = maps.shape[2]
-    lines = math.ceil((count + 2) / COLUMNS)
+def _draw(image: Image.Image, maps: np.ndarray, title: str, top: int | None = None) -> Figure:
+    """A matplotlib Figure of `maps` (rows, columns, K)."""
+    share = maps.mean(axis=(0, 1), dtype=np.float64)
+    count = len(share)
+    tokens = range(count) if top is None else np.argsort(-share, kind="stable")[:top].tolist()
+    across = min(COLUMNS, len(tokens) + 2)
+    lines = math.ceil((len(tokens) + 2) / across)
     tall = min(2.0, max(0.5, image.height / image.width)) * PANEL_INCHES + 0.25
-    figure = Figure(
-        figsize=(COLUMNS * PANEL_INCHES + 0.9, lines * tall + 0.6), layout="constrained"
+    figure = new_figure(
+        max(4.0, across * PANEL_INCHES) + 0.9, lines * tall + 0.6, "drawing spatial maps"
     )
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
-    axes = figure.subplots(lines, COLUMNS, squeeze=False).ravel()
+    # A title has names of files: a dollar begins no formula.
+    figure.suptitle(printable(title), fontsize=12, parse_math=False)
+    axes = figure.subplots(lines, across, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
 
@@ -96,7 +97,7 @@ def _draw(image: Image.Image, maps: np.ndarray, title: str) -> Figure:
     low, high = float(maps.min()), float(maps.max())
     grey = np.asarray(image.convert("L")).astype(float) / 255 * GREY
     shade = None
-    for token, axis in enumerate(axes[2 : count + 2]):
+    for token, axis in zip(tokens, axes[2:], strict=False):
         weight = maps[:, :, token]
         axis.imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=1)
         shade = axis.imshow(
@@ -108,7 +109,7 @@ def _draw(image: Image.Image, maps: np.ndarray, title: str) -> Figure:
             alpha=0.25 + 0.65 * (weight - low) / max(high - low, 1e-12),
             interpolation="nearest",
         )
-        axis.set_title(f"■ token {token}: {weight.mean():.0%}", fontsize=9, color=hues[token] * 0.8)
+        axis.set_title(f"■ token {token}: {share[token]:.0%}", fontsize=9, color=hues[token] * 0.8)
     if shade is not None:
         bar = figure.colorbar(shade, ax=list(axes), fraction=0.012, pad=0.01)
         bar.set_label("share of the patch", fontsize=9)
@@ -116,24 +117,52 @@ def _draw(image: Image.Image, maps: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def draw_fidelity(path: str | os.PathLike[str], fidelity: Fidelity, model: str) -> None:
-    """Writes a PNG: the relative error of each output, and the shares of choices that are the same.
+def draw_regions(
+    path: str | os.PathLike[str], picture: np.ndarray, regions: np.ndarray, count: int, title: str
+) -> None:
+    """Writes a PNG, a PDF or an SVG, by the suffix: regions with a legend of their tokens.
+
+    Args:
+        picture: uint8 (height, width, 3), the photograph with its regions.
+        regions: (height, width), the token of every pixel.
+        count: of all tokens, which decides their colours.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("drawing fidelity", "viz") from error
+    height, width = regions.shape
+    tall = min(8.0, max(2.0, REGIONS_INCHES * height / width))
+    figure = new_figure(REGIONS_INCHES + 1.6, tall + 0.5, "drawing regions")
+    axis = figure.subplots()
+    axis.set_axis_off()
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_title(printable(title), fontsize=11, parse_math=False)
+    colours = token_colours(count)
+    share = np.bincount(regions.ravel(), minlength=count) / regions.size
+    for token in np.argsort(-share, kind="stable"):
+        if share[token] > 0:
+            label = f"{token}: {share[token]:.1%}"
+            axis.scatter([], [], s=70, marker="s", color=colours[token], label=label)
+    figure.legend(
+        title="token: share", loc="outside right center", fontsize=8, title_fontsize=9,
+        frameon=False,
+    )  # fmt: skip
+    write_figure(figure, path)
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+
+def draw_fidelity(path: str | os.PathLike[str], fidelity: Fidelity, model: str) -> None:
+    """Writes a PNG, a PDF or an SVG, by the suffix: the relative error of each output, and the
+    shares of choices that are the same.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = new_figure(9, 3.2, "drawing fidelity")
     left, right = figure.subplots(1, 2)
     figure.suptitle(
         f"{model}: {fidelity.precision} on {fidelity.backend} against fp32, "
-        f"{fidelity.images} images"
+        f"{fidelity.images} images",
+        parse_math=False,
     )
     names = list(fidelity.outputs)
     left.barh(names, [fidelity.outputs[name].error for name in names], color="#c1272d")
@@ -144,4 +173,4 @@ def draw_fidelity(path: str | os.PathLike[str], fidelity: Fidelity, model: str) 
     right.set(xlim=(0, 1), xlabel="share that is the same")
     for axis in (left, right):
         axis.invert_yaxis()
-    figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+    write_figure(figure, path)

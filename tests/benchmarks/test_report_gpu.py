@@ -294,6 +294,26 @@ def test_the_waterfall_is_sorted_by_what_it_brings(measured):
     assert line("gpu-waterfall", "the norm")[2:] == ["refused", ""]
 
 
+def test_a_marker_is_an_implementations_in_every_precision():
+    pytest.importorskip("matplotlib")
+    from report import plots
+
+    names = [
+        "engine bf16", "engine fp8", "engine fp32", "reference fp32 eager", "reference bf16 eager",
+        "reference bf16 compile", "OpenVINO fp32", "OpenVINO bf16", "ONNX Runtime fp32",
+        "transformers ViTModel bf16 (backbone only)",
+    ]  # fmt: skip
+    styles = plots._styles(names)
+    assert list(styles) == names
+    markers = [styles[name]["marker"] for name in names]
+    assert len({*markers[:3]}) == len({*markers[3:5]}) == len({*markers[6:8]}) == 1
+    assert len({*markers}) == 6
+    assert len({tuple(map(str, style.values())) for style in styles.values()}) == len(names)
+    assert styles["reference fp32 eager"]["color"] == styles["reference bf16 eager"]["color"]
+    lines = {name: styles[name]["linestyle"] for name in names}
+    assert lines["engine bf16"] == lines["OpenVINO bf16"] != lines["OpenVINO fp32"]
+
+
 def test_every_plot_is_drawn_with_its_labels_inside_and_its_figures_in_it(
     measured, stored, tmp_path
 ):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import small_engine
+from matplotlib.figure import Figure
 from outputs import write_output
 from PIL import Image
 
@@ -213,6 +214,33 @@ def test_the_picture(preset, tmp_path):
         np.testing.assert_allclose(picture[10, column], expected, atol=0.01)
     (border,) = np.flatnonzero(np.diff(regions[10]))
     assert picture[10, border + 1].sum() < 0.5 * picture[10, border].sum()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")]
+)
+def test_a_legend_tells_the_tokens(suffix, begins, tmp_path, monkeypatch):
+    labels, colours = [], []
+
+    def legend(figure, *given, **named):
+        for axis in figure.axes:
+            handles, found = axis.get_legend_handles_labels()
+            labels.extend(found)
+            colours.extend(handle.get_facecolor()[0, :3] for handle in handles)
+        return plain(figure, *given, **named)
+
+    plain = Figure.legend
+    monkeypatch.setattr(Figure, "legend", legend)
+    tokens = np.array([[1, 1, 1], [1, 2, 2]])
+    path = tmp_path / f"segments.{suffix}"
+    photograph = Image.new("RGB", (90, 60), (128, 128, 128))
+    regions = segment.save_segments(path, photograph, peaked(tokens, 4), (2, 3), title="$a.jpg")
+    assert path.read_bytes().startswith(begins)
+    share = [float((regions == token).mean()) for token in (1, 2)]
+    assert labels == [f"1: {share[0]:.1%}", f"2: {share[1]:.1%}"]
+    np.testing.assert_allclose(colours, token_colours(4)[1:3])
+    with pytest.raises(ValueError, match=r"OUT\.png or OUT\.pdf"):
+        segment.save_segments(tmp_path / "a.gif", photograph, peaked(tokens, 4), (2, 3), title="")
 
 
 def test_of_extracted_features(photographs, features, tmp_path):
