@@ -207,11 +207,8 @@ class GraphRunner:
                 graph.replay()
                 # The device is at work: what the host does from here on costs no time.
                 if out is None:
-                    kind: dict[str, Any] = {
-                        "dtype": self._output_dtype,
-                        "memory_format": torch.contiguous_format,
-                    }
-                    made = [torch.empty_like(tensor, **kind) for tensor in found]
+                    dtype, layout = self._output_dtype, torch.contiguous_format
+                    made = [torch.empty_like(t, dtype=dtype, memory_format=layout) for t in found]
                     out = dict(zip(outputs, made, strict=True))
                 else:
                     made = [out[name] for name in outputs]

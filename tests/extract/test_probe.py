@@ -149,7 +149,7 @@ def test_with_the_mark_of_utf_8(features, tmp_path):
 
 def test_what_cannot_be_probed(output, features, table, tmp_path):
     ask = ("probe", output, "--label", "kind")
-    refused(invoke(*ask), "no column 'kind', their columns are id, width, height; --labels FILE.csv")
+    refused(invoke(*ask), "no column 'kind', their columns are id, width, height")
     refused(invoke(*ask, "--labels", tmp_path / "none.csv"), "none.csv")
     both = (*ask, "--labels", table)
     refused(invoke(*both, "--by", "spatial"), "no spatial to probe; it has sparse, cls")
