@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKED = {".py", ".html", ".css", ".js"}
 LEAVES = {"config", "errors", "weights"}  # what reference may use of stellar_fast
 SOURCES = sorted(
     path
@@ -184,7 +185,8 @@ def distribution(tmp_path_factory) -> Path:
 @pytest.mark.timeout(600)
 def test_wheel_and_sdist_hold_the_same_packages(distribution):
     (wheel,), (sdist,) = distribution.glob("*.whl"), distribution.glob("*.tar.gz")
-    installed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    shipped = zipfile.ZipFile(wheel).namelist()
+    installed = {name for name in shipped if Path(name).suffix in PACKED}
     expected = {
         prefix + path.relative_to(ROOT / folder).as_posix()
         for folder, prefix in (
@@ -192,13 +194,14 @@ def test_wheel_and_sdist_hold_the_same_packages(distribution):
             ("kernels", "stellar_fast/kernels/"),
             ("reference", "stellar_fast/reference/"),
         )
-        for path in (ROOT / folder).rglob("*.py")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in PACKED
     }
     assert installed == expected
     with tarfile.open(sdist) as archive:
-        shipped = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"kernels/__init__.py", "reference/ops.py", "stellar_fast/engine/engine.py"} <= shipped
-    assert {"LICENSE", "README.md", "pyproject.toml"} <= shipped
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"kernels/__init__.py", "reference/ops.py", "stellar_fast/engine/engine.py"} <= sources
+    assert {"LICENSE", "README.md", "pyproject.toml"} <= sources
 
 
 @pytest.mark.slow

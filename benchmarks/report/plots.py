@@ -56,14 +56,17 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     ours, or a precision's colour where there is FP8, and black is plain PyTorch."""
     implementations = list(dict.fromkeys(map(_implementation, names)))
     markers = dict(zip(implementations, MARKERS, strict=False))
+    by_precision = any("fp8" in name for name in names)
+    free = [colour for colour in OTHERS if not by_precision or colour not in COLOURS.values()]
     others = (name for name in implementations if not name.startswith("engine"))
-    colours = dict(zip((n for n in others if not n.endswith("eager")), OTHERS * 3, strict=False))
+    others = (name for name in others if not name.endswith("eager"))
+    colours = dict(zip(others, free * len(names), strict=False))
     styles = {}
     for name in names:
         precision = next((word for word in name.split() if word in LINES), "fp32")
         implementation = _implementation(name)
         if name.startswith("engine"):
-            colour = COLOURS[precision] if any("fp8" in other for other in names) else OURS
+            colour = COLOURS[precision] if by_precision else OURS
         else:
             colour = colours.get(implementation, PLAIN)
         styles[name] = {

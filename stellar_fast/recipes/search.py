@@ -58,18 +58,18 @@ def build_index(
 
     Raises:
         KeyError: the features were extracted without cls, or sparse.
-        ValueError: unknown `by`, or a `factory` that faiss does not know.
+        ValueError: unknown `by`, or a `factory` that faiss does not know or that needs more rows.
         MissingExtraError: faiss is not installed.
     """
     faiss = import_faiss()
     feature = features[_feature_of(by)]
     try:
         index = faiss.index_factory(feature.shape[-1], factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
+        if not index.is_trained:
+            a_row = vectors_a_row(features, by)
+            index.train(vectors(_sample(feature, max(1, TRAINED_ON // a_row), seed), by))
+    except RuntimeError as error:  # an unknown kind, or too few vectors to learn from
         raise ValueError(f"faiss makes no index {factory!r} of these vectors: {error}") from None
-    if not index.is_trained:
-        a_row = vectors_a_row(features, by)
-        index.train(vectors(_sample(feature, max(1, TRAINED_ON // a_row), seed), by))
     for block in feature.blocks(BLOCK):
         index.add(vectors(block, by))
     return index
@@ -126,6 +126,8 @@ def nearest(
         raise ValueError(
             f"the index has {index.ntotal} vectors, the features {len(features) * a_row}"
         )
+    if not index.ntotal:
+        return [[] for _ in queries]
     left_out = [None] * len(queries) if without is None else without
     # So many vectors are of k + 1 rows at least.
     scores, numbers = index.search(queries, min((k + 1) * a_row, index.ntotal))

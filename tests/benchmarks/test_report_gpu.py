@@ -310,6 +310,8 @@ def test_a_marker_is_an_implementations_in_every_precision():
     assert len({*markers}) == 6
     assert len({tuple(map(str, style.values())) for style in styles.values()}) == len(names)
     assert styles["reference fp32 eager"]["color"] == styles["reference bf16 eager"]["color"]
+    ours = {styles[name]["color"] for name in names[:3]}
+    assert not ours & {styles[name]["color"] for name in names[3:]}
     lines = {name: styles[name]["linestyle"] for name in names}
     assert lines["engine bf16"] == lines["OpenVINO bf16"] != lines["OpenVINO fp32"]
 

@@ -243,9 +243,9 @@ def test_the_matrix_is_of_what_was_predicted():
 
 @pytest.mark.parametrize("count", [2, 21, 70])
 def test_pictures_of_any_size(count, tmp_path):
-    names = [f"$\\frac{{{at}}}\u202e {'long ' * (at % 9)}" for at in range(count)]
+    names = [f"$\\frac{{{at}}}$\u202e {'long ' * (at % 9)}" for at in range(count)]
     matrix = np.random.default_rng(0).integers(0, 50, (count, count))
-    confusion.draw_confusion(tmp_path / "a.png", matrix, names, "$\\broken\nsecond line")
+    confusion.draw_confusion(tmp_path / "a.png", matrix, names, "$\\broken$\nsecond line")
     assert min(Image.open(tmp_path / "a.png").size) > 300
 
 

@@ -90,6 +90,17 @@ def test_every_row_once_and_never_the_query_itself(features, by):
         assert sorted(hit.row for hit in found.hits) == [row for row in range(60) if row != 12]
 
 
+def test_an_image_whose_tokens_are_all_near_hides_no_other(tmp_path):
+    sparse = made_up(20)["sparse"]
+    sparse[5] = sparse[5, 0] + sparse[6] * 1e-3
+    write_output(tmp_path / "out", {"sparse": sparse})
+    features = stellar_fast.open_features(tmp_path / "out")
+    index = search.build_index(features, by="token")
+    (hits,) = search.nearest(index, features, search.unit(sparse[5, :1]), 3, by="token")
+    assert len({hit.row for hit in hits}) == 3
+    assert hits[0].row == 5
+
+
 def test_what_is_nearest_to_a_hit(features):
     index = search.build_index(features, by="token")
     (query,) = queries.read_queries(features, ["0"], "token", pytest.fail, NOTHING_MORE)
@@ -163,6 +174,24 @@ def test_another_kind_is_built_anew(features):
     assert "of other vectors" in opened(features, "token", path=path)[1]
     with pytest.raises(ValueError, match="faiss makes no index 'Flatt'"):
         opened(features, factory="Flatt")
+
+
+@pytest.mark.parametrize("factory", ["IVF61,Flat", "PQ3"])
+def test_a_kind_that_does_not_fit_is_refused(features, factory):
+    """61 cells of 60 vectors; 8 numbers in 3 equal parts."""
+    with pytest.raises(ValueError, match=f"faiss makes no index '{factory}' of these vectors: "):
+        opened(features, factory=factory)
+    assert not (features.folder / "search-cls.faiss").exists()
+
+
+def test_features_without_rows(tmp_path, repo, album):
+    write_output(tmp_path / "out", made_up(0), failed=[0, 1])
+    empty = stellar_fast.open_features(tmp_path / "out")
+    for by in BYS:
+        index, _ = opened(empty, by)
+        query = search.unit(np.ones((2, 8), np.float32))
+        assert search.nearest(index, empty, query, by=by) == [[], []]
+    refused(invoke("search", tmp_path / "out", "0"), "there are 0 rows")
 
 
 def test_cells_are_looked_into(features):
