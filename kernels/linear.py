@@ -25,7 +25,7 @@ from .launch import (
     launch,
     table_of,
 )
-from .pieces import gelu, row_sums, slices, square_sums, to_fp8, wait_for_inputs
+from .pieces import gelu, row_parts, row_sums, slices, square_sums, to_fp8, wait_for_inputs
 from .tables import Tile
 
 # Of K that an FP8 accumulator sums up alone: the tensor core keeps 14 bits of what it adds
@@ -35,21 +35,81 @@ GROUP_M = 8  # tiles of rows that share a column tile of weight in the cache
 
 
 @triton.jit
-def _finish(
-    acc,  # (BLOCK_M, WIDTH) float32: columns first_column... of the tile
-    row_factor,  # (BLOCK_M,)
+def _scales(
+    sums_ptr, row_scale_ptr, rows, M, RMS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """What the factors of rows are made of, if there are any."""
+    if RMS:
+        scales = row_parts(sums_ptr, rows, M, PARTS)
+    elif SCALE_ROWS:
+        scales = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
+    else:
+        scales = rows
+    return scales
+
+
+@triton.jit
+def _factors(
+    scales, rows, eps, M, K, RMS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """What each row of the product is multiplied with: (BLOCK_M,), of `_scales`."""
+    if RMS:
+        mean = row_sums(scales, PARTS, BLOCK_M) / K
+        factors = tl.where(rows < M, tl.rsqrt(mean + eps), 0.0)
+    else:
+        factors = scales
+    return factors
+
+
+@triton.jit
+def _beside(
     first_row,
     first_column,
-    out,
     bias_ptr,
     weight_scale_ptr,
     residual,
+    M,
+    N,
+    SCALE_COLUMNS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What meets the product of a slice, where it does: bias, scales of columns, residual."""
+    columns = first_column + tl.arange(0, WIDTH)
+    mask_n = columns < N
+    bias = tl.load(bias_ptr + columns, mask=mask_n, other=0.0)
+    scales = bias
+    if SCALE_COLUMNS:
+        scales = tl.load(weight_scale_ptr + columns, mask=mask_n, other=0.0)
+    x = bias
+    if RESIDUAL:
+        if DESCRIPTORS:
+            x = residual.load([first_row, first_column])
+        else:
+            rows = first_row + tl.arange(0, BLOCK_M)
+            offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+            x = tl.load(residual + offsets, mask=(rows < M)[:, None] & mask_n[None, :], other=0.0)
+    return bias, scales, x
+
+
+@triton.jit
+def _finish(
+    acc,  # (BLOCK_M, WIDTH) float32: columns first_column... of the tile
+    row_factors,  # (BLOCK_M,)
+    beside,  # of `_beside`
+    first_row,
+    first_column,
+    out,
     out_sums_ptr,
     out_factor,
     M,
     N,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    EXACT: tl.constexpr,
     GELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -63,19 +123,15 @@ def _finish(
     columns = first_column + tl.arange(0, WIDTH)
     mask_n = columns < N
     mask = (rows < M)[:, None] & mask_n[None, :]
+    bias, scales, x = beside
     if SCALE_ROWS:
-        acc = acc * row_factor[:, None]
+        acc = acc * row_factors[:, None]
     if SCALE_COLUMNS:
-        acc = acc * tl.load(weight_scale_ptr + columns, mask=mask_n, other=0.0)[None, :]
-    acc = acc + tl.load(bias_ptr + columns, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc = acc * scales[None, :]
+    acc = acc + bias.to(tl.float32)[None, :]
     if GELU:
-        acc = gelu(acc, bias_ptr.dtype.element_ty == tl.float32)
-    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        acc = gelu(acc, EXACT)
     if RESIDUAL:
-        if DESCRIPTORS:
-            x = residual.load([first_row, first_column])
-        else:
-            x = tl.load(residual + offsets, mask=mask, other=0.0)
         acc = acc + x.to(tl.float32)
     if QUANTIZE:
         y = to_fp8(acc * out_factor, FP8_MAX)
@@ -86,7 +142,7 @@ def _finish(
     if DESCRIPTORS:
         out.store([first_row, first_column], y)
     else:
-        tl.store(out + offsets, y, mask=mask)
+        tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], y, mask=mask)
     if RESIDUAL:
         if not DESCRIPTORS:  # which read zeros past the end
             acc = tl.where(mask_n[None, :], acc, 0.0)
@@ -140,7 +196,7 @@ def _linear_kernel(
     out,  # (M, N): pointer, or descriptor of (BLOCK_M, BLOCK_N // SLICES)
     bias_ptr,  # (N,)
     weight_scale_ptr,  # (N,) float32
-    residual,  # (M, N): pointer, or descriptor as out's
+    residual,  # (M, N): pointer, or unless AHEAD descriptor as out's
     sums_ptr,  # (PARTS, M) float32: partial Σx²
     row_scale_ptr,  # (M,) float32
     out_sums_ptr,  # (ceil(N / SUM_BLOCK), M) float32
@@ -161,6 +217,7 @@ def _linear_kernel(
     CHUNK: tl.constexpr,  # K of each but the last, whole steps
     ONE_LOOP: tl.constexpr,  # over the steps of all tiles
     EVEN_K: tl.constexpr,
+    AHEAD: tl.constexpr,  # one tile, and what meets its product is read before it
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -174,14 +231,31 @@ def _linear_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
+    WIDTH: tl.constexpr = BLOCK_N // SLICES
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total = acc
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=ONE_LOOP):
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=ONE_LOOP and not AHEAD
+    ):
         # Tiles that run at the same time share GROUP_M rows of x and few columns of weight.
         group = tile // (GROUP_M * tiles_n)
         group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
         first_row = (group * GROUP_M + (tile % (GROUP_M * tiles_n)) % group_rows) * BLOCK_M
         first_column = ((tile % (GROUP_M * tiles_n)) // group_rows) * BLOCK_N
+
+        rows = first_row + tl.arange(0, BLOCK_M)
+        if AHEAD:  # asked for here, waited for behind the products
+            scales = _scales(sums_ptr, row_scale_ptr, rows, M, RMS, PARTS, SCALE_ROWS)
+            left = _beside(
+                first_row, first_column, bias_ptr, weight_scale_ptr, residual, M, N,
+                SCALE_COLUMNS, RESIDUAL, False, BLOCK_M, WIDTH,
+            )  # fmt: skip
+            right = left
+            if SLICES == 2:
+                right = _beside(
+                    first_row, first_column + WIDTH, bias_ptr, weight_scale_ptr, residual, M, N,
+                    SCALE_COLUMNS, RESIDUAL, False, BLOCK_M, WIDTH,
+                )  # fmt: skip
 
         if CHUNKS == 1:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -217,32 +291,32 @@ def _linear_kernel(
                     acc = tl.dot(a, b.T, acc, input_precision="ieee")
                 total += acc
 
-        rows = first_row + tl.arange(0, BLOCK_M)
-        if RMS:
-            mean = row_sums(sums_ptr, rows, M, PARTS, BLOCK_M) / K
-            row_factor = tl.where(rows < M, tl.rsqrt(mean + eps), 0.0)
-        elif SCALE_ROWS:
-            row_factor = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
-        else:
-            row_factor = rows
-        WIDTH: tl.constexpr = BLOCK_N // SLICES
+        if not AHEAD:
+            scales = _scales(sums_ptr, row_scale_ptr, rows, M, RMS, PARTS, SCALE_ROWS)
+        row_factors = _factors(scales, rows, eps, M, K, RMS, PARTS, BLOCK_M)
         columns_of = slices(total if CHUNKS > 1 else acc, BLOCK_M, BLOCK_N, SLICES)
         for slice in tl.static_range(SLICES):
+            if AHEAD:
+                beside = left if slice == 0 else right
+            else:
+                beside = _beside(
+                    first_row, first_column + slice * WIDTH, bias_ptr, weight_scale_ptr, residual,
+                    M, N, SCALE_COLUMNS, RESIDUAL, DESCRIPTORS, BLOCK_M, WIDTH,
+                )  # fmt: skip
             _finish(
                 columns_of[slice],
-                row_factor,
+                row_factors,
+                beside,
                 first_row,
                 first_column + slice * WIDTH,
                 out=out,
-                bias_ptr=bias_ptr,
-                weight_scale_ptr=weight_scale_ptr,
-                residual=residual,
                 out_sums_ptr=out_sums_ptr,
                 out_factor=out_factor,
                 M=M,
                 N=N,
                 SCALE_ROWS=RMS or SCALE_ROWS,
                 SCALE_COLUMNS=SCALE_COLUMNS,
+                EXACT=bias_ptr.dtype.element_ty == tl.float32,
                 GELU=GELU,
                 RESIDUAL=RESIDUAL,
                 QUANTIZE=QUANTIZE,
@@ -304,8 +378,24 @@ def _cycles(gpu: Gpu, tile: Tile, rows: int, columns: int, row_bytes: int) -> fl
     return max(busiest, tiles * read / (34 * gpu.processors))
 
 
+def _sums(tile: Tile, chunks: int) -> int:
+    """Registers of a thread that a tile's sums take."""
+    return tile.block_m * tile.block_n // (32 * tile.num_warps) * min(chunks, 2)
+
+
+def reads_ahead(gpu: Gpu, tile: Tile, x: torch.dtype, chunks: int, tiles: int) -> bool:
+    """Whether a program reads bias, residual and factors of rows before its products.
+
+    Where all tiles run at once, nothing else hides what a program would wait for behind its
+    products; before them it comes with the first operands. The loops over tiles and steps stay two
+    there, or it would be held once for each stage. float32 has no registers for it.
+    """
+    at_once = tiles <= gpu.processors * tile.residents
+    return at_once and x != torch.float32 and _sums(tile, chunks) <= 64
+
+
 def linear_options(
-    tile: Tile, x: torch.dtype, descriptors: bool, quantizes: bool
+    tile: Tile, x: torch.dtype, descriptors: bool, quantizes: bool, ahead: bool
 ) -> dict[str, int]:
     """Options of the compiler for a product; `quantizes` its output to FP8.
 
@@ -313,8 +403,8 @@ def linear_options(
     where float32 operands come by pointers.
     """
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if quantizes and tile.block_m * tile.block_n <= 64 * 32 * tile.num_warps:
-        options["maxnreg"] = 128
+    if quantizes and _sums(tile, 1) <= 64:
+        options["maxnreg"] = 168 if ahead and _sums(tile, 1) > 32 else 128
     if x == torch.float32 and not descriptors:
         options["maxnreg"] = 160
     return options
@@ -362,14 +452,16 @@ def _multiply(
     read = (x, weight) if residual is None else (x, weight, residual)
     descriptors = gpu.descriptors and rows > 0 and describable(*read, y)
     width = tile.block_n // tile.slices
-    if descriptors and residual is not None:
-        residual = descriptor(residual, [tile.block_m, width])
     tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+    programs = min(tiles, gpu.processors * tile.residents) if descriptors else tiles
+    ahead = reads_ahead(gpu, tile, x.dtype, chunks, tiles)
+    if descriptors and residual is not None and not ahead:  # TMA's would be waited for at once
+        residual = descriptor(residual, [tile.block_m, width])
     launch(
         _linear_kernel,
-        (min(tiles, gpu.processors * tile.residents) if descriptors else tiles,),
+        (programs,),
         device=x.device,
-        options=linear_options(tile, x.dtype, descriptors, out_scale is not None),
+        options=linear_options(tile, x.dtype, descriptors, out_scale is not None, ahead),
         x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),
         weight=descriptor(weight, [tile.block_n, tile.block_k]) if descriptors else weight,
         out=descriptor(y, [tile.block_m, width]) if descriptors else y,
@@ -396,6 +488,7 @@ def _multiply(
         CHUNK=chunk,
         ONE_LOOP=chunks == 1 or gpu.arch == 90,
         EVEN_K=descriptors or depth % tile.block_k == 0,
+        AHEAD=ahead,
         SLICES=tile.slices,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

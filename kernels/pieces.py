@@ -66,13 +66,22 @@ def slices(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constex
 
 
 @triton.jit
-def row_sums(sums_ptr, rows, M, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Sum over the parts of (PARTS, M) float32: (BLOCK_M,).
+def row_parts(sums_ptr, rows, M, PARTS: tl.constexpr):
+    """(PARTS, M) float32 as a tuple of (BLOCK_M,)."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        at = rows.to(tl.int64) + part * M.to(tl.int64)
+        parts = parts + (tl.load(sums_ptr + at, mask=rows < M, other=0.0),)
+    return parts
+
+
+@triton.jit
+def row_sums(parts, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Sum over the parts of `row_parts`: (BLOCK_M,).
 
     One after another: an order that tl.sum would choose by the shape of the tile.
     """
     total = tl.zeros((BLOCK_M,), tl.float32)
     for part in tl.static_range(PARTS):
-        at = rows.to(tl.int64) + part * M.to(tl.int64)
-        total += tl.load(sums_ptr + at, mask=rows < M, other=0.0)
+        total += parts[part]
     return total

@@ -96,6 +96,8 @@ HOPPER = (
     (128, 128, 2, 8, (3,), 1),
     (128, 128, 1, 4, (2, 3), 2),
     (128, 64, 1, 4, (3, 4), 2),
+    (128, 64, 2, 4, (2,), 2),
+    (128, 64, 2, 8, (3, 4), 1),
     (64, 128, 1, 4, (3, 4), 2),
     (64, 128, 2, 4, (2,), 2),
     (64, 128, 1, 4, (6, 8), 1),
@@ -103,6 +105,21 @@ HOPPER = (
     (64, 64, 1, 4, (4, 6), 2),
     (64, 64, 2, 4, (2, 3), 2),
     (64, 64, 2, 4, (4, 6), 1),
+)
+
+# The same on parts with less shared memory, whose tiles all have the heuristics' rows and warps:
+# columns, halves that twice the heuristics' depth is cut into, stages, programs side by side.
+SMALLER = (
+    (256, 2, (2, 3, 4), 1),
+    (256, 4, (4, 6), 1),
+    (128, 1, (2,), 1),
+    (128, 2, (2, 3, 4), 1),
+    (128, 4, (4, 6), 1),
+    (128, 4, (2, 3), 2),
+    (64, 1, (2, 3), 1),
+    (64, 2, (2, 3, 4), 1),
+    (64, 4, (4, 6), 1),
+    (64, 4, (3, 4), 2),
 )
 
 
@@ -126,11 +143,15 @@ def candidates(gpu: gpus.Gpu, case: Case) -> list[Tile | AttentionTile]:
     else:
         found = [
             replace(
-                own, block_n=width, block_k=depth, num_stages=stages, slices=min(2, width // 64)
+                own,
+                block_n=width,
+                block_k=own.block_k * 2 // halves,
+                num_stages=stages,
+                slices=min(2, width // 64),
+                residents=residents,
             )
-            for width in (256, 128, 64)
-            for depth in (own.block_k, own.block_k // 2)
-            for stages in ((2, 3, 4) if depth == own.block_k else (4, 6))
+            for width, halves, depths, residents in SMALLER
+            for stages in depths
         ]
     return [tile for tile in found if tile != own]
 

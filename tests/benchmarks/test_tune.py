@@ -46,6 +46,25 @@ def test_candidates_add_rows_up_as_the_heuristics_tile_does(arch, precision, nam
     assert {tile.family for tile in found} == {own.family}
 
 
+@pytest.mark.parametrize("name", ["qkv", "proj", "fc1", "fc2"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_two_programs_a_processor_and_twice_the_depth_are_tried(batch, precision, name):
+    for arch in (90, 100, 120):
+        case, part = case_of(name, batch, precision), gpus.GPUS[arch]
+        own, found = tune.heuristic(part, case), tune.candidates(part, case)
+        assert any(tile.residents == 2 for tile in found)
+        small = [tile for tile in found if tile.block_m * tile.block_n <= 128 * 64]
+        assert any(tile.block_k == 2 * own.block_k for tile in small)
+        if arch == 90:  # matrix instructions of four warps: rows of a tile are free
+            pairs = {(t.block_m, t.block_n, t.num_warps) for t in found if t.residents == 2}
+            assert {(128, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4)} <= pairs
+            deep = {(t.block_m, t.block_n) for t in found if t.block_k == 2 * own.block_k}
+            assert {(64, 64), (64, 128), (128, 64)} <= deep
+        seen = tune.launched(case, part, next(tile for tile in found if tile.residents == 2))
+        assert seen.grid[0] <= 2 * part.processors
+
+
 @pytest.mark.parametrize("name", tune.OPS)
 def test_a_candidate_is_what_gets_launched(name):
     case = case_of(name)

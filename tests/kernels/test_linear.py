@@ -196,6 +196,50 @@ def test_programs_of_many_tiles_in_many_groups(gpu, dtype, monkeypatch):
     assert_budget(expected[0], plain, exact, dtype, floor)
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("slices", [1, 2])
+def test_what_is_read_before_the_products_changes_nothing(gpu, dtype, slices, monkeypatch):
+    """A program with one tile reads bias, residual and factors of rows first; others behind."""
+    x, weight, bias = (cast(v, dtype) for v in operands(1, 70, 80, 160))
+    residual = cast(draw(1, 70, 160), dtype)
+    sums = x.float().reshape(1, 70, 5, 16).square().sum(-1).permute(2, 0, 1).contiguous()
+    tile = Tile(64, 128, 64, num_warps=4, num_stages=3, slices=slices)
+    monkeypatch.setattr(MODULE, "linear_tile", lambda *_: tile)
+    found = []
+    for ahead in (True, False):
+        monkeypatch.setattr(MODULE, "reads_ahead", lambda *_, ahead=ahead: ahead)
+        with on_gpu(gpu):
+            y = linear(x, weight, bias, **BOTH, sums=sums)
+            found.append([y, *linear_residual(x, weight, bias, residual)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_programs_of_one_tile_read_ahead():
+    """And no others: over a loop that also goes over tiles, it would be held for each stage."""
+    seen = []
+    x, weight, bias = (torch.empty(s, device="meta") for s in ((64, 9, 128), (1280, 128), (1280,)))
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in (1, 2, 64):
+            with launch.on_gpu(90, seen.append), launch.tuned_by(EMPTY):
+                images = x[:batch].to(dtype).repeat(1, 30, 1)
+                residual = images.new_empty(batch, 270, 1280)
+                linear_residual(images, weight.to(dtype), bias.to(dtype), residual)
+    ahead = {(v["x"].base.dtype, v["M"]): v["AHEAD"] for v in (item.arguments for item in seen)}
+    assert ahead == {
+        **dict.fromkeys(((torch.float32, m) for m in (270, 540, 17280)), False),
+        (torch.bfloat16, 270): True,
+        (torch.bfloat16, 540): True,
+        (torch.bfloat16, 17280): False,
+    }
+    for item in seen:
+        given = item.arguments
+        assert isinstance(given["residual"], torch.Tensor) == given["AHEAD"]
+        tiles = -(-given["M"] // given["BLOCK_M"]) * -(-given["N"] // given["BLOCK_N"])
+        assert (item.grid == (tiles,)) or not given["AHEAD"]
+
+
 @pytest.mark.parametrize("gpu", [80, 90, 120] if GPUS != [None] else GPUS)
 def test_every_tile_of_the_table_gives_the_same(gpu, monkeypatch):
     """Tiles that the table takes for large products only, forced onto a small one."""
