@@ -17,7 +17,8 @@ def pool_of(subject: Subject, count: int) -> Pool:
     plain = {precision: subject.eager(precision) for precision in ("fp32", "bf16")}
     images = pictures(count, subject.config.backbone.image_size, 0)
     images = (images * 255).round() / 255  # the same as bytes
-    return Pool(subject.config.name, images, subject.eager("fp64"), plain)
+    reference = subject.reference("fp64")
+    return Pool(subject.config.name, images, subject.eager("fp64"), plain, reference)
 
 
 def race(pool: Pool, entrants: Sequence[Entrant], batch: int, sets: int, rounds: int) -> list[Row]:

@@ -9,6 +9,7 @@ precision the runtime computes in is for the compiler to be told.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,12 +102,16 @@ class Node:
         output: OpenVINO's.
         dtype: of the tensor that this stands for; all floats are float32 in the graph.
         part: of which node this is which part of the last axis, if it is one.
+        columns: (start, stop) -> that part of the last axis, computed alone, where that can be.
+        heads: (B, heads, S, width of one), what this was merged from, if it was.
     """
 
     def __init__(self, output: Any, dtype: torch.dtype = torch.float32) -> None:
         self.output: ov.Output = output if isinstance(output, ov.Output) else output.output(0)
         self.dtype = dtype
         self.part: tuple[Node, int, int] | None = None
+        self.columns: Callable[[int, int], Node] | None = None
+        self.heads: ov.Node | None = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -243,22 +248,47 @@ def _normalised(x: Any, eps: float) -> ov.Node:
     return op.mvn(x, _integers(-1), True, eps, "inside_sqrt")
 
 
-def _rounded(x: Any, scales: Int8Scales) -> ov.Node:
-    """x in the 256 values that the runtime turns into integers, every channel times its own."""
-    if scales.channels is not None:
-        x = op.multiply(x, constant(scales.channels))
+def _rounded(x: Node, scales: Int8Scales) -> ov.Node:
+    """x in the 256 values that the runtime turns into integers, every channel times its own; heads
+    before they are merged, so that integers are."""
     low, high = map(_number, scales.reach.tolist())
-    return op.fake_quantize(x, low, high, low, high, INT8_LEVELS)
+    if scales.channels is not None:
+        y = op.multiply(x.output, constant(scales.channels))
+        return op.fake_quantize(y, low, high, low, high, INT8_LEVELS)
+    y = x.output if x.heads is None else x.heads
+    y = op.fake_quantize(y, low, high, low, high, INT8_LEVELS)
+    return y if x.heads is None else _merged(y)
 
 
-def _product(x: Any, weight: Tensor, scales: Int8Scales | None) -> ov.Node:
-    if scales is None:
-        x = op.convert(x, _TYPES[weight.dtype]) if weight.dtype in _TYPES else x
-        y = op.matmul(x, _constant(weight), False, True)
-        return op.convert(y, "f32") if weight.dtype in _TYPES else y
-    integers = op.constant(weight.numpy(), shared_memory=True)
-    steps = op.multiply(op.convert(integers, "f32"), constant(scales.step[:, None]))
-    return op.matmul(_rounded(x, scales), steps, False, True)
+def _merged(heads: ov.Node) -> ov.Node:
+    """(B, heads, S, d) -> (B, S, heads d)."""
+    shape = heads.get_output_partial_shape(0)
+    width = shape[1].get_length() * shape[3].get_length()
+    rows = op.transpose(heads, _integers(0, 2, 1, 3))
+    return op.reshape(rows, _integers(0, 0, width), True)
+
+
+def _product(x: Any, weight: Tensor, bias: Tensor, int8: Int8Scales | None) -> ov.Node:
+    """x @ weight.T + bias, x rounded already if it is to be; in the dtype of `weight` unless that
+    is int8."""
+    if int8 is not None:
+        integers = op.constant(weight.numpy(), shared_memory=True)
+        steps = op.multiply(op.convert(integers, "f32"), constant(int8.step[:, None]))
+        return op.add(op.matmul(x, steps, False, True), constant(bias))
+    return op.add(op.matmul(x, _constant(weight), False, True), _constant(bias))
+
+
+def _entering(x: Node, weight: Tensor, norm_eps: float | None, int8: Int8Scales | None) -> ov.Node:
+    """What of x (B, S, D) enters a product."""
+    if norm_eps is not None:
+        x = Node(_normalised(x.output, norm_eps))
+    if int8 is not None:
+        return _rounded(x, int8)
+    return op.convert(x.output, _TYPES[weight.dtype]) if weight.dtype in _TYPES else x.output
+
+
+def _widened(y: Any, weight: Tensor) -> Any:
+    return op.convert(y, "f32") if weight.dtype in _TYPES else y
 
 
 def patch_embed(
@@ -313,36 +343,52 @@ def linear(
     int8: Int8Scales | None = None,
 ) -> Node:
     """`reference.ops.linear`; with `int8` on integers, `weight` int8."""
-    rows = x.output if norm_eps is None else _normalised(x.output, norm_eps)
-    y = op.add(_product(rows, weight, int8), constant(bias))
-    return Node(op.gelu(y, "erf") if gelu else y)
+    rows = _entering(x, weight, norm_eps, int8)
+
+    def columns(start: int, stop: int) -> Node:
+        part = slice(start, stop)
+        scales = None if int8 is None else replace(int8, step=int8.step[part])
+        return Node(_widened(_product(rows, weight[part], bias[part], scales), weight))
+
+    y = _product(rows, weight, bias, int8)
+    node = Node(_widened(op.gelu(y, "erf") if gelu else y, weight))
+    node.columns = None if gelu else columns
+    return node
 
 
 def linear_residual(
     x: Node, weight: Tensor, bias: Tensor, residual: Node, *, int8: Int8Scales | None = None
 ) -> tuple[Node, None]:
     """`reference.ops.linear_residual`; with `int8` on integers, `weight` int8."""
-    y = op.add(_product(x.output, weight, int8), constant(bias))
-    return Node(op.add(y, residual.output)), None
+    y = _product(_entering(x, weight, None, int8), weight, bias, int8)
+    return Node(op.add(_widened(y, weight), residual.output)), None
 
 
 def attention(query: Node, key_value: Node, num_heads: int) -> Node:
-    """`reference.ops.attention`."""
+    """`reference.ops.attention`; what is part of one product is computed apart, since the runtime
+    would copy the parts."""
     width = query.shape[2]
-    if query.part and key_value.part and query.part[0] is key_value.part[0]:
-        whole, count = query.part[0].output, 3
-    else:
-        whole, count = key_value.output, 2
-    parts = op.variadic_split(whole, _integers(2), _integers(*[width] * count)).outputs()
+    keys, values = _columns(key_value, 0, width), _columns(key_value, width, 2 * width)
     heads = _integers(0, 0, num_heads, width // num_heads)
-    order = _integers(0, 2, 1, 3)
+    # Queries are scaled as they are computed; the runtime would do so with the keys, in a pass.
+    scale = _number((width // num_heads) ** -0.5)
+    scaled = op.multiply(_columns(query, 0, width).output, scale)
 
-    def split(part: Any) -> ov.Node:
-        return op.transpose(op.reshape(part, heads, True), order)
+    def split(rows: Any) -> ov.Node:
+        return op.transpose(op.reshape(rows, heads, True), _integers(0, 2, 1, 3))
 
-    q, k, v = map(split, parts if count == 3 else (query.output, *parts))
-    y = op.transpose(op.scaled_dot_product_attention(q, k, v, causal=False), order)
-    return Node(op.reshape(y, _integers(0, 0, width), True))
+    q, k, v = split(scaled), split(keys.output), split(values.output)
+    y = op.scaled_dot_product_attention(q, k, v, scale=_number(1.0), causal=False)
+    node = Node(_merged(y))
+    node.heads = y
+    return node
+
+
+def _columns(node: Node, start: int, stop: int) -> Node:
+    whole, first = (node, 0) if node.part is None else node.part[:2]
+    if whole.columns is not None:
+        return whole.columns(first + start, first + stop)
+    return node[..., start:stop]
 
 
 def spatial_map(

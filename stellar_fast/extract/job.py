@@ -243,9 +243,13 @@ def identify(engine: Encoder) -> dict[str, Any]:
     }
 
 
+BACKEND = "backend"  # of the engine that a plan was made with: a fact, for another may go on
+
+
 def decided(job: Job, engine: Encoder) -> dict[str, Any]:
-    """What an engine decides of the plan's configuration."""
-    return {**identify(engine), "batch_size": job.batch_size or engine.max_batch}
+    """What an engine decides of the plan: of its configuration, and its back end."""
+    size = job.batch_size or engine.max_batch
+    return {**identify(engine), "batch_size": size, BACKEND: engine.backend}
 
 
 def make_plan(job: Job, engine: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Plan:
@@ -261,8 +265,9 @@ def make_plan(job: Job, engine: Mapping[str, Any], facts: Mapping[str, Any] | No
             be written.
     """
     configuration = {**engine, **job.configuration}
+    said = {**(facts or {}), BACKEND: configuration.pop(BACKEND)}
     partitions = _partitions(job.items or (), configuration["partition_size"])
-    new = Plan(configuration, tuple(partitions), dict(facts or {}))
+    new = Plan(configuration, tuple(partitions), said)
     if not job.writes:
         return new
     with Locks(job.output) as locks, locks.planning():

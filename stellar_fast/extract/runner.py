@@ -24,7 +24,7 @@ from typing import Any
 from ..errors import StellarError
 from ..leaving import leave
 from ..printable import printable
-from .job import decided, make_plan, todo
+from .job import BACKEND, decided, make_plan, todo
 from .options import Job
 from .output.folder import Locks, has_locks
 from .output.layout import STATS, Plan, difference, read_manifest, write_json
@@ -198,8 +198,8 @@ def tallied(job: Job, plan: Plan, log_seconds: float) -> Iterator[Tally]:
 
 def check_engine(name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises StellarError where an engine is not as expected: another precision on another kind of
-    GPU, or other weights in a node's cache."""
-    if changed := difference(expected, found, found):
+    GPU, or other weights in a node's cache. Another back end is none: manifests say whose parts."""
+    if changed := difference(expected, found, [name for name in found if name != BACKEND]):
         raise StellarError(
             f"the engine on {name} differs from the others: {', '.join(changed)}; give --precision "
             "and --batch-size, and the same weights to all"

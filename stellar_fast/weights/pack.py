@@ -44,7 +44,7 @@ State = Mapping[str, Tensor]
 Layout = Callable[[Linear], Linear]  # what a back end makes of each layer as soon as it is packed
 
 
-def _as_it_is(layer: Linear) -> Linear:
+def as_it_is(layer: Linear) -> Linear:
     return layer
 
 
@@ -66,7 +66,7 @@ class _Packer:
     """Reads a state dict by name and rounds the result to the engine's dtype and device."""
 
     def __init__(
-        self, state: State, dtype: torch.dtype, device: torch.device, layout: Layout = _as_it_is
+        self, state: State, dtype: torch.dtype, device: torch.device, layout: Layout = as_it_is
     ) -> None:
         self.state, self.dtype, self.device, self.layout = state, dtype, device, layout
 
@@ -159,7 +159,7 @@ def pack_encoder(
     device: torch.device,
     *,
     quantize: Callable[[Block, torch.dtype], Fp8Block] | None = None,
-    layout: Layout = _as_it_is,
+    layout: Layout = as_it_is,
 ) -> EncoderWeights:
     """Weights of `encode` from a state dict with the tensors of `names.encode_shapes`.
 
@@ -213,7 +213,7 @@ def pack_decoder(
     vqgan: VQGANWeights | None,
     dtype: torch.dtype,
     device: torch.device,
-    layout: Layout = _as_it_is,
+    layout: Layout = as_it_is,
 ) -> DecoderWeights:
     """Weights of `reconstruct` from a state dict with the tensors of `names.reconstruct_shapes`.
 

@@ -23,7 +23,7 @@ from ..errors import CheckpointError, StellarError, listing
 from ..files import parse_json, replacing, writing
 from ..precision import DTYPES
 from . import checkpoint, int8, names
-from .pack import Layout, pack_decoder, pack_encoder, pack_vqgan
+from .pack import Layout, as_it_is, pack_decoder, pack_encoder, pack_vqgan
 from .packed import Block, DecoderWeights, EncoderWeights, Fp8Block, Fp8Linear, Linear
 from .quantize import FP8
 from .residency import let_go
@@ -106,7 +106,7 @@ def saved_precision(path: Path) -> str | None:
 
 
 def read(
-    path: Path, config: ModelConfig, device: torch.device, layout: Layout
+    path: Path, config: ModelConfig, device: torch.device, layout: Layout = as_it_is
 ) -> tuple[EncoderWeights, DecoderWeights | None]:
     """What `save` wrote, on `device`, each linear layer in a layout.
 

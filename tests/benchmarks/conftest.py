@@ -35,7 +35,8 @@ def subject(tmp_path_factory) -> models.Subject:
 @pytest.fixture(scope="session")
 def pool(subject) -> Pool:
     plain = {precision: subject.eager(precision) for precision in ("fp32", "bf16")}
-    return Pool("tiny", pictures(5, 64, 0), subject.eager("fp64"), plain)
+    reference = subject.reference("fp64")
+    return Pool("tiny", pictures(5, 64, 0), subject.eager("fp64"), plain, reference)
 
 
 @pytest.fixture(scope="session")

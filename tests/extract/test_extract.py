@@ -149,7 +149,7 @@ def test_the_index_the_manifest_and_the_plan_say_what_was_done(photographs, tmp_
     assert told.items() <= plan.configuration.items()
     assert plan.configuration["model"]["backbone"]["hidden_size"] == 64
     assert plan.configuration["batch_size"] == engine.max_batch
-    assert plan.facts == {"repo": "somewhere"}
+    assert plan.facts == {"repo": "somewhere", "backend": engine.backend}
     stats = json.loads((output / "stats.json").read_text())
     assert (stats["outcome"], stats["images"], stats["failed"]) == ("complete", 24, 4)
     stages = {"read", "decode", "wait", "encode", "blocked", "write", "total"}
