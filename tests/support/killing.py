@@ -35,6 +35,7 @@ class Driver:
 
     def extract(self, output: Path, kill_after: float | None = None, step: int = 0) -> int:
         """How the child ended: 0, or less a signal's number."""
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{output}\t{step}\n")
         self.process.stdin.flush()
         child = int(self.process.stdout.readline())
@@ -50,6 +51,7 @@ class Driver:
         return code
 
     def close(self) -> None:
+        assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
