@@ -1,5 +1,6 @@
 """Images in the cells of Parquet files: which column and rows, read once, in bounded memory."""
 
+import hashlib
 import io
 import os
 import random
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 from extracting import feature, index
+from hub_datasets import TOKEN, serving_dataset
 from loopback import serving
 from parquets import cells, counting_work, jpeg, write
 from pictures import photograph, png, saved
@@ -209,6 +211,31 @@ def test_the_hub_offline_is_one_line(name, tmp_path):
     assert done.stderr.startswith("error: hf://datasets/some/one/")
     assert "offline" in done.stderr.lower()
     assert done.stderr.count("\n") == 1
+
+
+HUB = """
+import hashlib, sys
+from stellar_fast.extract.input import discover
+from stellar_fast.extract.input.cells import read_item
+for name in ("a.parquet", "*.parquet"):
+    items = discover(f"hf://datasets/some/one/data/{name}")
+    digest = hashlib.sha256(b"".join(map(read_item, items))).hexdigest()
+    print(items[0].id, len(items), digest)
+"""
+
+
+def test_the_hub_is_read_with_the_users_token(tmp_path):
+    path = write(tmp_path / "a.parquet", image=cells(TWELVE))
+    digest = hashlib.sha256(b"".join(TWELVE)).hexdigest()
+    command = [sys.executable, "-P", "-c", HUB]
+    with serving_dataset(path.read_bytes()) as endpoint:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+        for token, expected in ((TOKEN, f"a.parquet::0 12 {digest}\n" * 2), ("other", "")):
+            told = {**environment, "HF_TOKEN": token}
+            done = subprocess.run(command, env=told, capture_output=True, text=True)
+            assert done.stdout == expected, done.stderr
+            assert token not in done.stderr
+    assert done.returncode == 1 and "hf://datasets/some/one/data/a.parquet" in done.stderr
 
 
 # What is read of a file

@@ -33,7 +33,7 @@ def write(path: Path, group: int = 5, /, **columns) -> Path:
 def counting_work(*arguments) -> None:
     """A decoding process that notes each row group that it begins to read, beside its file."""
     opened, begin = reading._opened, reading._Cells._begin
-    place: list[Any] = []
+    place: list[str] = []
 
     def noting_place(item, allowed):
         place[:] = [item.file]
