@@ -107,7 +107,8 @@ def deadly_work(*arguments) -> None:
 
 def deadly_pictures(*arguments) -> None:
     """A process of `originals` that decodes images called "endless" for ever."""
-    decode, endless = originals.decode, []
+    decode = originals.decode
+    endless: list[str] = []
 
     def read(item, allowed):
         endless[:] = [item.id] if "endless" in item.id else []
