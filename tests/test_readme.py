@@ -71,6 +71,7 @@ def load(name: str, **arguments) -> stellar_fast.Engine:
 @pytest.mark.parametrize("readme", WITH_PYTHON)
 def test_the_python_of_a_readme_runs(readme, place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))  # of the key of search indexes
     monkeypatch.setattr(stellar_fast, "load", load, raising=False)
     locate = source.locate
 
