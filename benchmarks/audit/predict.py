@@ -219,10 +219,11 @@ def predict(
     port = work.read / PORT / clock
     main = products + loop if work.alternates else max(products, loop)
     alone = max(main, port) + tile
-    if not anatomy.flattened:
-        alone += FILL
     resident = max(1, finding.programs)
     most = -(-work.tiles // chip.processors)  # tiles of the busiest multiprocessor
+    waves = -(-most // resident)
+    # A flattened loop waits for its first operands; those of the next tile are there by then.
+    filling = FILL if anatomy.flattened else waves * FILL
     together = max(products, loop + tile, port)
     cache = work.tiles * work.read / (CACHE * clock * chip.processors)
     memory = work.moved / chip.copy
@@ -234,7 +235,7 @@ def predict(
         "start": START,
     }
     return Prediction(
-        seconds=START + max(most * together, -(-most // resident) * alone, cache, memory),
+        seconds=START + max(most * together, waves * alone + filling, cache, memory),
         floor=max(0.0 if exact else work.flops / rate, memory),
         waves=work.tiles / (chip.processors * resident),
         products=products,

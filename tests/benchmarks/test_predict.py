@@ -128,6 +128,12 @@ def test_two_waves_of_instructions():
     assert seconds(WORK, warps=8) == pytest.approx(predict.START + 2 * (4e-6 + predict.FILL))
 
 
+def test_a_flattened_loop_fills_up_once():
+    assert FINDING.anatomy is not None
+    flattened = replace(FINDING, anatomy=replace(FINDING.anatomy, flattened=True))
+    assert seconds(WORK, flattened) == pytest.approx(predict.START + 2 * 2e-6 + predict.FILL)
+
+
 def test_products_hide_instructions_unless_they_wait_for_one_another():
     work = replace(WORK, products=0.8e12 * 3e-6, tiles=10)  # 3 us of a processor's matrix rate
     assert seconds(work) == pytest.approx(predict.START + 3e-6 + 1e-6 + predict.FILL)
