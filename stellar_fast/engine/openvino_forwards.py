@@ -72,7 +72,10 @@ def encode(
     shape, opened = (len(images), len(table) + tokens, width), (-1, -1, width)
     x, y = torch.empty(shape), torch.empty(shape)
     runner.run("embed", embed, [(images, (-1, 3, -1, -1)), (table, (-1, width))], {"x": x})
-    runner.run("blocks", blocks, [(x, opened)], {"x": y}, weights.blocks, kept=1)
+    if weights.blocks:
+        runner.run("blocks", blocks, [(x, opened)], {"x": y}, weights.blocks, kept=1)
+    else:  # a model of the last block alone; and the runtime fills nothing by an empty graph
+        y = x
     parts = {name: given[name] for name in names}
     runner.run("features", features, [(y, opened)], parts, weights.last, kept=SETS_KEPT)
     for name in names:

@@ -12,7 +12,7 @@ import torch
 from budgets import assert_same_features as assert_same
 from budgets import assert_stored_as, assert_within_budget, entitlement
 from checkpoints import golden, images, write_checkpoint
-from engines import SMALL, engine_of, image, small_engine
+from engines import SMALL, SMALL_META, engine_of, image, small_engine
 from goldens import (
     ENCODE,
     assert_encodes_as_published,
@@ -142,6 +142,12 @@ def test_only_the_wanted_rows_are_in_the_last_block():
             if node.get_type_name() == "Gelu"
         ]
     assert counts == {("sparse", "cls"): [45, 45, 9], OUTPUTS: [45, 45, 45]}
+
+
+def test_a_model_of_one_block():
+    meta = {**SMALL_META, "backbone": {**SMALL, "num_hidden_layers": 1}}
+    x = image(2, 64, 96)
+    assert_same(engine_of(meta, backend="openvino").encode(x), engine_of(meta).encode(x))
 
 
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
