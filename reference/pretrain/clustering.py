@@ -33,6 +33,9 @@ class ClusteringHead(nn.Module):
         predictor_layers: linear layers of the MLP (GELU between them, 2048 hidden channels) that
             takes tokens to the prototypes' space; None: no MLP, the prototypes have D channels.
         prototype_dim: channels of the prototypes; None: D.
+        n_sk_iter, sk_scale, target_temp: rounds and column exponent of Sinkhorn-Knopp, and the
+            temperature of the logits it starts from.
+        pred_temp: temperature of the predictions that are held against its assignments.
 
     Raises:
         ValueError: an argument is not positive.
@@ -44,8 +47,14 @@ class ClusteringHead(nn.Module):
         num_clusters: int = CLUSTERS,
         predictor_layers: int | None = 2,
         prototype_dim: int | None = PROTOTYPE_DIM,
+        n_sk_iter: int = 3,
+        sk_scale: float = 1.0,
+        target_temp: float = 0.06,
+        pred_temp: float = 0.12,
     ) -> None:
         super().__init__()
+        self.n_sk_iter, self.sk_scale = n_sk_iter, sk_scale
+        self.target_temp, self.pred_temp = target_temp, pred_temp
         if prototype_dim is None or predictor_layers is None:
             prototype_dim = width
         sizes = {
@@ -63,10 +72,28 @@ class ClusteringHead(nn.Module):
             None if predictor_layers is None else MLP(width, prototype_dim, predictor_layers)
         )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of tokens (..., D): (..., num_clusters), in float32 or better."""
+    def forward(
+        self, tokens: Tensor, do_sinkhorn: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits of tokens, and with `do_sinkhorn` what they are assigned to.
+
+        Args:
+            tokens: (B, T, D).
+            do_sinkhorn: assign too. Where several processes train together they must call this
+                together.
+
+        Returns:
+            logits (B, T, num_clusters), in float32 or better; their assignments, of all B T rows
+            together and without gradient; the cross-entropy of the two, a scalar. None and None
+            without `do_sinkhorn`.
+        """
         x = tokens if self.predictor is None else self.predictor(tokens)
-        return at_least_float32(self.layer(F.normalize(x, dim=-1, eps=NORMALIZE_EPS)))
+        logits = at_least_float32(self.layer(F.normalize(x, dim=-1, eps=NORMALIZE_EPS)))
+        if not do_sinkhorn:
+            return logits, None, None
+        scores = logits.detach().flatten(0, -2) / self.target_temp
+        assigned = sinkhorn_knopp(scores, self.n_sk_iter, self.sk_scale).view_as(logits)
+        return logits, assigned, soft_cross_entropy(logits, assigned, self.pred_temp)
 
 
 class MLP(nn.Module):

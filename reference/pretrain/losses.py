@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..precision import at_least_float32
 from .augment import augment_colors, require_kornia
-from .clustering import sinkhorn_knopp
+from .clustering import ClusteringHead
 from .koleo import koleo_loss
 from .student import Student
 
@@ -95,15 +95,17 @@ def training_predictions(
             )
         index, _ = model.match_tokens(masked_sparse, targets.tokens)
         predictions["mask_loss"] = model.contrastive_loss(
-            model.clustering_head(masked_sparse), targets.sparse, index
+            _logits(model.clustering_head, masked_sparse), targets.sparse, index
         )
         if targets.cls is not None:
             cls_losses.append(
-                model.contrastive_loss(model.cls_cluster_head(masked_cls), targets.cls)
+                model.contrastive_loss(_logits(model.cls_cluster_head, masked_cls), targets.cls)
             )
     if local_views is not None and targets.cls is not None:
         local_cls, _, _ = model.forward_image(model.augment(local_views.flatten(0, 1)))
-        cls_losses.append(model.contrastive_loss(model.cls_cluster_head(local_cls), targets.cls))
+        cls_losses.append(
+            model.contrastive_loss(_logits(model.cls_cluster_head, local_cls), targets.cls)
+        )
     if cls_losses:
         predictions["cls_loss"] = torch.stack(cls_losses).sum()
     return predictions
@@ -116,64 +118,64 @@ def _image_losses(
 
     The targets are the image's own, or with a teacher the teacher's of the second global view.
     """
-    sparse_logits = model.clustering_head(sparse)
-    cls_logits = model.cls_cluster_head(cls) if model.do_cls else None
-    losses: dict[str, Tensor] = {}
-    if model.momentum_teacher:
+    if not model.momentum_teacher:
+        own = _clustered(model, sparse, cls)
+        if not model.do_global_align:
+            return own.losses, own.targets
         assert global_views is not None  # `_checked` saw to it
-        targets = teacher_targets(model, global_views[:, 1])
-        index, _ = model.match_tokens(sparse, targets.tokens)
-        losses["clustering_loss"] = model.contrastive_loss(sparse_logits, targets.sparse, index)
-    else:
-        targets = _own_targets(model, sparse, sparse_logits, cls_logits)
-        if model.do_global_align:
-            assert global_views is not None
-            return _aligned_losses(
-                model, sparse_logits, cls_logits, targets, global_views[:, 1]
-            ), targets
-        losses["clustering_loss"] = model.contrastive_loss(sparse_logits, targets.sparse)
+        return _aligned_losses(model, own, global_views[:, 1]), own.targets
+    logits = _logits(model.clustering_head, sparse)
+    cls_logits = _logits(model.cls_cluster_head, cls) if model.do_cls else None
+    assert global_views is not None
+    targets = teacher_targets(model, global_views[:, 1])
+    index, _ = model.match_tokens(sparse, targets.tokens)
+    losses = {"clustering_loss": model.contrastive_loss(logits, targets.sparse, index)}
     if targets.cls is not None and cls_logits is not None:
         losses["cls_clustering_loss"] = model.contrastive_loss(cls_logits, targets.cls)
     return losses, targets
 
 
-def _own_targets(
-    model: Student, sparse: Tensor, sparse_logits: Tensor, cls_logits: Tensor | None
-) -> Targets:
-    return Targets(
-        sparse.detach(),
-        _assign(model, sparse_logits),
-        None if cls_logits is None else _assign(model, cls_logits),
-    )
+class _Clustered(NamedTuple):
+    """Tokens of images: their logits, with gradient, and the losses against their own targets."""
+
+    targets: Targets
+    logits: Tensor
+    cls_logits: Tensor | None
+    losses: dict[str, Tensor]
 
 
-def _aligned_losses(
-    model: Student,
-    sparse_logits: Tensor,
-    cls_logits: Tensor | None,
-    targets: Targets,
-    second: Tensor,
-) -> dict[str, Tensor]:
+def _clustered(model: Student, sparse: Tensor, cls: Tensor) -> _Clustered:
+    logits, assigned, loss = model.clustering_head(sparse)
+    losses, cls_logits, cls_assigned = {"clustering_loss": loss}, None, None
+    if model.do_cls:
+        cls_logits, cls_assigned, losses["cls_clustering_loss"] = model.cls_cluster_head(cls)
+    return _Clustered(Targets(sparse.detach(), assigned, cls_assigned), logits, cls_logits, losses)
+
+
+def _logits(head: ClusteringHead, tokens: Tensor) -> Tensor:
+    logits, _, _ = head(tokens, do_sinkhorn=False)
+    return logits
+
+
+def _aligned_losses(model: Student, own: _Clustered, second: Tensor) -> dict[str, Tensor]:
     """The clustering losses with `do_global_align`: each of two views against the other's targets.
 
-    The first view is the image, of which `targets` are; `second` (B, 3, H, W) is encoded whole.
-    Both directions take the match of the second view's tokens to the first's, as published: the
-    first is not that match's inverse.
+    The first view is the image; `second` (B, 3, H, W) is encoded whole. Both directions take the
+    match of the second view's tokens to the first's, as published: the first is not that match's
+    inverse.
     """
-    other_cls, other_sparse, _ = model.forward_image(second)
-    other_logits = model.clustering_head(other_sparse)
-    other_cls_logits = None if cls_logits is None else model.cls_cluster_head(other_cls)
-    other = _own_targets(model, other_sparse, other_logits, other_cls_logits)
-    index, _ = model.match_tokens(other_sparse, targets.tokens)
+    cls, sparse, _ = model.forward_image(second)
+    other = _clustered(model, sparse, cls)
+    index, _ = model.match_tokens(sparse, own.targets.tokens)
     losses = {
-        "clustering_loss": model.contrastive_loss(sparse_logits, other.sparse, index) / 2
-        + model.contrastive_loss(other_logits, targets.sparse, index) / 2
+        "clustering_loss": model.contrastive_loss(own.logits, other.targets.sparse, index) / 2
+        + model.contrastive_loss(other.logits, own.targets.sparse, index) / 2
     }
-    if cls_logits is not None and other_cls_logits is not None:
-        assert targets.cls is not None and other.cls is not None
+    if own.cls_logits is not None and other.cls_logits is not None:
+        assert own.targets.cls is not None and other.targets.cls is not None
         losses["cls_clustering_loss"] = (
-            model.contrastive_loss(cls_logits, other.cls) / 2
-            + model.contrastive_loss(other_cls_logits, targets.cls) / 2
+            model.contrastive_loss(own.cls_logits, other.targets.cls) / 2
+            + model.contrastive_loss(other.cls_logits, own.targets.cls) / 2
         )
     return losses
 
@@ -249,17 +251,9 @@ def image_reconstruction(model: Student, decoded: Tensor, image: Tensor) -> dict
 def teacher_targets(model: Student, images: Tensor) -> Targets:
     """The EMA teacher's tokens of images (B, 3, H, W) and their assignments."""
     cls, sparse, _ = model.forward_teacher(images)
-    return Targets(
-        sparse,
-        _assign(model, model.get_submodule("teacher_head")(sparse)),
-        _assign(model, model.get_submodule("teacher_cls_head")(cls)) if model.do_cls else None,
-    )
-
-
-def _assign(model: Student, logits: Tensor) -> Tensor:
-    """Sinkhorn-Knopp targets of logits (B, T, C), over all of their B T rows."""
-    scores = logits.detach().flatten(0, 1) / model.sk_temp
-    return sinkhorn_knopp(scores, model.n_sk_iter, model.sk_scale).view_as(logits)
+    _, assigned, _ = model.teacher_head(sparse)
+    cls_assigned = model.teacher_cls_head(cls)[1] if model.do_cls else None
+    return Targets(sparse, assigned, cls_assigned)
 
 
 def _checked(

@@ -171,8 +171,7 @@ class Student(Autoencoder):
         self.encoder.load_state_dict(weights, strict=False)
         self.do_koleo = do_koleo
         self.do_clustering, self.num_clusters, self.do_cls = do_clustering, num_clusters, do_cls
-        self.logits_temp, self.sk_temp = logits_temp, sk_temp
-        self.n_sk_iter, self.sk_scale = n_sk_iter, sk_scale
+        self.logits_temp = logits_temp
         self.do_masking, self.num_masks = do_masking, num_masks
         self.masking_ratio, self.focal_mode = masking_ratio, focal_mode
         self.color_augmentation = color_augmentation
@@ -193,13 +192,11 @@ class Student(Autoencoder):
 
         width = backbone.hidden_size
         if do_clustering:
-            self.clustering_head = ClusteringHead(
-                width, num_clusters, predictor_layers, prototype_dim
-            )
+            sizes = width, num_clusters, predictor_layers, prototype_dim
+            settings = n_sk_iter, sk_scale, sk_temp, logits_temp
+            self.clustering_head = ClusteringHead(*sizes, *settings)
             if do_cls:
-                self.cls_cluster_head = ClusteringHead(
-                    width, num_clusters, predictor_layers, prototype_dim
-                )
+                self.cls_cluster_head = ClusteringHead(*sizes, *settings)
         if momentum_teacher:
             attach_teacher(self)
         for name in PUBLISHED_ORDER:

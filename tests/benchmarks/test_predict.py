@@ -169,12 +169,6 @@ def test_a_pipeline_has_as_many_passes_in_a_trip_as_are_under_way():
     assert found(under_way=9, each=2) == pytest.approx(2 * (one_pass + 20e-6 + 1e-6 + 1e-6))
 
 
-def test_a_flattened_loop_fills_up_once():
-    assert FINDING.anatomy is not None
-    flattened = replace(FINDING, anatomy=replace(FINDING.anatomy, flattened=True))
-    assert seconds(WORK, flattened) == pytest.approx(predict.START + 2 * 2e-6 + predict.FILL)
-
-
 def test_products_hide_instructions_unless_they_wait_for_one_another():
     work = replace(WORK, products=1e12 * 3e-6, tiles=10)  # 3 us of a processor's matrix rate
     slowly = 1e-6 * predict.ALONE

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from budgets import assert_within_budget, entitlement
 from checkpoints import golden, images, relative_error
-from engines import engine_of, image, small_engine
+from engines import assert_encodes_within_budget, engine_of, image, small_engine
 from goldens import ENCODE, assert_encodes_as_published
 from references import reference_of
 
@@ -17,14 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32")]
 @pytest.mark.parametrize("name", ENCODE)
 def test_encode_meets_the_published_outputs(name):
     expected, meta = golden(name)
-    engine = engine_of(meta, device="cuda")
-
-    def encode(x):
-        out = engine.encode(x)
-        assert {tensor.device.type for tensor in out.values()} == {"cuda"}
-        return out
-
-    assert_encodes_as_published(encode, expected, meta)
+    assert_encodes_as_published(engine_of(meta, device="cuda").encode, expected, meta, "cuda")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -33,14 +25,7 @@ def test_encode_error_budget(name, precision):
     _, meta = golden(name)
     x = images(4, 224, 224, meta["image_seed"] + 1).cuda()
     engine = engine_of(meta, precision=precision, device="cuda", output_dtype=torch.float64)
-    model = reference_of(meta).cuda()
-    dtype = DTYPES[precision]
-    exact = model.encode(x.double())
-    sound = entitlement(lambda: model.encode(x.double()), exact, dtype, model)
-    plain = model.to(dtype).encode(x)
-    ours = engine.encode(x, outputs=exact)
-    for key in ours:
-        assert_within_budget(ours[key], plain[key], exact[key], dtype, sound[key], key)
+    assert_encodes_within_budget(engine, reference_of(meta).cuda(), x, DTYPES[precision])
 
 
 def test_reconstruct_agrees_with_the_cpu():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from budgets import assert_within_budget, entitlement
+from budgets import assert_within_budget
 from checkpoints import golden, images
-from engines import engine_of, image, small_engine
+from engines import assert_encodes_within_budget, engine_of, image, small_engine
 from goldens import ENCODE, assert_encodes_as_published
 from references import reference_of
 
@@ -37,14 +37,7 @@ def small(**keywords):
 @pytest.mark.parametrize("name", ENCODE)
 def test_encode_meets_the_published_outputs(name):
     expected, meta = golden(name)
-    engine = engine_on(meta)
-
-    def encode(x):
-        out = engine.encode(x)
-        assert {tensor.device.type for tensor in out.values()} == {"cuda"}
-        return out
-
-    assert_encodes_as_published(encode, expected, meta)
+    assert_encodes_as_published(engine_on(meta).encode, expected, meta, "cuda")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -53,14 +46,7 @@ def test_encode_error_budget(name, precision):
     _, meta = golden(name)
     x = images(4, 224, 224, meta["image_seed"] + 1).cuda()
     engine = engine_on(meta, precision=precision, output_dtype=torch.float64)
-    model = reference_of(meta).cuda()
-    dtype = DTYPES[precision]
-    exact = model.encode(x.double())
-    sound = entitlement(lambda: model.encode(x.double()), exact, dtype, model)
-    plain = model.to(dtype).encode(x)
-    ours = engine.encode(x, outputs=exact)
-    for key in ours:
-        assert_within_budget(ours[key], plain[key], exact[key], dtype, sound[key], key)
+    assert_encodes_within_budget(engine, reference_of(meta).cuda(), x, DTYPES[precision])
 
 
 @pytest.mark.skipif(not HAS_FP8, reason="this GPU has no FP8")

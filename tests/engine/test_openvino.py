@@ -1,6 +1,5 @@
 """The OpenVINO backend: the same features as published, on graphs that keep what an engine owes."""
 
-import copy
 import multiprocessing
 import os
 import subprocess
@@ -10,15 +9,20 @@ import threading
 import pytest
 import torch
 from budgets import assert_same_features as assert_same
-from budgets import assert_stored_as, assert_within_budget, entitlement
 from checkpoints import golden, images, write_checkpoint
-from engines import SMALL, SMALL_META, engine_of, image, small_engine
+from engines import (
+    SMALL,
+    SMALL_META,
+    assert_draws_as_published,
+    assert_encodes_within_budget,
+    assert_reconstructs_as_published,
+    engine_of,
+    image,
+    small_engine,
+)
 from goldens import (
     ENCODE,
     assert_encodes_as_published,
-    assert_pixels_as_published,
-    assert_tokens_as_published,
-    golden_image,
     slow,
 )
 from references import reference_of
@@ -27,7 +31,6 @@ import stellar_fast
 from stellar_fast.engine import backends
 from stellar_fast.engine.backends import resolve_backend
 from stellar_fast.engine.encoder import OUTPUTS
-from stellar_fast.engine.vqgan import decode_codes
 from stellar_fast.errors import ForkError, MissingExtraError
 
 pytestmark = [
@@ -65,37 +68,20 @@ def test_encode_meets_the_published_outputs(name):
     "name", ["reconstruct-tiny16", *slow("reconstruct-tiny14", "reconstruct-b16")]
 )
 def test_reconstruct_meets_the_published_outputs(name):
-    expected, meta = golden(name)
-    engine = engine_of(meta, purpose="reconstruct", backend="openvino")
-    out = engine.reconstruct(engine.encode(golden_image(meta)))
-    assert_tokens_as_published(out["logits"], out["tokens"], expected, meta)
-
-    def decode(codes):
-        return decode_codes(engine._decoder.vqgan, codes).clamp(0, 1)
-
-    assert_pixels_as_published(out["reconstruction"], out["tokens"], decode, expected)
+    assert_reconstructs_as_published(name, backend="openvino")
 
 
 def test_the_pixel_head_meets_the_published_output():
-    expected, meta = golden("reconstruct-pixelhead-tiny16")
-    engine = engine_of(meta, purpose="reconstruct", pixel_head=True, backend="openvino")
-    out = engine.reconstruct(engine.encode(golden_image(meta)))
-    assert set(out) == {"reconstruction"}
-    assert_stored_as(out["reconstruction"], expected["x_hat"])
+    assert_draws_as_published(backend="openvino")
 
 
 @pytest.mark.parametrize("precision", list(PRECISIONS))
 @pytest.mark.parametrize("name", ["encode-tiny16", "encode-tiny14-k8", *slow("encode-b16")])
 def test_error_budget(name, precision):
     _, meta = golden(name)
-    dtype = PRECISIONS[precision]
-    x, model = images(2, 224, 224, meta["image_seed"] + 1), reference_of(meta)
-    exact = model.encode(x.double())
-    plain = copy.deepcopy(model).to(dtype).encode(x)
-    ours = engine_of(meta, precision=precision, backend="openvino").encode(x)
-    sound = entitlement(lambda: model.encode(x.double()), exact, dtype, model)
-    for key in ours:
-        assert_within_budget(ours[key], plain[key], exact[key], dtype, sound[key], key)
+    engine = engine_of(meta, precision=precision, backend="openvino")
+    x = images(2, 224, 224, meta["image_seed"] + 1)
+    assert_encodes_within_budget(engine, reference_of(meta), x, PRECISIONS[precision])
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 320), (100, 75), (320, 64)])

@@ -2,13 +2,14 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from checkpoints import filled, images, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from stellar_fast.config import BackboneConfig
 from stellar_fast.module import FastSTELLARModel
@@ -47,7 +48,8 @@ def load(model: FastSTELLARModel) -> FastSTELLARModel:
 
 
 def load_in_place_of(model: FastSTELLARModel) -> FastSTELLARModel:
-    state = {name: 1.5 * value for name, value in MODELS[0].state_dict().items()}
+    like = model.sparse_tokens
+    state = {n: 1.5 * value.to(like.device) for n, value in MODELS[0].state_dict().items()}
     model.load_state_dict(state, assign=True)
     return model
 
@@ -55,13 +57,13 @@ def load_in_place_of(model: FastSTELLARModel) -> FastSTELLARModel:
 @torch.no_grad()
 def average(model: FastSTELLARModel) -> FastSTELLARModel:
     for own, other in zip(model.parameters(), MODELS[1].parameters(), strict=True):
-        own.lerp_(other.to(own.dtype), 0.5)
+        own.lerp_(other.to(own), 0.5)
     return model
 
 
 def average_data(model: FastSTELLARModel) -> FastSTELLARModel:
     for own, other in zip(model.parameters(), MODELS[1].parameters(), strict=True):
-        own.data.mul_(0.5).add_(other.data, alpha=0.5)
+        own.data.mul_(0.5).add_(other.data.to(own.device), alpha=0.5)
     return model
 
 
@@ -78,9 +80,8 @@ def replace(model: FastSTELLARModel) -> FastSTELLARModel:
 
 
 def graft(model: FastSTELLARModel) -> FastSTELLARModel:
-    model.encoder.encoder.layer[1] = copy.deepcopy(MODELS[1].encoder.encoder.layer[1]).to(
-        model.sparse_tokens.dtype
-    )
+    block = copy.deepcopy(MODELS[1].encoder.encoder.layer[1])
+    model.encoder.encoder.layer[1] = block.to(model.sparse_tokens)
     return model
 
 
@@ -114,41 +115,69 @@ CHANGES: dict[str, Callable[[FastSTELLARModel], FastSTELLARModel]] = {
 }
 
 
+MOVES: dict[str, Callable[[FastSTELLARModel], FastSTELLARModel]] = {
+    "to the GPU": lambda model: model.cuda(),
+    "to the CPU": lambda model: model.cpu(),
+    "there and back": lambda model: model.cpu().cuda(),
+}
+
+
 def assert_current(model: FastSTELLARModel) -> None:
     """The bits of a copy, which has nothing packed; and in full precision about what the reference
-    gives. How close an engine is to that, on models that are not drawn, other tests say."""
-    found, fresh = model.encode(X), copy.deepcopy(model).encode(X)
+    gives. How close an engine is to that, on models that are not drawn, other tests say.
+
+    A GPU may round otherwise in a graph, and in half precision: less than any change is seen by."""
+    x = X.to(model.sparse_tokens.device)
+    found, fresh = model.encode(x), copy.deepcopy(model).encode(x)
     for name, value in fresh.items():
-        assert torch.equal(found[name], value), name
+        if value.is_cuda:
+            assert torch.equal(found[name].isfinite(), value.isfinite()), name
+            assert relative_error(_finite(found[name]), _finite(value)) < SEEN, name
+        else:
+            assert torch.equal(found[name], value), name
     if model.sparse_tokens.dtype in (torch.float32, torch.float64):
-        for name, value in model.features(X).items():
+        for name, value in model.features(x).items():
             assert relative_error(found[name], value) < SEEN, name
 
 
-def play(changes: list[tuple[str, bool]]) -> None:
-    model = copy.deepcopy(MODELS[0])
+def _finite(values: Tensor) -> Tensor:
+    return values.nan_to_num(0.0, 0.0, 0.0)
+
+
+def play(model: FastSTELLARModel, changes: list[tuple[str, bool]]) -> None:
     assert_current(model)
     for name, gradients in changes:
-        model = CHANGES[name](model)
+        model = (CHANGES | MOVES)[name](model)
         with torch.set_grad_enabled(gradients):
             assert_current(model)
 
 
-SEQUENCES = st.lists(st.tuples(st.sampled_from(list(CHANGES)), st.booleans()), max_size=8)
+def sequences_of(names: Iterable[str]) -> st.SearchStrategy[list[tuple[str, bool]]]:
+    return st.lists(st.tuples(st.sampled_from(list(names)), st.booleans()), max_size=8)
+
+
+SEQUENCES = sequences_of(CHANGES)
 CALM = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=CALM)
 @given(SEQUENCES)
 def test_no_sequence_finds_a_stale_result(changes):
-    play(changes)
+    play(copy.deepcopy(MODELS[0]), changes)
+
+
+@pytest.mark.gpu
+@settings(max_examples=50, deadline=None, suppress_health_check=CALM)
+@given(sequences_of([*CHANGES, *MOVES]))
+def test_no_sequence_on_a_gpu_finds_a_stale_result(changes):
+    play(copy.deepcopy(MODELS[0]).cuda(), changes)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None, suppress_health_check=CALM)
 @given(SEQUENCES)
 def test_no_stale_result_in_a_thousand_sequences(changes):
-    play(changes)
+    play(copy.deepcopy(MODELS[0]), changes)
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -14,7 +14,6 @@ from references import reference_of, vqgan_of
 from torch import Tensor
 
 from stellar_fast.reference import STELLARModel
-from stellar_fast.reference.pretrain.clustering import sinkhorn_knopp
 from stellar_fast.reference.pretrain.losses import reconstruction_predictions, training_loss
 from stellar_fast.reference.vqgan import VQGAN
 
@@ -191,22 +190,25 @@ def test_golden_losses_of_the_published_methods(dtype):
     model, inputs = golden_model(meta, dtype), inputs_as(dtype, meta)
     with torch.no_grad():
         cls, sparse, _ = model.forward_image(inputs["image"])
-        logits, cls_logits = model.clustering_head(sparse), model.cls_cluster_head(cls)
-        assigned, cls_assigned = assign(model, logits), assign(model, cls_logits)
+        logits, assigned, loss = model.clustering_head(sparse)
+        _, cls_assigned, cls_loss = model.cls_cluster_head(cls)
         views = inputs["global_views"].flatten(0, 1)
         masked_cls, masked, mask, ids_restore = model.forward_masked(views, ratio=0.0)
         assert not mask.any() and torch.equal(ids_restore.sort(1).values[0], torch.arange(196))
         index, _ = model.match_tokens(masked, sparse)
         local, _, _ = model.forward_image(inputs["local_views"].flatten(0, 1))
+        masked_logits, none, _ = model.clustering_head(masked, do_sinkhorn=False)
+        assert none is None
+        cls_logits = [model.cls_cluster_head(x, do_sinkhorn=False)[0] for x in (masked_cls, local)]
         found = {
-            "clustering_loss": model.contrastive_loss(logits, assigned),
-            "cls_clustering_loss": model.contrastive_loss(cls_logits, cls_assigned),
-            "mask_loss": model.contrastive_loss(model.clustering_head(masked), assigned, index),
-            "cls_loss": model.contrastive_loss(model.cls_cluster_head(masked_cls), cls_assigned)
-            + model.contrastive_loss(model.cls_cluster_head(local), cls_assigned),
+            "clustering_loss": loss,
+            "cls_clustering_loss": cls_loss,
+            "mask_loss": model.contrastive_loss(masked_logits, assigned, index),
+            "cls_loss": sum(model.contrastive_loss(x, cls_assigned) for x in cls_logits),
         }
-    for name, loss in found.items():
-        assert relative_error(loss.reshape(1), expected[f"loss.{name}"]) < LOSS, name
+        assert relative_error(model.contrastive_loss(logits, assigned), loss) < LOSS
+    for name, value in found.items():
+        assert relative_error(value.reshape(1), expected[f"loss.{name}"]) < LOSS, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -217,20 +219,15 @@ def test_golden_losses_of_the_teachers_methods(dtype):
     with torch.no_grad():
         teacher_cls, teacher, dense = model.forward_teacher(inputs["global_views"][:, 1])
         assert dense.shape == (meta["batch"], 196, meta["backbone"]["hidden_size"])
+        _, assigned, _ = model.teacher_head(teacher)
+        _, cls_assigned, _ = model.teacher_cls_head(teacher_cls)
         cls, sparse, _ = model.forward_image(inputs["image"])
         index, _ = model.match_tokens(sparse, teacher)
+        logits, _, _ = model.clustering_head(sparse, do_sinkhorn=False)
+        cls_logits, _, _ = model.cls_cluster_head(cls, do_sinkhorn=False)
         found = {
-            "clustering_loss": model.contrastive_loss(
-                model.clustering_head(sparse), assign(model, model.teacher_head(teacher)), index
-            ),
-            "cls_clustering_loss": model.contrastive_loss(
-                model.cls_cluster_head(cls), assign(model, model.teacher_cls_head(teacher_cls))
-            ),
+            "clustering_loss": model.contrastive_loss(logits, assigned, index),
+            "cls_clustering_loss": model.contrastive_loss(cls_logits, cls_assigned),
         }
     for name, loss in found.items():
         assert relative_error(loss.reshape(1), expected[f"loss.{name}"]) < LOSS, name
-
-
-def assign(model: STELLARModel, logits: Tensor) -> Tensor:
-    rows = sinkhorn_knopp(logits.flatten(0, 1) / model.sk_temp, model.n_sk_iter, model.sk_scale)
-    return rows.view_as(logits)

@@ -208,17 +208,24 @@ def test_head_by_its_formula():
     hidden = F.gelu(tokens @ first.weight.T + first.bias)
     x = hidden @ last.weight.T + last.bias
     expected = (x / x.norm(dim=-1, keepdim=True)) @ head.layer.weight.T
-    assert relative_error(head(tokens), expected) < FLOAT64
+    logits, assigned, loss = head(tokens)
+    assert relative_error(logits, expected) < FLOAT64
+    by_hand = sinkhorn_knopp(expected.detach().flatten(0, 1) / 0.06, 3).view(2, 3, 7)
+    assert relative_error(assigned, by_hand) < FLOAT64 and not assigned.requires_grad
+    log_p = (expected / 0.12).log_softmax(-1)
+    assert relative_error(loss, -(by_hand * log_p).sum(-1).mean()) < FLOAT64
+    again, none, nothing = head(tokens, do_sinkhorn=False)
+    assert torch.equal(again, logits) and none is nothing is None
     # the direction of what comes out of the MLP counts, not its length
     with torch.no_grad():
         last.weight.mul_(10), last.bias.mul_(10)
-    assert relative_error(head(tokens), expected) < FLOAT64
+    assert relative_error(head(tokens)[0], expected) < FLOAT64
 
 
 def test_head_logits_are_float32_or_better():
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         head = ClusteringHead(8, 6, prototype_dim=4).to(dtype)
-        assert head(torch.randn(2, 3, 8, dtype=dtype)).dtype == expected
+        assert {each.dtype for each in head(torch.randn(2, 3, 8, dtype=dtype))} == {expected}
 
 
 @pytest.mark.parametrize(
@@ -234,7 +241,7 @@ def test_head_of_other_depths(layers, names, prototype):
     state = head.state_dict()
     assert [name for name in state if name.endswith("weight")] == ["layer.weight", *names]
     assert state["layer.weight"].shape == (7, prototype)
-    assert head(torch.randn(2, 3, 12)).shape == (2, 3, 7)
+    assert head(torch.randn(2, 3, 12))[0].shape == (2, 3, 7)
 
 
 @pytest.mark.parametrize(

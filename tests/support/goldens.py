@@ -36,12 +36,14 @@ def assert_encodes_as_published(
     encode: Callable[[Tensor], Mapping[str, Tensor]],
     expected: Mapping[str, Tensor],
     meta: Mapping[str, Any],
+    device: str | None = None,
 ) -> None:
-    """Holds `encode` to an encode file, at every size in it."""
+    """Holds `encode` to an encode file, at every size in it; and its tensors to a device."""
     stride, mean = meta["patch_stride_of_dense_and_lowrank"], 1 / meta["num_sparse_tokens"]
     for height, width in meta["sizes"]:
         found = encode(golden_image(meta, height, width))
         assert {"sparse", "spatial", "dense", "lowrank", "cls"} <= found.keys()
+        assert device is None or {tensor.device.type for tensor in found.values()} == {device}
         for key, value in found.items():
             where = f"{height}x{width}.{key}"
             if key in ("spatial", "peak_dist"):
