@@ -49,7 +49,7 @@ def _width(name: str) -> int:
 
 def _touched(item: Instruction) -> set[int]:
     """Registers that an instruction reads or writes: those named, and those that follow them."""
-    found = set()
+    found: set[int] = set()
     width = _width(item.name)
     for number, pair in _REGISTER.findall(item.operands):
         found.update(range(int(number), int(number) + (2 if pair else width)))
