@@ -91,12 +91,18 @@ def costs() -> dict[str, float]:
     config = shallow(MODELS["stellar-b16"])
     meta = encoder_of(config, "bf16")
     weights = map_nodes(meta, Tensor, lambda tensor: torch.zeros_like(tensor, device="cpu"))
-    own: dict[str, Any] = {
-        "device": torch.device("cpu"),
-        "precision": "bf16",
-        "output_dtype": torch.float32,
-    }
-    engine = with_graphs(Engine(config, weights, None, max_batch=16, weights="zeros", **own))
+    engine = with_graphs(
+        Engine(
+            config,
+            weights,
+            None,
+            device=torch.device("cpu"),
+            precision="bf16",
+            output_dtype=torch.float32,
+            max_batch=16,
+            weights="zeros",
+        )
+    )
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     engine.warm_up(sizes=((32, 32),)).warm_up(sizes=((32, 32),), outputs=("cls",))
     found = {
@@ -104,7 +110,7 @@ def costs() -> dict[str, float]:
         "encode, cls alone": microseconds(lambda: engine.encode(images, outputs=("cls",))),
     }
     table = weights.table.table(2, 2)
-    seen: list[Any] = []
+    seen: list[launch.Launch] = []
 
     def forward() -> None:
         encoder.encode(kernels, weights, config, images, table, OUTPUTS, torch.float32)
