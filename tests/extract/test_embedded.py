@@ -67,6 +67,11 @@ def test_others_are_named_and_ambiguity_is_one_error(tmp_path):
     refused(path, "'n' holds int64, not paths", column="n")
     # The only struct needs no name, unless there are paths; nor does the only column.
     assert len(discover(write(tmp_path / "b.parquet", n=range(12), scan=cells(TWELVE)))) == 12
+    sound = cells([b"RIFF....WAVEfmt "] * 12)
+    items = discover(write(tmp_path / "b.parquet", audio=sound, n=range(12), scan=cells(TWELVE)))
+    assert items[0].column == "scan"
+    path = write(tmp_path / "b.parquet", audio=sound, n=range(12))
+    refused(path, r"which column has the paths\? It has audio, n")
     both = write(tmp_path / "c.parquet", url=["a.jpg"] * 12, scan=cells(TWELVE))
     refused(both, "are the images in scan, or their paths in url")
     assert len(discover(both, "scan")) == 12

@@ -22,7 +22,7 @@ def serving_dataset(content: bytes) -> Iterator[str]:
 
         def do_GET(self) -> None:
             place = self.path.partition("?")[0]
-            listed = {
+            listed: dict[str, dict[str, Any]] = {
                 "/tree/main": {"type": "directory", "path": "data"},
                 "/tree/main/data": {"type": "file", "path": "data/a.parquet", "size": len(content)},
             }

@@ -160,7 +160,8 @@ def _image_column(table: _Table, name: str, wanted: str | None, allowed: Allowed
                 f"{name}: are the images in {_listed(structs)}, or their paths in "
                 f"{_listed(paths)}? Name one by --column"
             )
-        found = found or structs
+        # Of another name, it may be sound or video.
+        found = found or [column for column in structs if _has_images(table, name, column, allowed)]
     if len(found) > 1:
         raise ValueError(
             f"{name}: which column has the images? It has {_listed(found)}; name one by --column"
@@ -210,8 +211,14 @@ def _holds_images(table: _Table, name: str, column: str, allowed: Allowed) -> bo
     )
 
 
+def _has_images(table: _Table, name: str, column: str, allowed: Allowed) -> bool:
+    """Whether a struct has images in its bytes, or nothing in the first rows."""
+    cells = _first_cells(table, name, f"{column}.bytes", allowed)
+    return not cells or any(map(is_image, cells))
+
+
 def _first_cells(table: _Table, name: str, column: str, allowed: Allowed) -> list[bytes]:
-    """The first cells of a binary column that are not null."""
+    """The first cells of a binary column, or of the field of a struct, that are not null."""
     from pyarrow import ArrowException, parquet
 
     cells: list[bytes] = []
@@ -220,7 +227,10 @@ def _first_cells(table: _Table, name: str, column: str, allowed: Allowed) -> lis
             found = parquet.ParquetFile(file, buffer_size=1 << 20)
             batches = found.iter_batches(1, columns=[column], use_threads=False)
             for batch in islice(sparing(batches), PROBED_ROWS):
-                cells += [cell for cell in batch[column].to_pylist() if cell is not None]
+                own = column in batch.schema.names
+                (cell,) = (batch[column] if own else batch.column(0)).to_pylist()
+                cell = cell["bytes"] if isinstance(cell, dict) else cell
+                cells += [] if cell is None else [cell]
                 if len(cells) == PROBED:
                     break
     except (ArrowException, OSError, UnicodeDecodeError) as error:

@@ -8,8 +8,7 @@ The process limits itself once, before it sees the first file:
   refused becomes a MemoryError, or whatever the decoder makes of it. Linux only.
 * files: none of more than `FILE_BYTES`, and no core.
 * privileges: no more by executing a program. Linux only.
-* Pillow's module-wide settings: what `stellar_fast.images` expects, whatever the user's script
-  says, which every process of multiprocessing imports.
+* Pillow's module-wide settings: what `stellar_fast.images` expects, whatever was imported before.
 
 And each image's time: a signal that nothing handles ends the process, whatever its decoder is at,
 and though the process that started it may be gone. `Workers` knows it by that signal.
