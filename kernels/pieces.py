@@ -71,7 +71,8 @@ def row_parts(sums_ptr, rows, M, PARTS: tl.constexpr):
     parts = ()
     for part in tl.static_range(PARTS):
         at = rows.to(tl.int64) + part * M.to(tl.int64)
-        parts = parts + (tl.load(sums_ptr + at, mask=rows < M, other=0.0),)
+        values = tl.load(sums_ptr + at, mask=rows < M, other=0.0)
+        parts = parts + (values,)  # type: ignore[assignment]
     return parts
 
 
