@@ -94,6 +94,7 @@ def search(
     """
     if isinstance(images, str | bytes | os.PathLike | Image):
         raise TypeError(f"images are a list, got one {type(images).__name__}; put it into one")
+    check_count(k)
     check_engine(features, engine)
     preset = features.configuration["preset"]
     queries = engine.encode(list(images), outputs=("cls",), preset=preset)["cls"]
@@ -119,8 +120,7 @@ def nearest(
     Raises:
         ValueError: the index is of other features; `k` is less than 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check_count(k)
     a_row = vectors_a_row(features, by)
     if index.ntotal != len(features) * a_row:
         raise ValueError(
@@ -135,6 +135,12 @@ def nearest(
         _rows(features, line, found, k, a_row if by == "token" else None, out)
         for line, found, out in zip(scores, numbers, left_out, strict=True)
     ]
+
+
+def check_count(k: int) -> None:
+    """Raises ValueError for a number of hits that there cannot be."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
 
 
 def _rows(

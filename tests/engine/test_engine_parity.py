@@ -6,12 +6,12 @@ import pytest
 import torch
 from budgets import assert_within_budget, entitlement
 from checkpoints import golden, images
-from engines import (
+from engine_budgets import (
     assert_draws_as_published,
     assert_encodes_within_budget,
     assert_reconstructs_as_published,
-    engine_of,
 )
+from engines import engine_of
 from goldens import (
     ENCODE,
     assert_encodes_as_published,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from checkpoints import golden, images, relative_error
-from engines import assert_encodes_within_budget, engine_of, image, small_engine
+from engine_budgets import assert_encodes_within_budget
+from engines import engine_of, image, small_engine
 from goldens import ENCODE, assert_encodes_as_published
 from references import reference_of
 

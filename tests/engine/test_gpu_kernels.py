@@ -11,7 +11,8 @@ import pytest
 import torch
 from budgets import assert_within_budget
 from checkpoints import golden, images
-from engines import assert_encodes_within_budget, engine_of, image, small_engine
+from engine_budgets import assert_encodes_within_budget
+from engines import engine_of, image, small_engine
 from goldens import ENCODE, assert_encodes_as_published
 from references import reference_of
 

@@ -10,16 +10,12 @@ import pytest
 import torch
 from budgets import assert_same_features as assert_same
 from checkpoints import golden, images, write_checkpoint
-from engines import (
-    SMALL,
-    SMALL_META,
+from engine_budgets import (
     assert_draws_as_published,
     assert_encodes_within_budget,
     assert_reconstructs_as_published,
-    engine_of,
-    image,
-    small_engine,
 )
+from engines import SMALL, SMALL_META, engine_of, image, small_engine
 from goldens import (
     ENCODE,
     assert_encodes_as_published,

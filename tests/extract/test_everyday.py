@@ -102,7 +102,7 @@ def test_a_picture_of_maps_says_that_its_weights_are_synthetic(
     pytest.importorskip("matplotlib")
     titles = []
     monkeypatch.setattr(
-        "stellar_fast.viz.pictures.save_spatial", lambda *arguments: titles.append(arguments[-1])
+        "stellar_fast.viz.pictures.save_spatial", lambda *arguments: titles.append(arguments[-2])
     )
     photograph(30, 30).save(tmp_path / "a.png")
     arguments = ("maps", tmp_path / "a.png", tmp_path / "b.png", *small(repo))

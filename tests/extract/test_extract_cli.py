@@ -18,7 +18,7 @@ from pictures import photograph
 from scenes import write_photographs
 
 import stellar_fast
-from stellar_fast import cli, extracting
+from stellar_fast import cli, console, extracting
 from stellar_fast.extract import failures, job, stats
 from stellar_fast.images.presets import load_image
 
@@ -148,7 +148,7 @@ def test_an_interrupted_command_goes_on_from_whole_partitions(extracted, repo, t
         assert process.stdout.readline() == "half-way\n"
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         _, stderr = process.communicate()
-    assert process.returncode == cli.INTERRUPTED, stderr
+    assert process.returncode == console.INTERRUPTED, stderr
     assert stderr == (
         "complete parts stay: the same command goes on from there\nerror: interrupted\n"
     )
@@ -279,7 +279,7 @@ def test_ray_is_handed_the_job_and_chooses_devices_itself(repo, picture, tmp_pat
         return Summary(images=2, rows=1, seconds=dict.fromkeys((*stats.STAGES, "total"), 1))
 
     monkeypatch.setattr(ray_runner, "run", run)
-    monkeypatch.setattr(failures, "told_failures", lambda output: [])  # there is none
+    monkeypatch.setattr(failures, "told_failures", lambda output, held: [])  # there is none
     arguments = ("extract", tmp_path, tmp_path / "out", "--repo", repo, "--model", "small")
     result = invoke(*arguments, "--ray", "head:6379", "--workers", 3, "--log-seconds", 7)
     assert result.exit_code == cli.SOME_FAILED, result.output

@@ -11,7 +11,7 @@ from checkpoints import write_checkpoint
 
 from stellar_fast.engine import backends
 from stellar_fast.weights import names, residency
-from stellar_fast.weights.hub import read_config
+from stellar_fast.weights.manifest import read_model
 from stellar_fast.weights.residency import in_file, let_go
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is counted by Linux")
@@ -113,7 +113,7 @@ def test_weights_are_there_once_and_twice_while_they_are_packed(models, backend,
     assert done.returncode == 0, done.stderr
     peak, after, later = map(int, done.stdout.split())
     print(f"{backend} {precision}: {peak=} {after=} {later=}")
-    config = read_config(models / "wide" / "config.json", "wide")
+    config, _ = read_model(models / "wide" / "config.json", "wide")
     file = 4 * sum(map(math.prod, names.encode_shapes(config).values()))
     width, hidden = WIDE["hidden_size"], WIDE["intermediate_size"]
     block = 4 * (4 * width**2 + 2 * width * hidden)
