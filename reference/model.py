@@ -232,7 +232,7 @@ def encode_with(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs [CLS | patches] (B, 1 + P, D) with tokens (K, D) behind them: cls (B, 1, D), sparse
     (B, K, D), dense (B, P, D)."""
-    tokens = sparse_tokens.expand(len(embeddings), -1, -1)
+    tokens = sparse_tokens.expand(embeddings.shape[0], -1, -1)
     x = encoder.forward_tokens(torch.cat([embeddings, tokens], dim=1))
     cls, dense, sparse = x.split([1, embeddings.shape[1] - 1, tokens.shape[1]], dim=1)
     return cls, sparse, dense

@@ -96,10 +96,11 @@ def test_inputs_rotate_and_differ(pool, entrants):
 @pytest.mark.parametrize("name", ["OpenVINO fp32", "OpenVINO bf16", "ONNX Runtime fp32"])
 def test_a_peer_keeps_the_budget(name, subject, pool, entrants):
     try:
-        peer = models.local(subject, name, pool.images[:2])
+        # Not the batch that OpenVINO's tracer is shown: what it took for constant is noticed.
+        peer = models.local(subject, name, pool.images[:3])
     except models.Absent as reason:
         pytest.skip(str(reason))
-    found, rows = peer.encode(pool.images[:2]), torch.arange(2)
+    found, rows = peer.encode(pool.images[:3]), torch.arange(3)
     _, refused = pool.judge(peer, found, rows)
     assert refused is None
     off = {name: value + value.std() for name, value in found.items()}
