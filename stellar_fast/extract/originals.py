@@ -1,7 +1,7 @@
 """The images that rows of features were made of, read again to be looked at.
 
 They are what a plan's `inputs.parquet` names, and as hostile as when they were extracted: read
-through `input.door`, decoded in processes with the limits of `work.sandbox`. An image that cannot
+through `input.cells`, decoded in processes with the limits of `work.sandbox`. An image that cannot
 be read any more, or is another by now, is told in place of its picture.
 """
 
@@ -21,7 +21,8 @@ from ..images.reader import decode, describe_error
 from ..images.seen import seen
 from .features import Features
 from .input.addresses import Allowed
-from .input.door import NOTHING_MORE, read_item
+from .input.cells import read_item
+from .input.door import NOTHING_MORE
 from .output.layout import read_items
 from .output.readers import read_index
 from .records import Item
@@ -64,7 +65,7 @@ def originals_of(features: Features, rows: Sequence[int]) -> list[Original | str
         lines = read_index(features.folder / partition.name, manifest).to_pylist()
         good = [place for place, line in enumerate(lines) if line["status"] == "ok"]
         try:
-            items = read_items(features.folder, partition)
+            items = read_items(features.folder, partition, features.configuration["keep"])
         except StellarError as error:
             for place in at:
                 found[place] = str(error)

@@ -352,9 +352,9 @@ def test_an_extraction_is_that_of_the_files(tmp_path, engine):
         "k5",
     ]
     plan = read_plan(tmp_path / "out")
-    assert [item for part in plan.partitions for item in read_items(tmp_path / "out", part)] == (
-        job.items
-    )
+    assert [
+        item for part in plan.partitions for item in read_items(tmp_path / "out", part, {})
+    ] == (job.items)
     # The plan holds which column, and a run that goes on lists nothing.
     with pytest.raises(ValueError, match="id_column"):
         make_job(path, tmp_path / "out", **options)

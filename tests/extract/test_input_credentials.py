@@ -64,7 +64,7 @@ def test_an_input_with_them_is_the_same_when_it_is_resumed(tmp_path, engine):
             for arguments in ({}, {"resume": True}):
                 assert run(make_job(again, tmp_path / "out", **arguments), engine).images == 0
         plan = read_plan(tmp_path / "out")
-        (item,) = read_items(tmp_path / "out", plan.partitions[0])
+        (item,) = read_items(tmp_path / "out", plan.partitions[0], {})
         assert item.file == f"http://alice:hunter2@{server.host}/a.png"
         with pytest.raises(ValueError, match="another configuration") as caught:
             make_job(source.replace("token", "tokens"), tmp_path / "out")

@@ -47,7 +47,7 @@ def test_foreign_plans_open_nothing_that_is_not_allowed(tmp_path, engine):
     job = make_job(photos, output)
     make_plan(job, decided(job, engine))
     plan = read_plan(output)
-    items = read_items(output, plan.partitions[0])
+    items = read_items(output, plan.partitions[0], {})
     with serving({"/x.json": b"{}", "/x.png": png()}) as server:
         hostile = [
             Item(items[0].id, f"reference://x.png::{server.url('x.json')}"),
@@ -86,7 +86,7 @@ def test_the_digest_covers_all_that_is_read(change, tmp_path, engine):
     plan = make_plan(job, decided(job, engine))
     write_plan(tmp_path / "out", plan, [replace(job.items[0], **change)])
     with pytest.raises(StellarError, match="names other images than"):
-        read_items(tmp_path / "out", plan.partitions[0])
+        read_items(tmp_path / "out", plan.partitions[0], {})
 
 
 def test_plans_of_before_are_refused_with_what_to_do(tmp_path, engine):

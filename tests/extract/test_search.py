@@ -10,6 +10,7 @@ import pytest
 from commands import invoke, refused, small, write_models
 from extracting import deadly_pictures
 from outputs import write_output
+from parquets import cells, write
 from PIL import Image
 
 import stellar_fast
@@ -420,6 +421,27 @@ def test_pictures_that_cannot_be_had_are_told(extracted, album, tmp_path, monkey
     assert gone == "no such file"
     assert "cannot identify image file" in text or "format" in text
     assert other == "is another image by now: 160x120 pixels were extracted, 90x60 are there"
+
+
+def test_images_with_labels_and_images_in_cells_are_shown(album, repo, tmp_path):
+    """What the plan has beside a file's name does not keep its picture away."""
+    files = sorted((album / "sea").glob("[0-9].jpg"))
+    column = cells([file.read_bytes() for file in files])
+    write(tmp_path / "sea.parquet", 2, image=column, label=list(range(len(files))))
+    for source, keep in ((album, "folder"), (tmp_path / "sea.parquet", "label")):
+        made = tmp_path / keep
+        arguments = ("extract", source, made, *small(repo), "--keep", keep, "--workers", "1")
+        assert invoke(*arguments).exit_code in (0, 3)
+        out = tmp_path / f"{keep}.html"
+        result = invoke("search", made, "1", "-k", "2", "--out", out)
+        assert result.stdout.endswith("html: 2 hits\n"), result.output
+        assert "no picture: " not in out.read_text()
+    features = stellar_fast.open_features(tmp_path / "label")
+    shown = pictures_of(originals_of(features, [3, 0, 2]), "card")  # not in the file's order
+    whole = [np.asarray(Image.open(file).convert("RGB"), int) for file in files]
+    for row, picture in zip((3, 0, 2), shown, strict=True):
+        found = np.asarray(Image.open(BytesIO(picture.jpeg)), int)
+        assert np.argmin([np.abs(found - one).mean() for one in whole]) == row
 
 
 def test_a_plan_that_does_not_tell_its_images(extracted, tmp_path):

@@ -26,7 +26,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import StellarError
@@ -220,9 +219,7 @@ def _write_inputs(path: Path, plan: Plan, items: Sequence[Item]) -> None:
                 writer.write_table(table, row_group_size=len(part))
 
 
-def read_items(
-    output: PathLike, partition: Partition, keep: Mapping[str, str] = MappingProxyType({})
-) -> list[Item]:
+def read_items(output: PathLike, partition: Partition, keep: Mapping[str, str]) -> list[Item]:
     """The images of one partition, from `inputs.parquet`.
 
     Args:
