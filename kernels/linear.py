@@ -388,10 +388,12 @@ def reads_ahead(gpu: Gpu, tile: Tile, x: torch.dtype, chunks: int, tiles: int) -
 
     Where all tiles run at once, nothing else hides what a program would wait for behind its
     products; before them it comes with the first operands. The loops over tiles and steps stay two
-    there, or it would be held once for each stage. float32 has no registers for it.
+    there, or it would be held once for each stage. float32 has no registers for it; nor have more
+    than 32 sums a thread, where the operands of products are in registers too.
     """
     at_once = tiles <= gpu.processors * tile.residents
-    return at_once and x != torch.float32 and _sums(tile, chunks) <= 64
+    most = 64 if gpu.arch in (90, 100) else 32
+    return at_once and x != torch.float32 and _sums(tile, chunks) <= most
 
 
 def linear_options(
