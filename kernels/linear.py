@@ -368,9 +368,8 @@ def chunks_of(x: torch.dtype, depth: int) -> tuple[int, int]:
 def _cycles(gpu: Gpu, tile: Tile, rows: int, columns: int, row_bytes: int) -> float:
     """What decides between tiles of a product: reading operands, and finishing tiles.
 
-    A processor reads 64 bytes a cycle from the cache, which gives all of them 34 each, as
-    `benchmarks/audit/predict.py` has it; what a tile takes beside its reading grows with its
-    columns, and 32 cycles each come within 2 % of the best choices that it predicts.
+    A processor reads 64 bytes a cycle from the cache, which gives all of them some 34 each; what a
+    tile takes beside its reading grows with its columns, by about 32 cycles each.
     """
     tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
     read = (tile.block_m + tile.block_n) * row_bytes

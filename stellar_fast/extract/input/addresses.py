@@ -276,6 +276,21 @@ def localized(text: str) -> str:
     return address.path if address.protocol in LOCAL else str(address)
 
 
+def places_of(names: Iterable[str], source: str) -> list[str]:
+    """Where the files are that an input names, each by `localized`.
+
+    Raises:
+        ValueError: one of them is named twice.
+    """
+    places = [localized(name) for name in names]
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise ValueError(
+            f"{shown(source)}: names {shown(twice)} twice; every image may be read once"
+        )
+    return places
+
+
 # Without credentials
 
 

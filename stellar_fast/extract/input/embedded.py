@@ -17,7 +17,7 @@ from typing import IO, Any
 from ...printable import printable
 from ..footer import Group, read_footer, unaccounted
 from ..records import Item
-from .addresses import Allowed, label, localized, shown
+from .addresses import Allowed, label, places_of, shown
 from .door import open_file
 from .kept import FOLDER, Budget
 from .parquet_column import check_alone, kept_columns, rows_of, sparing
@@ -69,12 +69,7 @@ def read_embedded(
             holds, or the files differ in that.
         OSError: a file cannot be opened.
     """
-    places = [localized(name) for name in names]
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise ValueError(
-            f"{shown(source)}: names {shown(twice)} twice; every image may be read once"
-        )
+    places = places_of(names, source)
     with ThreadPoolExecutor(THREADS) as pool:
         tables = list(pool.map(partial(_read_table, allowed), places))
     chosen: str | None = None

@@ -9,7 +9,7 @@ from functools import partial
 
 from ...printable import printable
 from ..records import Item, Value
-from .addresses import Allowed, label, localized, shown
+from .addresses import Allowed, label, places_of, shown
 from .archives import Member, files
 from .door import open_file
 from .kept import Budget, of_sample, read_member, sample_of, suffixes_of
@@ -40,12 +40,7 @@ def read_tars(
         ValueError: a tar is damaged, compressed or named twice; a member is there twice; no images.
         OSError: a tar cannot be read.
     """
-    places = [localized(name) for name in names]
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise ValueError(
-            f"{shown(source)}: names {shown(twice)} twice; every image may be read once"
-        )
+    places = places_of(names, source)
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(partial(_read_tar, root, allowed, keep, Budget()), places))
     items = [item for part, _ in found for item in part]
