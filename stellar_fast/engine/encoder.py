@@ -15,6 +15,8 @@ from ..weights.packed import (
     Block,
     EncoderWeights,
     Fp8Block,
+    Int8Block,
+    Int8LastBlock,
     Int8Linear,
     LastBlock,
     Linear,
@@ -67,13 +69,18 @@ def _residual(ops, x: Tensor, layer: Linear, residual: Tensor) -> tuple[Tensor, 
     return ops.linear_residual(x, layer.weight, layer.bias, residual, **keywords)
 
 
+def _attention(ops, block: Block | LastBlock, query: Tensor, key_value: Tensor, heads: int) -> Any:
+    keywords = {"int8": block.score_reach} if isinstance(block, Int8Block | Int8LastBlock) else {}
+    return ops.attention(query, key_value, heads, **keywords)
+
+
 def run_block(
     ops: Ops, block: Block, x: Tensor, sums: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor | None]:
     """One ViT block: x (B, S, D) and the sums of squares of its rows -> the same."""
     width = x.shape[-1]
     qkv = _linear(ops, x, block.qkv, norm_eps=LAYER_NORM_EPS, sums=sums)
-    a = ops.attention(qkv[..., :width], qkv[..., width:], num_heads)
+    a = _attention(ops, block, qkv[..., :width], qkv[..., width:], num_heads)
     x, sums = _residual(ops, a, block.proj, x)
     h = _linear(ops, x, block.fc1, norm_eps=LAYER_NORM_EPS, sums=sums, gelu=True)
     return _residual(ops, h, block.fc2, x)
@@ -120,7 +127,7 @@ def run_last_block(
         if sums is not None:
             sums = torch.cat([sums[:, :, part] for part in rows], dim=2)
     query = _linear(ops, x, block.query, norm_eps=LAYER_NORM_EPS, sums=sums)
-    a = ops.attention(query, key_value, num_heads)
+    a = _attention(ops, block, query, key_value, num_heads)
     x, sums = _residual(ops, a, block.proj, x)
     h = _linear(ops, x, block.fc1, norm_eps=LAYER_NORM_EPS, sums=sums, gelu=True)
     return _residual(ops, h, block.fc2, x)[0]

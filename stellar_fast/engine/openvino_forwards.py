@@ -1,7 +1,9 @@
-"""The engine's two paths as graphs: `encode` in three parts, and `reconstruct`.
+"""The engine's two paths as graphs: `encode`, whole or in three parts, and `reconstruct`.
 
-What comes before the blocks depends on the dtype of the pixels, what comes behind them on the
-outputs that are asked for. In between, one graph serves all, and packs the weights once.
+Most engines encode one kind of pixels to one set of outputs, by one graph. Where there are more
+kinds, what comes before the blocks depends on the dtype of the pixels, what comes behind them on
+the outputs that are asked for, and in between one graph serves all, and packs the weights once. The
+parts give the bits that the whole does.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def encode(
     out: Mapping[str, Tensor],
 ) -> None:
     """Fills `out`. `lowrank` is the float32 product of the other two, whatever the precision; where
-    the graph would take it in bfloat16, a second one does it.
+    the graph would take it in bfloat16, PyTorch does it.
 
     Args:
         images: (B, 3, H, W), uint8 or floats in [0, 1].
@@ -56,6 +58,12 @@ def encode(
     names = tuple(name for name in OUTPUTS if name in needed)
     width, tokens = config.backbone.hidden_size, config.num_sparse_tokens
 
+    parts = {name: given[name] for name in names}
+    pixels = [(images, (-1, 3, -1, -1)), (table, (-1, width))]
+
+    def whole(images: Any, table: Any) -> Mapping[str, Any]:
+        return encoder.encode(ops, weights, config, images, table, names, torch.float32)
+
     def embed(images: Any, table: Any) -> Mapping[str, Any]:
         return {"x": encoder.embed(ops, weights, config, images, table)[0]}
 
@@ -66,24 +74,22 @@ def encode(
         patches = x.shape[1] - (1 + tokens)
         return encoder.features_of(ops, weights, config, x, None, patches, names, torch.float32)
 
-    def reassemble(spatial: Any, sparse: Any) -> Mapping[str, Any]:
-        return {"lowrank": ops.reassemble(spatial, sparse)}
-
-    shape, opened = (len(images), len(table) + tokens, width), (-1, -1, width)
-    x, y = torch.empty(shape), torch.empty(shape)
-    runner.run("embed", embed, [(images, (-1, 3, -1, -1)), (table, (-1, width))], {"x": x})
-    if weights.blocks:
-        runner.run("blocks", blocks, [(x, opened)], {"x": y}, weights.blocks, kept=1)
-    else:  # a model of the last block alone; and the runtime fills nothing by an empty graph
-        y = x
-    parts = {name: given[name] for name in names}
-    runner.run("features", features, [(y, opened)], parts, weights.last, kept=SETS_KEPT)
+    if runner.is_sole("encode", (names, images.dtype)):
+        runner.run("encode", whole, pixels, parts, (weights.blocks, weights.last), kept=1)
+    else:
+        shape, opened = (len(images), len(table) + tokens, width), (-1, -1, width)
+        x, y = torch.empty(shape), torch.empty(shape)
+        runner.run("embed", embed, pixels, {"x": x})
+        if weights.blocks:
+            runner.run("blocks", blocks, [(x, opened)], {"x": y}, weights.blocks, kept=1)
+        else:  # a model of the last block alone; and the runtime fills nothing by an empty graph
+            y = x
+        runner.run("features", features, [(y, opened)], parts, weights.last, kept=SETS_KEPT)
     for name in names:
         if name in out and given[name] is not out[name]:
             out[name].copy_(given[name])
     if apart:
-        factors = [(given[name], (-1, -1, shapes[name][1])) for name in FACTORS]
-        runner.exact.run("reassemble", reassemble, factors, {"lowrank": out["lowrank"]})
+        out["lowrank"].copy_(given["spatial"] @ given["sparse"])
     for name, tensor in encoder.derived(given, out).items():
         out[name].copy_(tensor)
 

@@ -61,6 +61,36 @@ def _shared(tensor: Tensor) -> ov.Tensor:
     return ov.Tensor(tensor.numpy(), shared_memory=True)
 
 
+class _Graph:
+    """A compiled graph, for any number of calls at a time, each by a request of its own.
+
+    One request is kept with its memory for what the graph computes in between, which the next call
+    finds mapped. It holds the caller's own memory no longer than the call.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel) -> None:
+        self.compiled = compiled
+        self._kept: ov.InferRequest | None = None
+        self._lock = threading.Lock()
+
+    def infer(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        with self._lock:
+            request, self._kept = self._kept, None
+        if request is None:
+            request = self.compiled.create_infer_request()
+        for index, tensor in enumerate(inputs):
+            request.set_input_tensor(index, _shared(tensor))
+        for index, tensor in enumerate(outputs):
+            request.set_output_tensor(index, _shared(tensor))
+        request.infer()
+        # Behind an error it is not kept: nobody knows in which state it is.
+        for index, tensor in enumerate(inputs):
+            request.set_input_tensor(index, _shared(tensor[:0]))
+        for index, tensor in enumerate(outputs):
+            request.set_output_tensor(index, _shared(tensor.new_empty(0, *tensor.shape[1:])))
+        self._kept = request
+
+
 class OpenVINORunner:
     """Runs forwards over `openvino_ops` for any number of threads, each call by a request of its
     own on as many threads as torch has.
@@ -76,12 +106,17 @@ class OpenVINORunner:
         _core()
         self.precision = precision
         self._lock = threading.Lock()
-        self._graphs: dict[str, OrderedDict[Hashable, ov.CompiledModel]] = {}
+        self._graphs: dict[str, OrderedDict[Hashable, _Graph]] = {}
+        self._kinds: dict[str, Hashable] = {}
 
-    @functools.cached_property
-    def exact(self) -> OpenVINORunner:
-        """For what is float32 in every precision."""
-        return OpenVINORunner("fp32")
+    def is_sole(self, name: str, kind: Hashable) -> bool:
+        """Whether all calls of a forward were of this kind; its graphs go where they are not."""
+        with self._lock:
+            if self._kinds.setdefault(name, kind) == kind:
+                return True
+            self._kinds[name] = None
+            self._graphs.pop(name, None)
+            return False
 
     def run(
         self,
@@ -115,16 +150,12 @@ class OpenVINORunner:
             graph = graphs.get(key) or self._compile(forward, shapes, kinds, tuple(out))
             graphs[key] = graph
             graphs.move_to_end(key)
-        request = graph.create_infer_request()
-        for index, tensor in enumerate(tensors):
-            request.set_input_tensor(index, _shared(tensor))
         rounded: dict[str, Tensor] = {}
         constants: list[Tensor] = []
-        for index, (output, result) in enumerate(out.items()):
+        for output, result in out.items():
             if result.dtype not in (torch.float32, torch.int64):
                 rounded[output] = torch.empty_like(result, dtype=torch.float32)
-            request.set_output_tensor(index, _shared(rounded.get(output, result)))
-        request.infer()
+        graph.infer(tensors, [rounded.get(output, result) for output, result in out.items()])
         if new:  # packed as they are first read
             map_nodes(weights, Tensor, constants.append)
             let_go(constants)
@@ -138,7 +169,7 @@ class OpenVINORunner:
         shapes: Sequence[tuple[int, ...]],
         kinds: Sequence[torch.dtype],
         outputs: tuple[str, ...],
-    ) -> ov.CompiledModel:
+    ) -> _Graph:
         inputs = [
             op.parameter(list(shape), _TYPES[kind])
             for shape, kind in zip(shapes, kinds, strict=True)
@@ -153,4 +184,5 @@ class OpenVINORunner:
             # A thread that is bound to a core waits for whoever else is busy there.
             "ENABLE_CPU_PINNING": False,
         }
-        return _core().compile_model(ov.Model(results, inputs, "stellar"), "CPU", settings)
+        model = ov.Model(results, inputs, "stellar")
+        return _Graph(_core().compile_model(model, "CPU", settings))

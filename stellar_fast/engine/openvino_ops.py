@@ -364,24 +364,33 @@ def linear_residual(
     return Node(op.add(_widened(y, weight), residual.output)), None
 
 
-def attention(query: Node, key_value: Node, num_heads: int) -> Node:
+def attention(query: Node, key_value: Node, num_heads: int, *, int8: Tensor | None = None) -> Node:
     """`reference.ops.attention`; what is part of one product is computed apart, since the runtime
-    would copy the parts."""
+    would copy the parts. With `int8`, a block's `score_reach`, queries meet keys on integers."""
     width = query.shape[2]
     keys, values = _columns(key_value, 0, width), _columns(key_value, width, 2 * width)
     heads = _integers(0, 0, num_heads, width // num_heads)
     # Queries are scaled as they are computed; the runtime would do so with the keys, in a pass.
     scale = _number((width // num_heads) ** -0.5)
-    scaled = op.multiply(_columns(query, 0, width).output, scale)
+    rows = [op.multiply(_columns(query, 0, width).output, scale).output(0), keys.output]
+    if int8 is not None:
+        rows = [_symmetric(x, reach) for x, reach in zip(rows, int8.tolist(), strict=True)]
 
     def split(rows: Any) -> ov.Node:
         return op.transpose(op.reshape(rows, heads, True), _integers(0, 2, 1, 3))
 
-    q, k, v = split(scaled), split(keys.output), split(values.output)
-    y = op.scaled_dot_product_attention(q, k, v, scale=_number(1.0), causal=False)
+    q, k, v = map(split, (*rows, values.output))
+    # Not the operation of that name: its keys would be transposed by a pass, and here are as read.
+    y = op.matmul(op.softmax(op.matmul(q, k, False, True), -1), v, False, False)
     node = Node(_merged(y))
     node.heads = y
     return node
+
+
+def _symmetric(x: ov.Output, reach: float) -> ov.Output:
+    """x in 256 values about zero, which two factors of a product can have as integers alone."""
+    low, high = _number(-reach), _number(reach * 127 / 128)
+    return op.fake_quantize(x, low, high, low, high, INT8_LEVELS).output(0)
 
 
 def _columns(node: Node, start: int, stop: int) -> Node:

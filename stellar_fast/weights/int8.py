@@ -5,7 +5,8 @@ c is multiplied by 1 / s_c and its column of weights by s_c, made of how far the
 column reach; behind a norm that is one more factor, behind attention it is in the values already.
 The range of what enters is the one with the least error behind the weights, not the widest: a rare
 number is rather cut off than all others made coarse. And the mean of what rounding does to each
-output goes into the bias.
+output goes into the bias. Queries meet keys on integers too, balanced channel by channel; how much
+of which value attention takes stays in floats, of which most are far below 1 / 256.
 
 Scales are sought block by block on a sample of the rows that float32 brings there.
 """
@@ -13,7 +14,7 @@ Scales are sought block by block on a sample of the rows that float32 brings the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed import EncoderWeights, Int8Linear, Int8Scales, LastBlock, Linear
+from .packed import (
+    EncoderWeights,
+    Int8Block,
+    Int8LastBlock,
+    Int8Linear,
+    Int8Scales,
+    LastBlock,
+    Linear,
+)
 
 STEPS = 255  # of an input between the ends of its range
 LARGEST = 127  # weight
@@ -127,52 +136,87 @@ def quantized_encoder(
 
     blocks: list[Any] = []
     for block in (*weights.blocks, weights.last):
-        seen: dict[int, Inputs] = {}
+        seen: dict[Hashable, Inputs] = {}
         chunks = [run(_watched(ops, seen, sample), block, chunk) for chunk in chunks]
-        layers = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
         # Behind GELU factors would be one more product for each of its many numbers.
         layers = {
             name: quantized(layer, seen[id(layer.weight)], scaled=name != "fc2")
-            for name, layer in layers.items()
+            for name, layer in _layers(block).items()
         }
-        blocks.append(_unscaled_attention(type(block)(**layers)))
+        channels, reach = scores(seen["queries"], seen["keys"])
+        blocks.append(_unscaled_attention(_kind(block)(**layers, score_reach=reach), channels))
     return dataclasses.replace(weights, blocks=tuple(blocks[:-1]), last=blocks[-1])
 
 
-def _unscaled_attention(block: Any) -> Any:
-    """`block` with the factors of proj's inputs in the values that attention averages: one less
-    product to take, and the same result."""
-    name = "key_value" if isinstance(block, LastBlock) else "qkv"
-    maker, channels = getattr(block, name), block.proj.scales.channels
-    factors = torch.cat([channels.new_ones(len(maker.bias) - len(channels)), channels])
-    scales = dataclasses.replace(maker.scales, step=maker.scales.step * factors)
-    return dataclasses.replace(
-        block,
-        **{name: dataclasses.replace(maker, bias=maker.bias * factors, scales=scales)},
-        proj=dataclasses.replace(
-            block.proj, scales=dataclasses.replace(block.proj.scales, channels=None)
-        ),
-    )
+def _layers(block: Any) -> dict[str, Linear]:
+    return {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
 
 
-def _watched(ops: ModuleType, seen: dict[int, Inputs], sample: Callable[[Tensor], Tensor]) -> Any:
-    """`ops` that leave what enters a product in `seen`, by its weight's id."""
+def _kind(block: Any) -> Callable[..., Int8Block | Int8LastBlock]:
+    return Int8LastBlock if isinstance(block, LastBlock) else Int8Block
+
+
+def scores(queries: Inputs, keys: Inputs) -> tuple[Tensor, Tensor]:
+    """How queries, already scaled, meet keys on integers.
+
+    Returns:
+        (D,), what queries are multiplied and keys divided by, so that each channel of both reaches
+        as far; and the `score_reach` of a block, each with the least error behind the other factor.
+    """
+    ends = [torch.maximum(-seen.low, seen.high).clamp_min(TINY) for seen in (queries, keys)]
+    channels = (ends[1] / ends[0]).sqrt()
+    q, k = torch.cat(queries.rows) * channels, torch.cat(keys.rows) / channels
+    whole = (ends[0] * channels).amax() * torch.tensor([-1.0, 127 / 128])
+    limits = _reach(q, whole, k.square().sum(0)), _reach(k, whole, q.square().sum(0))
+    return channels, -torch.stack([low for low, _ in limits])
+
+
+def _unscaled_attention(block: Any, channels: Tensor) -> Any:
+    """`block` with the factors of proj's inputs in the values that attention averages, and those of
+    queries and keys, `channels`, in what makes them: no product more, and the same result."""
+    values = block.proj.scales.channels
+    factors = {"query": channels, "key_value": torch.cat([1 / channels, values])}
+    if isinstance(block, Int8Block):
+        factors = {"qkv": torch.cat([channels, 1 / channels, values])}
+    made = {}
+    for name, factor in factors.items():
+        maker = getattr(block, name)
+        scales = dataclasses.replace(maker.scales, step=maker.scales.step * factor)
+        made[name] = dataclasses.replace(maker, bias=maker.bias * factor, scales=scales)
+    scales = dataclasses.replace(block.proj.scales, channels=None)
+    return dataclasses.replace(block, **made, proj=dataclasses.replace(block.proj, scales=scales))
+
+
+def _watched(
+    ops: ModuleType, seen: dict[Hashable, Inputs], sample: Callable[[Tensor], Tensor]
+) -> Any:
+    """`ops` that leave in `seen` what enters a product, by its weight's id, and the "queries", as
+    they are scaled, and "keys" of attention."""
+
+    def note(key: Hashable, x: Tensor) -> None:
+        low, high = x.flatten(0, -2).aminmax(dim=0)
+        found = seen.setdefault(key, Inputs([], low, high))
+        found.rows.append(sample(x))
+        found.low, found.high = torch.minimum(found.low, low), torch.maximum(found.high, high)
 
     def watch(function: Callable[..., Any]) -> Callable[..., Any]:
         def op(x: Tensor, weight: Tensor, *arguments: Any, **keywords: Any) -> Any:
-            entering = x
-            if (eps := keywords.get("norm_eps")) is not None:
-                entering = F.layer_norm(x, x.shape[-1:], None, None, eps)
-            low, high = entering.flatten(0, -2).aminmax(dim=0)
-            found = seen.setdefault(id(weight), Inputs([], low, high))
-            found.rows.append(sample(entering))
-            found.low, found.high = torch.minimum(found.low, low), torch.maximum(found.high, high)
+            eps = keywords.get("norm_eps")
+            entering = x if eps is None else F.layer_norm(x, x.shape[-1:], None, None, eps)
+            note(id(weight), entering)
             return function(x, weight, *arguments, **keywords)
 
         return op
 
+    def attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
+        width = query.shape[-1]
+        note("queries", query * (width // num_heads) ** -0.5)
+        note("keys", key_value[..., :width])
+        return ops.attention(query, key_value, num_heads)
+
     watched = SimpleNamespace(**{name: op for name, op in vars(ops).items() if callable(op)})
     watched.linear, watched.linear_residual = watch(ops.linear), watch(ops.linear_residual)
+    watched.attention = attention
     return watched
 
 
@@ -186,10 +230,8 @@ def unmeasured(encoder: EncoderWeights) -> EncoderWeights:
         return Int8Linear(linear.weight.to(torch.int8), linear.bias, scales)
 
     def block(node: Any) -> Any:
-        layers = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
-        return type(node)(
-            **{name: layer(each, name not in UNSCALED) for name, each in layers.items()}
-        )
+        layers = {n: layer(each, n not in UNSCALED) for n, each in _layers(node).items()}
+        return _kind(node)(**layers, score_reach=torch.empty(2))
 
     return dataclasses.replace(
         encoder, blocks=tuple(map(block, encoder.blocks)), last=block(encoder.last)

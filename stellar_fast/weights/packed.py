@@ -95,6 +95,21 @@ class LastBlock:
 
 
 @dataclass(frozen=True)
+class Int8Block(Block):
+    """A block on integers. score_reach (2,) float32, of queries as attention scales them, and of
+    keys: each take 256 values, zero among them, from -r to r * 127 / 128."""
+
+    score_reach: Tensor
+
+
+@dataclass(frozen=True)
+class Int8LastBlock(LastBlock):
+    """The last block on integers; score_reach (2,) as of `Int8Block`."""
+
+    score_reach: Tensor
+
+
+@dataclass(frozen=True)
 class PatchTable:
     """What the position table of any image size is made from, in float32.
 

@@ -246,7 +246,7 @@ def _tensor(file: Any, name: str, want: Tensor, device: torch.device) -> Tensor:
     low, high = checkpoint.bounds(tensor)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} holds NaN or infinity")
-    if name.endswith((".scale", ".step", ".channels")) and low <= 0:
+    if name.endswith((".scale", ".step", ".channels", ".score_reach")) and low <= 0:
         raise ValueError(f"{name} holds scales that are not positive")
     return tensor
 

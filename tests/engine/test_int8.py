@@ -17,7 +17,7 @@ from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.errors import CheckpointError
 from stellar_fast.weights import int8, names, saving
 from stellar_fast.weights.pack import pack_encoder
-from stellar_fast.weights.packed import Block, Int8Linear, Linear
+from stellar_fast.weights.packed import Int8Block, Int8Linear, Linear
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -96,11 +96,11 @@ def test_errors_are_at_most_twice_those_of_plain_rounding(engine, kind, size):
 
 def test_the_blocks_products_run_on_integers(engine):
     engine.encode(image(1, 64, 64))
-    graphs = [list(engine._runner._graphs[name].values())[-1] for name in ("blocks", "features")]
+    graphs = [list(graphs.values())[-1] for graphs in engine._runner._graphs.values()]
     kinds = [
         node.get_rt_info()["runtimePrecision"].astype(str)
         for graph in graphs
-        for node in graph.get_runtime_model().get_ops()
+        for node in graph.compiled.get_runtime_model().get_ops()
         if node.get_rt_info()["layerType"].astype(str) == "FullyConnected"
     ]
     # Queries, keys and values apart, then proj, fc1 and fc2.
@@ -142,17 +142,43 @@ def test_attention_takes_the_factors_of_its_projection():
         seen.low, seen.high = seen.rows[0].aminmax(dim=0)
         return int8.quantized(Linear(draw, torch.randn(out, generator=generator)), seen)
 
-    block = Block(layer(192, 64), layer(64, 64), layer(128, 64), layer(64, 128))
-    moved = int8._unscaled_attention(block)
+    layers = layer(192, 64), layer(64, 64), layer(128, 64), layer(64, 128)
+    block = Int8Block(*layers, score_reach=torch.ones(2))
+    channels = torch.rand(64, generator=generator) + 0.5
+    moved = int8._unscaled_attention(block, channels)
 
-    def value(qkv: Int8Linear) -> torch.Tensor:
-        return ((qkv.weight * qkv.scales.step[:, None]).sum(1) + qkv.bias)[128:]
+    def made(qkv: Int8Linear) -> torch.Tensor:
+        return (qkv.weight * qkv.scales.step[:, None]).sum(1) + qkv.bias
 
-    factors = block.proj.scales.channels
+    factors = torch.cat([channels, 1 / channels, block.proj.scales.channels])
     assert moved.proj.scales.channels is None
-    torch.testing.assert_close(value(moved.qkv), value(block.qkv) * factors)
-    before, after = block.qkv.scales.step, moved.qkv.scales.step
-    assert torch.equal(before[:128], after[:128])
+    torch.testing.assert_close(made(moved.qkv), made(block.qkv) * factors)
+
+
+def test_scores_are_balanced_and_rare_numbers_cut_off():
+    """Channel by channel queries and keys reach as far, and each product is what it was."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.logspace(-1, 1, 64)
+    q, k = (torch.randn(512, 64, generator=generator) for _ in range(2))
+    q, k = q * wide, k / wide
+    k[0, 0] = 40 * k[:, 0].std()
+    found = [int8.Inputs([x], *x.aminmax(dim=0)) for x in (q, k)]
+    channels, reach = int8.scores(*found)
+    torch.testing.assert_close(
+        (q * channels).abs().amax(0), (k / channels).abs().amax(0), rtol=1e-5, atol=0
+    )
+    assert reach[1] < (k / channels).abs().max()
+
+    def rounded(x: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+        step = reach / 128
+        return (x / step).round().clamp(-128, 127) * step
+
+    def error(a: torch.Tensor, b: torch.Tensor) -> float:
+        exact = q.double() @ k.double().T
+        return ((a.double() @ b.double().T - exact).norm() / exact.norm()).item()
+
+    ours = error(rounded(q * channels, reach[0]), rounded(k / channels, reach[1]))
+    assert ours < 0.5 * error(rounded(q, q.abs().max()), rounded(k, k.abs().max()))
 
 
 def test_before_and_after_calibration(raw, tmp_path):
