@@ -137,6 +137,27 @@ def open_inside(folder: Path, *names: str) -> BufferedReader:
         raise
 
 
+@contextmanager
+def reading(folder: Path, name: str) -> Iterator[BufferedReader]:
+    """A file of an inner folder of an output, opened by `open_inside`, within `told_reading`."""
+    with told_reading(folder / name), open_inside(folder.parent, folder.name, name) as file:
+        yield file
+
+
+@contextmanager
+def told_reading(path: Path) -> Iterator[None]:
+    """Turns any error into one StellarError that says what could not be read, why, and what to
+    do."""
+    try:
+        yield
+    except StellarError:
+        raise
+    except Exception as error:  # OSError, NumPy's ValueError and SyntaxError, Arrow's own
+        if is_machines(error):
+            raise StellarError(f"{path}: cannot be read: {told_of(error)}") from error
+        raise StellarError(f"{path}: cannot be read: {error}; remove {path.parent}") from error
+
+
 def open_own(path: Path) -> IO[bytes]:
     """Opens `path` to append to, made if it is not there.
 

@@ -102,7 +102,7 @@ def test_a_title_is_no_formula(tmp_path):
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (300, 20), (20, 300)])
 def test_a_png_is_written(size, tmp_path):
     path = tmp_path / "maps.png"
-    plots.save_maps(path, photograph(*size), spatial(16), (ROWS, COLUMNS), "maps")
+    plots.save_maps(path, photograph(*size), spatial(4), (ROWS, COLUMNS), "maps")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert picture.width > 1000

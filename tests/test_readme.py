@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import stellar_fast
 from stellar_fast import loading, photos
 from stellar_fast.extract import make_job, run
+from stellar_fast.recipes import heads
 from stellar_fast.weights import source
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +80,8 @@ def test_the_python_of_a_readme_runs(readme, place, monkeypatch):
         return locate(name, repo=place / "published" if repo == PUBLISHED else repo, **arguments)
 
     monkeypatch.setattr(source, "locate", here)
+    for probe in (heads.classification_probe, heads.segmentation_probe):
+        monkeypatch.setitem(probe.__kwdefaults__, "epochs", 2)
     image = torch.rand(1, 3, 224, 224)
     rows = np.arange(4 * len(photos.SCENES))
     names = {

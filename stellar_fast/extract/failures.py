@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from .output.index import read_index
 from .output.layout import complete, read_plan
-from .output.readers import read_index
 from .records import PathLike
 
 EXAMPLES = 3

@@ -21,8 +21,9 @@ import numpy as np
 
 from ..errors import MissingExtraError, StellarError
 from ..files import is_machines, told_of
+from .output.index import ok, read_index
 from .output.layout import Partition, PathLike, Plan, check_sums, complete, read_plan
-from .output.readers import Opened, ok, read_index
+from .output.opened import Opened
 
 if TYPE_CHECKING:
     import pyarrow

@@ -7,10 +7,14 @@ row counts and codecs are kept and all else is stepped over.
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pyarrow import parquet
 
 MOST_FOOTER = 64 << 20  # bytes
 MOST_DEPTH = 16  # a footer of Arrow's has 6
@@ -57,6 +61,16 @@ class Group(NamedTuple):
     @property
     def codecs(self) -> tuple[int, ...]:
         return tuple(column.codec for column in self.columns)
+
+
+def in_place(file: IO[bytes], **options: Any) -> parquet.ParquetFile:
+    """Arrow's view of a file whose footer was read: by its descriptor, as its name may lead
+    elsewhere by now."""
+    import pyarrow
+    from pyarrow import parquet
+
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return parquet.ParquetFile(pyarrow.BufferReader(pyarrow.py_buffer(mapped)), **options)
 
 
 def read_footer(file: IO[bytes]) -> list[Group]:

@@ -17,7 +17,8 @@ from .input.kept import settled
 from .input.sieve import Sieve
 from .options import Job, Options
 from .output.folder import Locks, check_output, clear
-from .output.foreign import DTYPES, FEATURES, FORMATS, INDEX_COLUMNS, KEPT_NAMES, MOST_KEPT
+from .output.foreign import DTYPES, FEATURES, INDEX_COLUMNS, KEPT_NAMES, MOST_KEPT
+from .output.formats import FORMATS
 from .output.layout import (
     Item,
     Partition,

@@ -23,8 +23,8 @@ from .features import Features
 from .input.addresses import Allowed
 from .input.cells import read_item
 from .input.door import NOTHING_MORE
+from .output.index import read_index
 from .output.layout import read_items
-from .output.readers import read_index
 from .records import Item
 from .work.sandbox import TIME_IS_UP, Limits, decoding_time, enter
 from .work.workers import PATIENCE, cores, exit_of, without_interrupts

@@ -55,7 +55,9 @@ def test_what_is_compared_lies_in_many_rows_and_columns():
         assert _few(torch.zeros(numbers)).numel() == min(numbers, 64)
 
 
-def test_one_number_changed_in_place_is_seen(model):
+def test_one_number_changed_in_place_is_seen(model, device):
+    if device == "cpu":
+        model.backend = "torch"  # which packs faster than OpenVINO compiles
     for name, parameter in model.named_parameters():
         if ".pooler." in name:
             continue

@@ -264,7 +264,7 @@ from stellar_fast.extract.work import sandbox, workers
 from stellar_fast.extract.records import Item
 workers.work = attacked_work
 if __name__ == "__main__":
-    pool = workers.Workers(1, "card", 8, limits=sandbox.Limits(seconds=10))
+    pool = workers.Workers(1, "card", 8, limits=sandbox.Limits(seconds=3))
     print(pool.pids[0], flush=True)
     next(pool.decode([Item("mark-hang", {str(path)!r})], lambda: False))
 """

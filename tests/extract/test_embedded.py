@@ -429,12 +429,12 @@ def test_two_files_in_one_are_refused(tmp_path):
 
 
 def test_a_page_that_unpacks_to_more_than_there_may_be_is_a_line_with_a_reason(tmp_path):
-    images = [TWELVE[0], b"\xff\xd8\xff" + bytes(300 << 20), TWELVE[1]]
+    images = [TWELVE[0], b"\xff\xd8\xff" + bytes(150 << 20), TWELVE[1]]
     path = write(tmp_path / "a.parquet", 1, image=images)
-    assert path.stat().st_size < 20 << 20
-    pool = Workers(1, "card", 4, limits=Limits(memory=256))
+    assert path.stat().st_size < 10 << 20
+    pool = Workers(1, "card", 4, limits=Limits(memory=128))
     try:
         reasons = [outcome.reason for outcome in pool.decode(discover(path), lambda: False)]
     finally:
         pool.close()
-    assert reasons == [None, "needs more than 256 MiB of memory (--worker-memory)", None]
+    assert reasons == [None, "needs more than 128 MiB of memory (--worker-memory)", None]

@@ -293,7 +293,7 @@ def test_a_full_machine_says_nothing_of_the_files(code, monkeypatch, tmp_path):
     def refuse(*arguments):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(stellar_fast.extract.output.readers, "open_inside", refuse)
+    monkeypatch.setattr(files, "open_inside", refuse)
     monkeypatch.setattr(stellar_fast.extract.output.layout, "open_inside", refuse)
     for read in (lambda: features["cls"][0], features.verify, lambda: features.ids):
         with pytest.raises(StellarError, match=os.strerror(code)) as caught:

@@ -15,6 +15,7 @@ from scenes import write_photographs
 
 from stellar_fast import StellarError
 from stellar_fast.extract import make_job, run, stats
+from stellar_fast.extract.output.formats import FORMATS
 from stellar_fast.extract.output.layout import check_sums, read_plan
 from stellar_fast.extract.stats import Progress
 from stellar_fast.extract.work.workers import Workers
@@ -269,7 +270,7 @@ def test_failed_images_are_tried_again_when_asked(tmp_path, engine):
     paths = sorted(path for path in photos.rglob("*.*"))
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths))
     away = {path: path.read_bytes() for path in (paths[0], paths[2], paths[3], paths[8])}
-    for format in ("npy", "parquet"):
+    for format in FORMATS:
         for path in away:
             path.write_bytes(b"")
         output = tmp_path / format

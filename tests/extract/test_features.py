@@ -14,11 +14,11 @@ from outputs import made_up, write_output
 import stellar_fast
 from stellar_fast.errors import StellarError
 from stellar_fast.extract.features import Failed
-from stellar_fast.extract.output import readers as opened
+from stellar_fast.extract.output import opened
+from stellar_fast.extract.output.formats import FORMATS
 
 ROWS = 23
 FAILED = (0, 3, 10, 11, 12, 13, 14, 24)  # partition 2 of 5 images has no row at all
-FORMATS = ("npy", "parquet")
 
 
 @pytest.fixture(scope="module", params=FORMATS)

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import stellar_fast
 from stellar_fast.extract.features import Features
+from stellar_fast.extract.output.formats import FORMATS
 
 ROWS = 23
 FAILED = (0, 3, 10, 11, 12, 13, 14, 24)
-FORMATS = ("npy", "parquet")
 
 
 @pytest.fixture(scope="module", params=FORMATS)

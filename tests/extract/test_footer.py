@@ -75,7 +75,8 @@ from pathlib import Path
 from extracting import SUPPORT
 from forged import PART
 from stellar_fast.errors import StellarError
-from stellar_fast.extract.output.readers import open_rows, read_index
+from stellar_fast.extract.output.formats import FORMATS
+from stellar_fast.extract.output.index import read_index
 folder = Path(sys.argv[1]) / PART
 path = folder / sys.argv[2]
 manifest = json.loads((folder / "manifest.json").read_text())
@@ -88,7 +89,7 @@ for at in range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len
             if sys.argv[2] == "index.parquet":
                 read_index(folder, manifest)
             else:
-                open_rows(folder, manifest, "cls")[0:4]
+                FORMATS["parquet"].open(folder, manifest, "cls")[0:4]
         except StellarError:
             refused += 1
 print(refused)

@@ -12,8 +12,7 @@ from pyarrow import parquet
 
 import stellar_fast
 from stellar_fast.errors import StellarError
-from stellar_fast.extract.output import readers as opened
-from stellar_fast.extract.output import text
+from stellar_fast.extract.output import index, text
 from stellar_fast.extract.output.folder import Locks
 from stellar_fast.extract.output.layout import read_plan
 from stellar_fast.extract.output.partition import Work
@@ -255,12 +254,10 @@ def test_text_that_repeats_is_measured_before_it_is_unpacked(npy, monkeypatch):
 
 
 def test_an_index_that_is_too_long_is_not_written_nor_read(npy, tmp_path, monkeypatch):
-    from stellar_fast.extract.output import writers as writer
-
-    monkeypatch.setattr(writer, "MOST_TEXT", 1000)
+    monkeypatch.setattr(index, "MOST_TEXT", 1000)
     with pytest.raises(StellarError, match=r"bytes of ids, reasons.*smaller --partition-size"):
-        writer.write_index(tmp_path, ["x" * 900] * 2, [None] * 2, [(1, 1)] * 2, {}, [()] * 2)
-    monkeypatch.setattr(opened, "MOST_INDEX", 1000)
+        index.write_index(tmp_path, ["x" * 900] * 2, [None] * 2, [(1, 1)] * 2, {}, [()] * 2)
+    monkeypatch.setattr(index, "MOST_INDEX", 1000)
     refused(npy, "index.parquet: cannot be read: it has", "1000 are the most")
 
 

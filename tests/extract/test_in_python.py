@@ -88,7 +88,7 @@ CALL = """
 import stellar_fast
 features = stellar_fast.extract_features(
     {images!r}, {output!r}, "small", repo={repo!r}, precision="fp32", devices={devices!r},
-    partition_size=4, batch_size=2, workers=2,
+    partition_size=4, batch_size=2, workers=1,
 )
 print("rows", len(features))
 """

@@ -16,8 +16,8 @@ from typing import Any
 
 from ...errors import StellarError
 from ...files import open_inside, parse_json
+from .formats import FORMATS
 
-FORMATS = ("npy", "parquet")
 FEATURES = ("sparse", "cls", "spatial", "dense")
 DTYPES = {"float32": 4, "float16": 2}  # bytes a number
 
@@ -31,6 +31,7 @@ MOST_ROW = (1 << 31) - 1  # bytes of one feature of one image; Arrow has no wide
 
 MOST_KEPT = 64  # columns that are carried along
 MOST_NAME = 200  # characters of such a column's name
+INDEX = "index.parquet"
 # Of every index; then come the columns that are carried along.
 INDEX_COLUMNS = {
     "id": "string",
@@ -212,9 +213,7 @@ def check_manifest(
 
 def files_of(configuration: Mapping[str, Any]) -> list[str]:
     """The names of a partition's files, those and no others, but for its manifest."""
-    if configuration["format"] == "npy":
-        return [*(f"{name}.npy" for name in configuration["features"]), "index.parquet"]
-    return ["features.parquet", "index.parquet"]
+    return [*FORMATS[configuration["format"]].names(configuration["features"]), INDEX]
 
 
 def read_json(folder: Path, *names: str) -> dict[str, Any]:

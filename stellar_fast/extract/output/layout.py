@@ -51,9 +51,7 @@ SCHEMA = 3
 PLAN = "plan.json"
 INPUTS = "inputs.parquet"
 STATS = "stats.json"
-INDEX = "index.parquet"
 MANIFEST = "manifest.json"
-FEATURES_PARQUET = "features.parquet"
 
 
 @dataclass(frozen=True)

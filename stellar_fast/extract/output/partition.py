@@ -18,10 +18,10 @@ from ...printable import printable
 from ..records import Item
 from ..work.decoding import Outcome
 from .folder import Locks, Staged
+from .formats import FORMATS, Format, Npy, Shapes
+from .index import read_index, write_index
 from .layout import MANIFEST, SCHEMA, Plan, read_manifest, sha256_of
-from .readers import open_rows, read_index
 from .store import Store
-from .writers import FeatureFiles, Shapes, feature_files, write_index
 
 PACKAGES = ("stellar-fast", "torch", "numpy", "pillow", "pyarrow")
 # Rows that are copied at once where a partition's earlier rows and new ones are put together.
@@ -66,8 +66,9 @@ class Work:
         self.sizes: list[Size] = []
         self._output, self._plan, self._shapes = output, plan, shapes
         self._staged = Staged(output, self.partition, locks)
-        self._files: FeatureFiles | None = None
+        self._files: Format | None = None
         self._store = store
+        self._format = FORMATS[plan.configuration["format"]]
         try:
             self.earlier = read_manifest(output, plan, index, held=store is None)
             self._all = [item.id for item in items]
@@ -80,7 +81,7 @@ class Work:
                     if row is None
                 }
                 self.items = [item for item in items if item.id in failed]
-            self._files = self._new_files()
+            self._files = self._new_files(again=self.earlier is not None)
         except BaseException:
             self.drop()
             raise
@@ -97,14 +98,17 @@ class Work:
             )
         return index
 
-    def _new_files(self) -> FeatureFiles:
-        if self.earlier is None:
-            kind, folder = self._plan.configuration["format"], self._staged.folder
-        else:  # to be put together with the earlier rows
-            kind, folder = "npy", self._staged.folder / "new"
+    def _new_files(self, again: bool = False) -> Format:
+        """
+        Args:
+            again: whether these are to be put together with the rows of an earlier partition.
+        """
+        kind, folder = self._format, self._staged.folder
+        if again:
+            kind, folder = Npy, folder / "new"
             with writing(folder):
                 folder.mkdir()
-        return feature_files(kind, folder, self._shapes, self._plan.configuration["dtype"])
+        return kind(folder, self._shapes, self._plan.configuration["dtype"])
 
     def add(self, outcome: Outcome) -> None:
         # Decoders and stores say anything, and the index is UTF-8.
@@ -186,7 +190,7 @@ class Work:
         new = self._staged.folder / "new"
         rows = {
             name: (
-                open_rows(folder, earlier, name),
+                self._format.open(folder, earlier, name),
                 np.load(new / f"{name}.npy", mmap_mode="r"),
             )
             for name in self._shapes
@@ -210,12 +214,7 @@ class Work:
                 sources.append((True, taken))
                 taken += 1
         ids = [id for id, reason in zip(self._all, self.reasons, strict=True) if reason is None]
-        self._files = feature_files(
-            self._plan.configuration["format"],
-            self._staged.folder,
-            self._shapes,
-            self._plan.configuration["dtype"],
-        )
+        self._files = self._new_files()
         for start in range(0, len(ids), BLOCK):
             fresh, at = np.array(sources[start : start + BLOCK]).T
             chosen = fresh.astype(bool)

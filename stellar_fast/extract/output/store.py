@@ -25,8 +25,8 @@ from ...files import folder_to_disk, parse_json, remove, replacing, writing
 from ..input.addresses import STORES, Allowed, is_address, localized, parse, shown
 from ..input.door import folder_in_store, told_without_credentials
 from .folder import ENGINE, OURS, BusyError, Locks, Staged, check_output, clear
-from .foreign import MOST_JSON, check_manifest
-from .layout import INDEX, INPUTS, MANIFEST, PLAN, SCHEMA, Partition, Plan, read_plan, sha256_of
+from .foreign import INDEX, MOST_JSON, check_manifest
+from .layout import INPUTS, MANIFEST, PLAN, SCHEMA, Partition, Plan, read_plan, sha256_of
 
 KEPT_HERE = (MANIFEST, INDEX)
 # Files of the plan; nobody's name in a store leads out of the folder here.
