@@ -19,6 +19,7 @@ from stellar_fast.kernels.tables import EMPTY
 
 ROOT = Path(__file__).parents[2]
 KERNELS = gpus.GPUS
+BF16, FP8 = torch.bfloat16, launch.FP8
 
 
 @pytest.mark.parametrize(
@@ -234,3 +235,24 @@ def test_wide_tiles_once_they_keep_all_processors_busy(rows, columns, width):
     with launch.tuned_by(EMPTY):
         tile = linear_tile(gpus.GPUS[90], torch.bfloat16, rows, columns, 1280)
     assert tile.block_n == width
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rows", "columns", "depth", "width", "stages"),
+    [
+        (89, BF16, 273, 1280, 5120, 64, 5),  # 30 wide tiles for 142 processors
+        (89, BF16, 273, 3840, 1280, 128, 4),  # 90 wide ones are one wave, 180 narrow ones two
+        (89, BF16, 546, 3840, 1280, 64, 5),  # 150 are two waves, 300 narrower ones three
+        (89, BF16, 64 * 273, 1280, 5120, 128, 4),
+        (86, BF16, 64 * 273, 1280, 5120, 128, 3),
+        (89, FP8, 64 * 273, 3840, 1280, 128, 4),
+        (89, FP8, 64 * 273, 5120, 1280, 128, 3),  # 40 KiB: two programs of fc1
+        (89, FP8, 273, 5120, 1280, 64, 4),
+        (120, BF16, 64 * 273, 1280, 5120, 128, 3),
+        (80, BF16, 64 * 273, 1280, 5120, 128, 3),
+    ],
+)
+def test_tiles_of_parts_with_less_shared_memory(arch, dtype, rows, columns, depth, width, stages):
+    with launch.tuned_by(EMPTY):
+        tile = linear_tile(gpus.GPUS[arch], dtype, rows, columns, depth)
+    assert (tile.block_n, tile.num_stages) == (width, stages)
