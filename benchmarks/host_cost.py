@@ -3,8 +3,9 @@
     python -P benchmarks/host_cost.py [--against TREE]
 
 The engine is the real one, its graphs and kernels are not there: a graph replays nothing, a launch
-goes to a hook, tensors are on the CPU and of one small image. Microseconds of the CPU's time, not
-of the clock; what the driver, Triton's launcher and CUDA's allocator take comes on top.
+goes to a hook, or on to Triton, whose kernels are compiled of nothing and start nothing; tensors
+are on the CPU and of one small image. Microseconds of the CPU's time, not of the clock; what the
+driver, Triton's launcher and CUDA's allocator take comes on top.
 
 With `--against`, the same is measured of another checkout, in turns with this one.
 """
@@ -22,13 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before Triton is imported
+    os.environ.pop("TRITON_INTERPRET", None)
 sys.path.append(str(Path(__file__).parent))  # `python -P` leaves it out
 
 import torch
+import triton
 from audit.run import encoder_of, shallow
 from gpu.run import linked
 from harness.results import ROOT
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from stellar_fast import kernels
 from stellar_fast.config import MODELS
@@ -62,6 +69,41 @@ class Still:
     def finish(self) -> None: ...
 
     def forget(self) -> None: ...
+
+
+class Device:
+    """As much of a GPU as Triton asks for before a launch."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCH, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def uncompiled(*_: Any, **__: Any) -> Any:
+    """A compiled kernel as Triton has it, of nothing, whose launcher does nothing."""
+    kernel: Any = object.__new__(CompiledKernel)
+    kernel.src = kernel.name = kernel.function = kernel.packed_metadata = kernel._module_pid = None
+    kernel.module, kernel._run = object(), lambda *_: None
+    return kernel
+
+
+def compile_nothing() -> None:
+    """From here on, Triton launches on `Device` what is `uncompiled`."""
+    triton.compile = triton.compiler.compile = uncompiled
+    driver.set_active(Device())
+
+
+def start(item: Any) -> None:
+    """What a launch does on a GPU, of this checkout or of one before plans."""
+    if hasattr(item, "plan"):
+        item.plan.start(item)
+    else:
+        item.kernel[item.grid](**item.arguments, **item.options)
 
 
 def with_graphs(engine: Engine) -> Engine:
@@ -119,6 +161,10 @@ def costs() -> dict[str, float]:
         forward()
     with torch.no_grad(), launch.on_gpu(ARCH, lambda _: None):
         found["launch"] = microseconds(forward) / len(seen)
+    if not launch.is_interpreted():
+        compile_nothing()
+        with torch.no_grad(), launch.on_gpu(ARCH, start):
+            found["launch, with Triton"] = microseconds(forward) / len(seen)
     return found
 
 

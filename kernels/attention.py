@@ -15,7 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpus import Gpu
-from .launch import FP8, FP8_MAX, NAMES, describable, descriptor, gpu_of, launch, table_of
+from .launch import (
+    FP8,
+    FP8_MAX,
+    NAMES,
+    Layout,
+    Plan,
+    Target,
+    aligned,
+    describable,
+    launch,
+    planned,
+    table_of,
+    target_of,
+)
 from .pieces import to_fp8, wait_for_inputs
 from .tables import AttentionTile
 
@@ -195,6 +208,76 @@ def _pieces(head_dim: int) -> tuple[int, int]:
     return first, max(16, triton.next_power_of_2(left)) if left > 0 else 0
 
 
+@planned
+def _plan(
+    target: Target,
+    query_shape: torch.Size,
+    query_strides: tuple[int, ...],
+    key_value_shape: torch.Size,
+    key_value_strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],  # of query and key_value
+    on_grid: bool,  # key_value `aligned`
+    num_heads: int,
+    out_scale: float | None,
+) -> Plan:
+    batch, queries, width = query_shape
+    if len(key_value_shape) != 3 or key_value_shape[::2] != (batch, 2 * width):
+        raise ValueError(
+            f"key_value must be ({batch}, S, {2 * width}) for query {tuple(query_shape)}, got "
+            f"{tuple(key_value_shape)}"
+        )
+    if width % num_heads or width // num_heads > 128:
+        raise ValueError(
+            f"head_dim must be an integer up to 128, got {width} channels in {num_heads} heads"
+        )
+    head_dim, length = width // num_heads, key_value_shape[1]
+    if length == 0:
+        raise ValueError("key_value has no rows to attend to")
+    dim_a, dim_b = _pieces(head_dim)
+    # Exact float32 products take their operands from registers: TMA's way there spills.
+    descriptors = (
+        target.gpu.descriptors
+        and dtypes[0] != torch.float32
+        and batch > 0
+        and dim_a + dim_b == head_dim
+        and on_grid
+        and describable(key_value_strides, dtypes[1])
+    )
+    tile = attention_tile(target.gpu, dtypes[0], batch, num_heads, length, head_dim)
+    layouts = {}
+    if descriptors:
+        for name, dim in (("key_value_a", dim_a), ("key_value_b", dim_b)):
+            if dim:
+                block = [1, tile.block_k, dim]
+                layouts[name] = Layout([*key_value_shape], [*key_value_strides], block)
+    return Plan(
+        target,
+        _attention_kernel,
+        (batch * num_heads, -(-queries // tile.block_q)),
+        tile.options,
+        {
+            "Q": queries,
+            "S": length,
+            "heads": num_heads,
+            "scale": math.log2(math.e) / math.sqrt(head_dim),
+            "out_factor": 1.0 if out_scale is None else 1.0 / out_scale,
+            "stride_qb": query_strides[0],
+            "stride_qs": query_strides[1],
+            "stride_kb": key_value_strides[0],
+            "stride_ks": key_value_strides[1],
+            "QUANTIZE": out_scale is not None,
+            "DESCRIPTORS": descriptors,
+            "HEAD_DIM": head_dim,
+            "DIM_A": dim_a,
+            "DIM_B": dim_b,
+            "BLOCK_Q": tile.block_q,
+            "BLOCK_K": tile.block_k,
+            "FP8_MAX": FP8_MAX,
+        },
+        layouts,
+    )
+
+
 def attention(
     query: Tensor, key_value: Tensor, num_heads: int, *, out_scale: float | None = None
 ) -> Tensor:
@@ -203,66 +286,27 @@ def attention(
     Raises:
         ValueError: shapes do not fit, or head_dim is larger.
     """
-    batch, queries, width = query.shape
-    if key_value.dim() != 3 or key_value.shape[0] != batch or key_value.shape[2] != 2 * width:
-        raise ValueError(
-            f"key_value must be ({batch}, S, {2 * width}) for query {tuple(query.shape)}, got "
-            f"{tuple(key_value.shape)}"
-        )
-    if width % num_heads or width // num_heads > 128:
-        raise ValueError(
-            f"head_dim must be an integer up to 128, got {width} channels in {num_heads} heads"
-        )
-    if key_value.shape[1] == 0:
-        raise ValueError("key_value has no rows to attend to")
-    head_dim, length = width // num_heads, key_value.shape[1]
-    dim_a, dim_b = _pieces(head_dim)
-    query, key_value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key_value))
-    gpu = gpu_of(query)
-    # Exact float32 products take their operands from registers: TMA's way there spills.
-    descriptors = (
-        gpu.descriptors
-        and query.dtype != torch.float32
-        and batch > 0
-        and dim_a + dim_b == head_dim
-        and describable(key_value)
+    query, key_value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key_value))
+    device = query.device
+    plan = _plan(
+        target_of(device),
+        query.shape,
+        query.stride(),
+        key_value.shape,
+        key_value.stride(),
+        (query.dtype, key_value.dtype),
+        aligned(key_value),
+        num_heads,
+        out_scale,
     )
-    tile = attention_tile(gpu, query.dtype, batch, num_heads, length, head_dim)
-    first, second = key_value, None
-    if descriptors:
-        first = descriptor(key_value, [1, tile.block_k, dim_a])
-        second = descriptor(key_value, [1, tile.block_k, dim_b]) if dim_b else None
-    out = torch.empty(
-        (batch, queries, width),
-        dtype=query.dtype if out_scale is None else FP8,
-        device=query.device,
-    )
-
+    dtype = query.dtype if out_scale is None else FP8
+    out = torch.empty(query.shape, dtype=dtype, device=device)
     launch(
-        _attention_kernel,
-        (batch * num_heads, -(-queries // tile.block_q)),
-        device=query.device,
-        options=tile.options,
+        plan,
+        device,
         query_ptr=query,
-        key_value_a=first,
-        key_value_b=second,
+        key_value_a=key_value,
+        key_value_b=key_value if "key_value_b" in plan.layouts else None,
         out_ptr=out,
-        Q=queries,
-        S=length,
-        heads=num_heads,
-        scale=math.log2(math.e) / math.sqrt(head_dim),
-        out_factor=1.0 if out_scale is None else 1.0 / out_scale,
-        stride_qb=query.stride(0),
-        stride_qs=query.stride(1),
-        stride_kb=key_value.stride(0),
-        stride_ks=key_value.stride(1),
-        QUANTIZE=out_scale is not None,
-        DESCRIPTORS=descriptors,
-        HEAD_DIM=head_dim,
-        DIM_A=dim_a,
-        DIM_B=dim_b,
-        BLOCK_Q=tile.block_q,
-        BLOCK_K=tile.block_k,
-        FP8_MAX=FP8_MAX,
     )
     return out

@@ -19,11 +19,15 @@ from .launch import (
     FP8_MAX,
     NAMES,
     SUM_BLOCK,
+    Layout,
+    Plan,
+    Target,
+    aligned,
     describable,
-    descriptor,
-    gpu_of,
     launch,
+    planned,
     table_of,
+    target_of,
 )
 from .pieces import gelu, row_parts, row_sums, slices, square_sums, to_fp8, wait_for_inputs
 from .tables import Tile
@@ -342,11 +346,7 @@ def linear_tile(gpu: Gpu, x: torch.dtype, rows: int, columns: int, depth: int) -
     deep = 128 if x == FP8 else 64
     chunks, _ = chunks_of(x, depth)
     if gpu.shared < 200_000:
-        # Half the shared memory, and accumulators in registers: no 256-wide tile.
-        wide = Tile(128, 128, deep // 2, num_warps=8, num_stages=3, slices=2)
-        narrow = Tile(128, 64, deep // 2, num_warps=8, num_stages=4)
-        fills = -(-rows // 128) * -(-columns // 128) >= gpu.processors
-        return wide if fills else narrow
+        return _smaller_tile(gpu, x, rows, columns, depth)
     choices = [
         Tile(128, 128, deep, num_warps=8, num_stages=4, slices=2),
         Tile(128, 64, deep, num_warps=8, num_stages=4),
@@ -354,6 +354,30 @@ def linear_tile(gpu: Gpu, x: torch.dtype, rows: int, columns: int, depth: int) -
     if chunks == 1:  # a second accumulator would not fit into the registers
         choices.insert(0, Tile(128, 256, deep, num_warps=8, num_stages=3, slices=2))
     return min(choices, key=lambda tile: _cycles(gpu, tile, rows, columns, depth * x.itemsize))
+
+
+def _smaller_tile(gpu: Gpu, x: torch.dtype, rows: int, columns: int, depth: int) -> Tile:
+    """Of a part with less shared memory and accumulators in registers: no 256-wide tile.
+
+    On sm_89 by predicted times: one stage more, but not for what fc1 writes in FP8, which leaves
+    registers for two programs, if stages leave shared memory.
+    """
+    step = 64 if x == FP8 else 32
+    two = x == FP8 and columns > 3 * depth
+    more = 1 if gpu.arch == 89 and not two else 0
+    wide = Tile(128, 128, step, num_warps=8, num_stages=3 + more, slices=2)
+    narrow = Tile(128, 64, step, num_warps=8, num_stages=4 + more)
+    tiles_m = -(-rows // 128)
+    fills = tiles_m * -(-columns // 128) >= gpu.processors
+    if gpu.arch != 89 or (two and not fills):
+        return wide if fills else narrow
+
+    def cycles(tile: Tile) -> int:
+        """Of the busiest processor, counted in columns; a tile takes some four beside its own."""
+        waves = -(-tiles_m * -(-columns // tile.block_n) // gpu.processors)
+        return waves * (tile.block_n + 4)
+
+    return min(wide, narrow, key=cycles)
 
 
 def chunks_of(x: torch.dtype, depth: int) -> tuple[int, int]:
@@ -411,24 +435,113 @@ def linear_options(
     return options
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, weight_scale: Tensor | None) -> None:
-    if x.dim() != 3 or weight.dim() != 2 or x.shape[2] != weight.shape[1]:
+def _check(
+    x: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size,
+    residual: torch.Size | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    scaled: bool,
+) -> None:
+    if len(x) != 3 or len(weight) != 2 or x[2] != weight[1]:
         raise ValueError(
-            f"x must be (B, S, I) and weight (O, I), got {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"x must be (B, S, I) and weight (O, I), got {tuple(x)} and {tuple(weight)}"
         )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
-    if (weight.dtype == FP8) != (weight_scale is not None):
-        raise ValueError(f"weight_scale goes with an e4m3 weight, got {weight.dtype}")
+    if bias != weight[:1]:
+        raise ValueError(f"bias must be ({weight[0]},), got {tuple(bias)}")
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(f"x and weight must have one dtype, got {dtypes[0]} and {dtypes[1]}")
+    if (dtypes[1] == FP8) != scaled:
+        raise ValueError(f"weight_scale goes with an e4m3 weight, got {dtypes[1]}")
+    if residual is not None and residual != (*x[:2], weight[0]):
+        raise ValueError(f"residual must be {(*x[:2], weight[0])}, got {tuple(residual)}")
+
+
+@planned
+def _plan(
+    target: Target,
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    bias_shape: torch.Size,
+    residual_shape: torch.Size | None,
+    sums_shape: torch.Size | None,
+    dtypes: tuple[torch.dtype, torch.dtype],  # of x and weight
+    out: torch.dtype,  # and of the residual
+    strides: tuple[int, ...] | None,  # of x (B * S, I), unless contiguous
+    on_grid: bool,  # x, weight and residual `aligned`
+    row_scales: bool,
+    column_scales: bool,
+    norm_eps: float | None,
+    gelu: bool,
+    out_scale: float | None,
+) -> Plan:
+    _check(x_shape, weight_shape, bias_shape, residual_shape, dtypes, column_scales)
+    gpu, x = target.gpu, dtypes[0]
+    columns, depth = weight_shape
+    rows = x_shape[0] * x_shape[1]
+    parts = 0 if sums_shape is None or rows == 0 else sums_shape.numel() // rows
+    tile = linear_tile(gpu, x, rows, columns, depth)
+    chunks, chunk = chunks_of(x, depth)
+    width = tile.block_n // tile.slices
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+    ahead = reads_ahead(gpu, tile, x, chunks, tiles)
+    strides = (depth, 1) if strides is None else strides
+    descriptors = (
+        gpu.descriptors
+        and min(rows, columns, depth) > 0
+        and on_grid
+        and all(describable(s, d) for s, d in ((strides, x), ((depth, 1), x), ((columns, 1), out)))
+    )
+    layouts = {}
+    if descriptors:
+        written = Layout([rows, columns], [columns, 1], [tile.block_m, width])
+        layouts = {
+            "x": Layout([rows, depth], list(strides), [tile.block_m, tile.block_k]),
+            "weight": Layout([columns, depth], [depth, 1], [tile.block_n, tile.block_k]),
+            "out": written,
+        }
+        if residual_shape is not None and not ahead:  # TMA's would be waited for at once
+            layouts["residual"] = written
+    return Plan(
+        target,
+        _linear_kernel,
+        (min(tiles, gpu.processors * tile.residents) if descriptors else tiles,),
+        linear_options(tile, x, descriptors, out_scale is not None, ahead),
+        {
+            "out_factor": 1.0 if out_scale is None else 1.0 / out_scale,
+            "eps": float(norm_eps or 0.0),
+            "M": rows,
+            "N": columns,
+            "K": depth,
+            "RMS": norm_eps is not None,
+            "PARTS": parts,
+            "SCALE_ROWS": row_scales,
+            "SCALE_COLUMNS": column_scales,
+            "GELU": gelu,
+            "RESIDUAL": residual_shape is not None,
+            "QUANTIZE": out_scale is not None,
+            "DESCRIPTORS": descriptors,
+            "CHUNKS": chunks,
+            "CHUNK": chunk,
+            "ONE_LOOP": chunks == 1 or gpu.arch == 90,
+            "EVEN_K": descriptors or depth % tile.block_k == 0,
+            "AHEAD": ahead,
+            "SLICES": tile.slices,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "GROUP_M": GROUP_M,
+            "SUM_BLOCK": SUM_BLOCK,
+            "FP8_MAX": FP8_MAX,
+        },
+        layouts,
+    )
 
 
 def _multiply(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    out: Tensor,
     *,
     norm_eps: float | None = None,
     sums: Tensor | None = None,
@@ -437,67 +550,55 @@ def _multiply(
     weight_scale: Tensor | None = None,
     out_scale: float | None = None,
     residual: Tensor | None = None,
-    out_sums: Tensor | None = None,
-) -> None:
-    """Writes `out` (B, S, O), and the sums of its rows where `out_sums` is given."""
-    columns, depth = weight.shape
-    rows = x.shape[0] * x.shape[1]
-    x, y, weight = x.reshape(rows, depth), out.view(rows, columns), weight.contiguous()
-    if sums is not None:
-        sums = sums.reshape(-1, rows).contiguous()
+) -> tuple[Tensor, Tensor | None]:
+    """The product (B, S, O), and of a residual stream the sums of its rows."""
+    shape, device, strides = x.shape, x.device, None
+    weight = weight.contiguous()
+    if not x.is_contiguous() and len(shape) == 3:
+        x = x.flatten(0, 1)
+        strides = x.stride()
+    if residual is None:
+        dtype, on_grid = bias.dtype if out_scale is None else FP8, aligned(x, weight)
+    else:
+        residual = residual.contiguous()
+        dtype, on_grid = residual.dtype, aligned(x, weight, residual)
+    plan = _plan(
+        target_of(device),
+        shape,
+        weight.shape,
+        bias.shape,
+        None if residual is None else residual.shape,
+        None if sums is None else sums.shape,
+        (x.dtype, weight.dtype),
+        dtype,
+        strides,
+        on_grid,
+        x_scale is not None,
+        weight_scale is not None,
+        norm_eps,
+        gelu,
+        out_scale,
+    )
+    columns = weight.shape[0]
+    out = torch.empty((shape[0], shape[1], columns), dtype=dtype, device=device)
+    out_sums = None
     if residual is not None:
-        residual = residual.contiguous().view(rows, columns)
-    gpu = gpu_of(x)
-    tile = linear_tile(gpu, x.dtype, rows, columns, depth)
-    chunks, chunk = chunks_of(x.dtype, depth)
-    read = (x, weight) if residual is None else (x, weight, residual)
-    descriptors = gpu.descriptors and rows > 0 and describable(*read, y)
-    width = tile.block_n // tile.slices
-    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
-    programs = min(tiles, gpu.processors * tile.residents) if descriptors else tiles
-    ahead = reads_ahead(gpu, tile, x.dtype, chunks, tiles)
-    if descriptors and residual is not None and not ahead:  # TMA's would be waited for at once
-        residual = descriptor(residual, [tile.block_m, width])
+        parts = (-(-columns // SUM_BLOCK), shape[0], shape[1])
+        out_sums = torch.empty(parts, dtype=torch.float32, device=device)
     launch(
-        _linear_kernel,
-        (programs,),
-        device=x.device,
-        options=linear_options(tile, x.dtype, descriptors, out_scale is not None, ahead),
-        x=descriptor(x, [tile.block_m, tile.block_k]) if descriptors else x.contiguous(),
-        weight=descriptor(weight, [tile.block_n, tile.block_k]) if descriptors else weight,
-        out=descriptor(y, [tile.block_m, width]) if descriptors else y,
+        plan,
+        device,
+        x=x if plan.layouts else x.contiguous(),
+        weight=weight,
+        out=out,
         bias_ptr=bias.contiguous(),
         weight_scale_ptr=weight_scale,
         residual=residual,
-        sums_ptr=sums,
+        sums_ptr=None if sums is None else sums.contiguous(),
         row_scale_ptr=None if x_scale is None else x_scale.contiguous(),
         out_sums_ptr=out_sums,
-        out_factor=1.0 if out_scale is None else 1.0 / out_scale,
-        eps=0.0 if norm_eps is None else norm_eps,
-        M=rows,
-        N=columns,
-        K=depth,
-        RMS=norm_eps is not None,
-        PARTS=0 if sums is None else sums.shape[0],
-        SCALE_ROWS=x_scale is not None,
-        SCALE_COLUMNS=weight_scale is not None,
-        GELU=gelu,
-        RESIDUAL=residual is not None,
-        QUANTIZE=out_scale is not None,
-        DESCRIPTORS=descriptors,
-        CHUNKS=chunks,
-        CHUNK=chunk,
-        ONE_LOOP=chunks == 1 or gpu.arch == 90,
-        EVEN_K=descriptors or depth % tile.block_k == 0,
-        AHEAD=ahead,
-        SLICES=tile.slices,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=GROUP_M,
-        SUM_BLOCK=SUM_BLOCK,
-        FP8_MAX=FP8_MAX,
     )
+    return out, out_sums
 
 
 def linear(
@@ -517,21 +618,14 @@ def linear(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check(x, weight, bias, weight_scale)
     if norm_eps is not None and x_scale is not None:
         raise ValueError("quantized rows are normalised already; norm_eps does not go with x_scale")
     if norm_eps is not None and sums is None:
         sums = x.float().square().sum(-1)
-    out = torch.empty(
-        (*x.shape[:2], weight.shape[0]),
-        dtype=bias.dtype if out_scale is None else FP8,
-        device=x.device,
-    )
-    _multiply(
+    out, _ = _multiply(
         x,
         weight,
         bias,
-        out,
         norm_eps=norm_eps,
         sums=sums,
         gelu=gelu,
@@ -555,13 +649,6 @@ def linear_residual(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check(x, weight, bias, weight_scale)
-    if residual.shape != (*x.shape[:2], weight.shape[0]):
-        raise ValueError(
-            f"residual must be {(*x.shape[:2], weight.shape[0])}, got {tuple(residual.shape)}"
-        )
-    out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
-    parts = -(-weight.shape[0] // SUM_BLOCK)
-    sums = torch.empty((parts, *x.shape[:2]), dtype=torch.float32, device=x.device)
-    _multiply(x, weight, bias, out, weight_scale=weight_scale, residual=residual, out_sums=sums)
+    out, sums = _multiply(x, weight, bias, weight_scale=weight_scale, residual=residual)
+    assert sums is not None
     return out, sums

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FP8, FP8_MAX, launch
+from .launch import FP8, FP8_MAX, Plan, Target, launch, planned, target_of
 from .pieces import to_fp8, wait_for_inputs
 
 OPTIONS = {"num_warps": 4, "num_stages": 1}
@@ -91,6 +91,65 @@ def _quantize_rows_kernel(
     tl.store(scale_ptr + row, step * tl.rsqrt(mean + eps))
 
 
+@planned
+def _norm_plan(
+    target: Target,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    vectors: tuple[torch.Size, torch.Size],  # weight's and bias's
+    eps: float,
+    lengths: tuple[int, ...],
+) -> Plan:
+    batch, length, width = shape
+    for name, vector in zip(("weight", "bias"), vectors, strict=True):
+        if vector != (width,):
+            raise ValueError(f"{name} must be ({width},), got {tuple(vector)}")
+    if sum(lengths) != length or not 1 <= len(lengths) <= PARTS or min(lengths) < 0:
+        raise ValueError(
+            f"lengths must be 1 to {PARTS} numbers that sum to S = {length}, got {list(lengths)}"
+        )
+    return Plan(
+        target,
+        _norm_kernel,
+        (batch * length,),
+        OPTIONS,
+        {
+            "B": batch,
+            "S": length,
+            "first": lengths[0],
+            "second": sum(lengths[:2]),
+            "eps": float(eps),
+            "stride_xb": strides[0],
+            "stride_xs": strides[1],
+            "D": width,
+            "BLOCK_D": triton.next_power_of_2(width),
+        },
+    )
+
+
+@planned
+def _quantize_rows_plan(
+    target: Target, shape: torch.Size, strides: tuple[int, ...], eps: float
+) -> Plan:
+    batch, length, width = shape
+    return Plan(
+        target,
+        _quantize_rows_kernel,
+        (batch * length,),
+        OPTIONS,
+        {
+            "S": length,
+            "eps": float(eps),
+            "stride_xb": strides[0],
+            "stride_xs": strides[1],
+            "D": width,
+            "BLOCK_D": triton.next_power_of_2(width),
+            "FP8_MAX": FP8_MAX,
+            "SMALLEST": SMALLEST,
+        },
+    )
+
+
 def _rows(x: Tensor) -> Tensor:
     if x.dim() != 3:
         raise ValueError(f"x must be (B, S, D), got {tuple(x.shape)}")
@@ -110,35 +169,18 @@ def norm(
     Raises:
         ValueError: shapes do not fit, or lengths are no cut of the sequence into 1 to 3 parts.
     """
-    x = _rows(x)
+    x, device = _rows(x), x.device
+    vectors = weight.shape, bias.shape
+    plan = _norm_plan(target_of(device), x.shape, x.stride(), vectors, eps, tuple(lengths))
     batch, length, width = x.shape
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != (width,):
-            raise ValueError(f"{name} must be ({width},), got {tuple(vector.shape)}")
-    lengths = list(lengths)
-    if sum(lengths) != length or not 1 <= len(lengths) <= PARTS or min(lengths) < 0:
-        raise ValueError(
-            f"lengths must be 1 to {PARTS} numbers that sum to S = {length}, got {lengths}"
-        )
-    out = torch.empty(batch * length * width, dtype=out_dtype, device=x.device)
+    out = torch.empty(batch * length * width, dtype=out_dtype, device=device)
     launch(
-        _norm_kernel,
-        (batch * length,),
-        device=x.device,
-        options=OPTIONS,
+        plan,
+        device,
         x_ptr=x,
         weight_ptr=weight.contiguous(),
         bias_ptr=bias.contiguous(),
         out_ptr=out,
-        B=batch,
-        S=length,
-        first=lengths[0],
-        second=sum(lengths[:2]),
-        eps=eps,
-        stride_xb=x.stride(0),
-        stride_xs=x.stride(1),
-        D=width,
-        BLOCK_D=triton.next_power_of_2(width),
     )
     shapes = [(batch, part, width) for part in lengths]
     blocks = out.split([math.prod(shape) for shape in shapes])
@@ -151,25 +193,9 @@ def quantize_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: x is not (B, S, D).
     """
-    x = _rows(x)
-    batch, length, width = x.shape
-    out = torch.empty(x.shape, dtype=FP8, device=x.device)
-    scale = torch.empty((batch, length), dtype=torch.float32, device=x.device)
-    launch(
-        _quantize_rows_kernel,
-        (batch * length,),
-        device=x.device,
-        options=OPTIONS,
-        x_ptr=x,
-        out_ptr=out,
-        scale_ptr=scale,
-        S=length,
-        eps=eps,
-        stride_xb=x.stride(0),
-        stride_xs=x.stride(1),
-        D=width,
-        BLOCK_D=triton.next_power_of_2(width),
-        FP8_MAX=FP8_MAX,
-        SMALLEST=SMALLEST,
-    )
+    x, device = _rows(x), x.device
+    plan = _quantize_rows_plan(target_of(device), x.shape, x.stride(), eps)
+    out = torch.empty(x.shape, dtype=FP8, device=device)
+    scale = torch.empty(x.shape[:2], dtype=torch.float32, device=device)
+    launch(plan, device, x_ptr=x, out_ptr=out, scale_ptr=scale)
     return out, scale

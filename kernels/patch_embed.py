@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SUM_BLOCK, launch
+from .launch import SUM_BLOCK, Plan, Target, launch, planned, target_of
 from .pieces import slices, square_sums, wait_for_inputs
 from .tables import Tile
 
@@ -181,6 +181,85 @@ def patch_embed_options(tile: Tile, weight: torch.dtype) -> dict[str, int]:
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": registers}
 
 
+@planned
+def _plans(
+    target: Target,
+    images: torch.Size,
+    strides: tuple[int, ...],
+    weight: torch.Size,
+    dtype: torch.dtype,  # of weight
+    table: torch.Size,
+    sparse_tokens: torch.Size,
+    patch_size: int,
+    centre: float,
+) -> tuple[Plan, Plan]:
+    """Of the two launches."""
+    if len(images) != 4 or images[1] != 3:
+        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images)}")
+    batch, _, height, width = images
+    grid_rows, grid_columns = height // patch_size, width // patch_size
+    patches = grid_rows * grid_columns
+    if patches == 0:
+        raise ValueError(
+            f"images must be at least {patch_size} pixels high and wide, got {tuple(images)}"
+        )
+    depth = 3 * patch_size**2
+    if len(weight) != 2 or weight[1] != depth:
+        raise ValueError(
+            f"weight must be (D, {depth}) for patches of {patch_size}, got {tuple(weight)}"
+        )
+    columns = weight[0]
+    if table != (1 + patches, columns):
+        raise ValueError(
+            f"table must be {(1 + patches, columns)} for images {tuple(images)}, got {tuple(table)}"
+        )
+    if len(sparse_tokens) != 2 or sparse_tokens[1] != columns:
+        raise ValueError(f"sparse_tokens must be (K, {columns}), got {tuple(sparse_tokens)}")
+    length = 1 + patches + sparse_tokens[0]
+    padded = triton.cdiv(depth, 16) * 16  # rows at multiples of 16 bytes, which are read at once
+    unfold = Plan(
+        target,
+        _unfold_kernel,
+        (batch * grid_rows * 3, triton.cdiv(grid_columns * patch_size, UNFOLDED)),
+        {"num_warps": 4, "num_stages": 1},
+        {
+            "centre": float(centre),
+            "grid_rows": grid_rows,
+            "grid_columns": grid_columns,
+            "stride_b": strides[0],
+            "stride_c": strides[1],
+            "stride_h": strides[2],
+            "stride_w": strides[3],
+            "PATCH": patch_size,
+            "PADDED": padded,
+            "LINES": triton.next_power_of_2(patch_size),
+            "BLOCK": UNFOLDED,
+        },
+    )
+    tile = patch_embed_tile(dtype)
+    tiles = triton.cdiv(batch * length, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    embed = Plan(
+        target,
+        _patch_embed_kernel,
+        (tiles,),
+        patch_embed_options(tile, dtype),
+        {
+            "rows_out": batch * length,
+            "S": length,
+            "P": patches,
+            "D": columns,
+            "DEPTH": depth,
+            "PADDED": padded,
+            "SLICES": tile.slices,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "SUM_BLOCK": SUM_BLOCK,
+        },
+    )
+    return unfold, embed
+
+
 def patch_embed(
     images: Tensor,
     weight: Tensor,
@@ -194,77 +273,33 @@ def patch_embed(
     Raises:
         ValueError: shapes do not fit.
     """
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-    batch, _, height, width = images.shape
-    grid_rows, grid_columns = height // patch_size, width // patch_size
-    patches = grid_rows * grid_columns
-    if patches == 0:
-        raise ValueError(
-            f"images must be at least {patch_size} pixels high and wide, got {tuple(images.shape)}"
-        )
-    depth = 3 * patch_size**2
-    if weight.dim() != 2 or weight.shape[1] != depth:
-        raise ValueError(
-            f"weight must be (D, {depth}) for patches of {patch_size}, got {tuple(weight.shape)}"
-        )
-    columns = weight.shape[0]
-    if table.shape != (1 + patches, columns):
-        raise ValueError(
-            f"table must be {(1 + patches, columns)} for images {tuple(images.shape)}, got "
-            f"{tuple(table.shape)}"
-        )
-    if sparse_tokens.dim() != 2 or sparse_tokens.shape[1] != columns:
-        raise ValueError(f"sparse_tokens must be (K, {columns}), got {tuple(sparse_tokens.shape)}")
-    length = 1 + patches + sparse_tokens.shape[0]
-    out = torch.empty((batch, length, columns), dtype=weight.dtype, device=images.device)
-    parts = triton.cdiv(columns, SUM_BLOCK)
-    sums = torch.empty((parts, batch, length), dtype=torch.float32, device=images.device)
-    # Rows at multiples of 16 bytes, which are read at once.
-    padded = triton.cdiv(depth, 16) * 16
-    unfolded = torch.empty((batch, patches, padded), dtype=weight.dtype, device=images.device)
-    launch(
-        _unfold_kernel,
-        (batch * grid_rows * 3, triton.cdiv(grid_columns * patch_size, UNFOLDED)),
-        device=images.device,
-        options={"num_warps": 4, "num_stages": 1},
-        images_ptr=images,
-        tiles_ptr=unfolded,
-        centre=centre,
-        grid_rows=grid_rows,
-        grid_columns=grid_columns,
-        stride_b=images.stride(0),
-        stride_c=images.stride(1),
-        stride_h=images.stride(2),
-        stride_w=images.stride(3),
-        PATCH=patch_size,
-        PADDED=padded,
-        LINES=triton.next_power_of_2(patch_size),
-        BLOCK=UNFOLDED,
+    dtype, device = weight.dtype, images.device
+    unfold, embed = _plans(
+        target_of(device),
+        images.shape,
+        images.stride(),
+        weight.shape,
+        dtype,
+        table.shape,
+        sparse_tokens.shape,
+        patch_size,
+        centre,
     )
-    tile = patch_embed_tile(weight.dtype)
-    tiles = triton.cdiv(batch * length, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    batch, (columns, depth), patches = images.shape[0], weight.shape, table.shape[0] - 1
+    length = 1 + patches + sparse_tokens.shape[0]
+    out = torch.empty((batch, length, columns), dtype=dtype, device=device)
+    parts = -(-columns // SUM_BLOCK)
+    sums = torch.empty((parts, batch, length), dtype=torch.float32, device=device)
+    unfolded = torch.empty((batch, patches, -(-depth // 16) * 16), dtype=dtype, device=device)
+    launch(unfold, device, images_ptr=images, tiles_ptr=unfolded)
     launch(
-        _patch_embed_kernel,
-        (tiles,),
-        device=images.device,
-        options=patch_embed_options(tile, weight.dtype),
+        embed,
+        device,
         tiles_ptr=unfolded,
         weight_ptr=weight.contiguous(),
         table_ptr=table.contiguous(),
         sparse_ptr=sparse_tokens.contiguous(),
         out_ptr=out,
         sums_ptr=sums,
-        rows_out=batch * length,
-        S=length,
-        P=patches,
-        D=columns,
-        DEPTH=depth,
-        PADDED=padded,
-        SLICES=tile.slices,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        SUM_BLOCK=SUM_BLOCK,
     )
     return out, sums

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import Plan, Target, launch, planned, target_of
 from .pieces import wait_for_inputs
 from .tables import Tile
 
@@ -106,6 +106,47 @@ def reassemble_tile(tokens: int) -> Tile:
     return Tile(32 if padded == 16 else 16, 128, padded, num_warps=4, num_stages=1)
 
 
+@planned
+def _plan(
+    target: Target,
+    spatial: torch.Size,
+    spatial_strides: tuple[int, ...],
+    sparse: torch.Size,
+    sparse_strides: tuple[int, ...],
+) -> Plan:
+    if len(spatial) != 3:
+        raise ValueError(f"spatial must be (B, P, K), got {tuple(spatial)}")
+    batch, patches, tokens = spatial
+    if len(sparse) != 3 or sparse[:2] != (batch, tokens):
+        raise ValueError(
+            f"sparse must be ({batch}, {tokens}, D) for spatial {tuple(spatial)}, got "
+            f"{tuple(sparse)}"
+        )
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(f"spatial must have 1 to {MAX_TOKENS} tokens, got {tokens}")
+    width = sparse[2]
+    tile = reassemble_tile(tokens)
+    return Plan(
+        target,
+        _reassemble_kernel,
+        (batch * triton.cdiv(patches, tile.block_m), triton.cdiv(width, tile.block_n)),
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        {
+            "P": patches,
+            "stride_pb": spatial_strides[0],
+            "stride_pp": spatial_strides[1],
+            "stride_pk": spatial_strides[2],
+            "stride_sb": sparse_strides[0],
+            "stride_sk": sparse_strides[1],
+            "K": tokens,
+            "D": width,
+            "BLOCK_P": tile.block_m,
+            "BLOCK_K": tile.block_k,
+            "BLOCK_D": tile.block_n,
+        },
+    )
+
+
 def reassemble(spatial: Tensor, sparse: Tensor) -> Tensor:
     """`reference.ops.reassemble` for up to 64 tokens, in the wider of the two dtypes.
 
@@ -115,39 +156,11 @@ def reassemble(spatial: Tensor, sparse: Tensor) -> Tensor:
     Raises:
         ValueError: shapes do not fit, or there are more tokens.
     """
-    if spatial.dim() != 3:
-        raise ValueError(f"spatial must be (B, P, K), got {tuple(spatial.shape)}")
-    batch, patches, tokens = spatial.shape
-    if sparse.dim() != 3 or sparse.shape[:2] != (batch, tokens):
-        raise ValueError(
-            f"sparse must be ({batch}, {tokens}, D) for spatial {tuple(spatial.shape)}, got "
-            f"{tuple(sparse.shape)}"
-        )
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"spatial must have 1 to {MAX_TOKENS} tokens, got {tokens}")
-    sparse = sparse if sparse.stride(2) == 1 else sparse.contiguous()
-    width = sparse.shape[2]
+    sparse = sparse if sparse.stride(-1) == 1 else sparse.contiguous()
+    device = spatial.device
+    strides = spatial.stride(), sparse.stride()
+    plan = _plan(target_of(device), spatial.shape, strides[0], sparse.shape, strides[1])
     dtype = torch.promote_types(spatial.dtype, sparse.dtype)
-    out = torch.empty((batch, patches, width), dtype=dtype, device=spatial.device)
-    tile = reassemble_tile(tokens)
-    launch(
-        _reassemble_kernel,
-        (batch * triton.cdiv(patches, tile.block_m), triton.cdiv(width, tile.block_n)),
-        device=spatial.device,
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        spatial_ptr=spatial,
-        sparse_ptr=sparse,
-        out_ptr=out,
-        P=patches,
-        stride_pb=spatial.stride(0),
-        stride_pp=spatial.stride(1),
-        stride_pk=spatial.stride(2),
-        stride_sb=sparse.stride(0),
-        stride_sk=sparse.stride(1),
-        K=tokens,
-        D=width,
-        BLOCK_P=tile.block_m,
-        BLOCK_K=tile.block_k,
-        BLOCK_D=tile.block_n,
-    )
+    out = torch.empty((*spatial.shape[:2], sparse.shape[2]), dtype=dtype, device=device)
+    launch(plan, device, spatial_ptr=spatial, sparse_ptr=sparse, out_ptr=out)
     return out

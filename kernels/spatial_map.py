@@ -16,11 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import NORMALIZE_EPS
-from .launch import launch
+from .launch import Plan, Target, launch, planned, target_of
 from .linear import linear
 from .pieces import wait_for_inputs
 from .reassemble import MAX_TOKENS, reassemble_tile, store_mixture
 from .tables import Tile
+
+Projections = tuple[
+    tuple[torch.Size, torch.dtype], ...
+]  # weights and biases, dense's then sparse's
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -169,25 +173,86 @@ def spatial_map_tile(weight: torch.dtype) -> Tile:
     return Tile(64, 128, 64, num_warps=4, num_stages=4)
 
 
-def _check(dense: Tensor, sparse: Tensor, projections: dict[str, tuple[Tensor, Tensor]]) -> None:
-    if dense.dim() != 3:
-        raise ValueError(f"dense must be (B, P, D), got {tuple(dense.shape)}")
-    batch, _, width = dense.shape
-    if sparse.dim() != 3 or (sparse.shape[0], sparse.shape[2]) != (batch, width):
+def _check(dense: torch.Size, sparse: torch.Size, layers: Projections) -> None:
+    if len(dense) != 3:
+        raise ValueError(f"dense must be (B, P, D), got {tuple(dense)}")
+    batch, _, width = dense
+    if len(sparse) != 3 or sparse[::2] != (batch, width):
         raise ValueError(
-            f"sparse must be ({batch}, K, {width}) for dense {tuple(dense.shape)}, got "
-            f"{tuple(sparse.shape)}"
+            f"sparse must be ({batch}, K, {width}) for dense {tuple(dense)}, got {tuple(sparse)}"
         )
-    if not 1 <= sparse.shape[1] <= MAX_TOKENS:
-        raise ValueError(f"sparse must have 1 to {MAX_TOKENS} tokens, got {sparse.shape[1]}")
-    for name, (weight, bias) in projections.items():
-        if weight.shape != (width, width):
-            raise ValueError(f"{name}_weight must be ({width}, {width}), got {tuple(weight.shape)}")
-        if bias.shape != (width,):
-            raise ValueError(f"{name}_bias must be ({width},), got {tuple(bias.shape)}")
-    dtypes = {tensor.dtype for pair in projections.values() for tensor in pair}
+    if not 1 <= sparse[1] <= MAX_TOKENS:
+        raise ValueError(f"sparse must have 1 to {MAX_TOKENS} tokens, got {sparse[1]}")
+    names = ("dense_weight", "dense_bias", "sparse_weight", "sparse_bias")
+    for name, (shape, _) in zip(names, layers, strict=True):
+        wanted = (width, width) if name.endswith("weight") else (width,)
+        if shape != wanted:
+            raise ValueError(f"{name} must be {wanted}, got {tuple(shape)}")
+    dtypes = {dtype for _, dtype in layers}
     if len(dtypes) > 1:
         raise ValueError(f"weights and biases must have one dtype, got {sorted(map(str, dtypes))}")
+
+
+@planned
+def _plans(
+    target: Target,
+    dense: torch.Size,
+    dense_strides: tuple[int, ...],  # in the weights' dtype
+    sparse: torch.Size,
+    sparse_strides: tuple[int, ...],
+    layers: Projections,
+    temperature: float | None,
+    lowrank: bool,
+) -> tuple[Plan, Plan]:
+    """Of the two launches."""
+    _check(dense, sparse, layers)
+    batch, patches, width = dense
+    tokens, weight = sparse[1], layers[0][1]
+    tile, mix = spatial_map_tile(weight), reassemble_tile(tokens)
+    tiles_m, tiles_n = triton.cdiv(patches, tile.block_m), triton.cdiv(width, tile.block_n)
+    similarity = Plan(
+        target,
+        _similarity_kernel,
+        (batch * tiles_m * tiles_n,),
+        spatial_map_options(tile, weight),
+        {
+            "B": batch,
+            "P": patches,
+            "steps": triton.cdiv(width, tile.block_k),
+            "stride_db": dense_strides[0],
+            "stride_dp": dense_strides[1],
+            "K": tokens,
+            "D": width,
+            "TOKENS": mix.block_k,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        },
+    )
+    columns = triton.cdiv(width, mix.block_n) if lowrank else 1
+    mixture = Plan(
+        target,
+        _spatial_kernel,
+        (batch * triton.cdiv(patches, mix.block_m), columns),
+        {"num_warps": mix.num_warps, "num_stages": mix.num_stages},
+        {
+            "B": batch,
+            "P": patches,
+            "divisor": math.sqrt(width) if temperature is None else float(temperature),
+            "stride_sb": sparse_strides[0],
+            "stride_sk": sparse_strides[1],
+            "parts": tiles_n,
+            "K": tokens,
+            "D": width,
+            "NORMALIZE": temperature is not None,
+            "EPS": NORMALIZE_EPS,
+            "LOWRANK": lowrank,
+            "BLOCK_P": mix.block_m,
+            "BLOCK_K": mix.block_k,
+            "BLOCK_D": mix.block_n,
+        },
+    )
+    return similarity, mixture
 
 
 def spatial_map(
@@ -206,45 +271,35 @@ def spatial_map(
     Raises:
         ValueError: shapes or dtypes do not fit, or there are more tokens.
     """
-    _check(
-        dense,
-        sparse,
-        {"dense": (dense_weight, dense_bias), "sparse": (sparse_weight, sparse_bias)},
+    dense, sparse = (x if x.stride(-1) == 1 else x.contiguous() for x in (dense, sparse))
+    device = dense.device
+    rounded = dense.to(dense_weight.dtype)
+    projections = (dense_weight, dense_bias, sparse_weight, sparse_bias)
+    similarity, mixture = _plans(
+        target_of(device),
+        dense.shape,
+        rounded.stride(),
+        sparse.shape,
+        sparse.stride(),
+        tuple([(x.shape, x.dtype) for x in projections]),
+        temperature,
+        lowrank,
     )
-    dense, sparse = (x if x.stride(2) == 1 else x.contiguous() for x in (dense, sparse))
     batch, patches, width = dense.shape
     tokens = sparse.shape[1]
-    device = dense.device
     s = linear(sparse.to(sparse_weight.dtype), sparse_weight, sparse_bias)
-
-    tile = spatial_map_tile(dense_weight.dtype)
-    mix = reassemble_tile(tokens)
-    tiles_m, tiles_n = triton.cdiv(patches, tile.block_m), triton.cdiv(width, tile.block_n)
-    shares = torch.empty((tiles_n, batch, patches, tokens + 1), dtype=torch.float32, device=device)
-    s_squares = torch.empty((tiles_n, batch, tokens), dtype=torch.float32, device=device)
-    rounded = dense.to(dense_weight.dtype)
+    tiles = -(-width // spatial_map_tile(dense_weight.dtype).block_n)
+    shares = torch.empty((tiles, batch, patches, tokens + 1), dtype=torch.float32, device=device)
+    s_squares = torch.empty((tiles, batch, tokens), dtype=torch.float32, device=device)
     launch(
-        _similarity_kernel,
-        (batch * tiles_m * tiles_n,),
-        device=device,
-        options=spatial_map_options(tile, dense_weight.dtype),
+        similarity,
+        device,
         dense_ptr=rounded,
         weight_ptr=dense_weight.contiguous(),
         bias_ptr=dense_bias.contiguous(),
         s_ptr=s,
         shares_ptr=shares,
         s_squares_ptr=s_squares,
-        B=batch,
-        P=patches,
-        steps=triton.cdiv(width, tile.block_k),
-        stride_db=rounded.stride(0),
-        stride_dp=rounded.stride(1),
-        K=tokens,
-        D=width,
-        TOKENS=mix.block_k,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
     )
     spatial = torch.empty((batch, patches, tokens), dtype=dense.dtype, device=device)
     mixed = None
@@ -252,31 +307,12 @@ def spatial_map(
         dtype = torch.promote_types(dense.dtype, sparse.dtype)
         mixed = torch.empty((batch, patches, width), dtype=dtype, device=device)
     launch(
-        _spatial_kernel,
-        (
-            batch * triton.cdiv(patches, mix.block_m),
-            triton.cdiv(width, mix.block_n) if lowrank else 1,
-        ),
-        device=device,
-        options={"num_warps": mix.num_warps, "num_stages": mix.num_stages},
+        mixture,
+        device,
         shares_ptr=shares,
         s_squares_ptr=s_squares,
         sparse_ptr=sparse if lowrank else None,
         spatial_ptr=spatial,
         lowrank_ptr=mixed,
-        B=batch,
-        P=patches,
-        divisor=math.sqrt(width) if temperature is None else temperature,
-        stride_sb=sparse.stride(0),
-        stride_sk=sparse.stride(1),
-        parts=tiles_n,
-        K=tokens,
-        D=width,
-        NORMALIZE=temperature is not None,
-        EPS=NORMALIZE_EPS,
-        LOWRANK=lowrank,
-        BLOCK_P=mix.block_m,
-        BLOCK_K=mix.block_k,
-        BLOCK_D=mix.block_n,
     )
     return spatial, mixed

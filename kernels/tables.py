@@ -78,7 +78,7 @@ Tiles = tuple[tuple[int, AnyTile], ...]
 Shape = tuple[str, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # plans are kept by it
 class Table:
     """What was tuned on one GPU generation.
 

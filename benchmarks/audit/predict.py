@@ -355,11 +355,11 @@ def summary(rows: Iterable[Row], batch: int) -> dict[str, float]:
     return {"seconds": seconds, "floor": floor, "images_per_second": batch / seconds}
 
 
-def kept(found: list[Row]) -> list[Any]:
+def kept(found: list[Row], name: str = "predicted") -> list[Any]:
     """The lines of a file of predictions: of each launch, no more than the report needs."""
     chips = {str(arch): asdict(CHIPS[arch]) for arch in {result["arch"] for result in found}}
     command = "python -P benchmarks/audit/predict.py --json FILE"
-    lines: list[Any] = [results.facts("predicted", command, prediction=True, chips=chips)]
+    lines: list[Any] = [results.facts(name, command, prediction=True, chips=chips)]
     fields = ("op", "times", "seconds", "floor", "bound", "tile", "shared", "stack",
               "before", "each", "after", "under_way")  # fmt: skip
     for result in found:
@@ -379,6 +379,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", action="append", choices=list(audit.DTYPES))
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--unmeasured", action="store_true", help="a file of kernels that no GPU has measured yet"
+    )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
     found = []
@@ -400,7 +403,8 @@ def main(arguments: list[str] | None = None) -> int:
                     )  # fmt: skip
                     _print(model, precision, batch, rows, total)
     if options.json:
-        options.json.write_bytes(results.lines_of(kept(found)))
+        name = "predicted-unmeasured" if options.unmeasured else "predicted"
+        options.json.write_bytes(results.lines_of(kept(found, name)))
     return 0
 
 

@@ -256,6 +256,29 @@ def _waterfall(result: Result) -> str:
     )
 
 
+def predicted_now() -> str:
+    """What kernels that no GPU has measured yet would bring, beside those that one has."""
+    found, before = newest("predicted-unmeasured"), newest("predicted")
+    if found is None or before is None:
+        return "Nothing has been predicted of kernels that were not measured."
+    guesses = {g["key"]: g for g in before.rows("predicted", op="forward", arch=90)}
+    lines = [
+        [
+            f"{g['model']} {g['precision']}, batch {g['batch']}",
+            f"{1e3 * guesses[g['key']]['seconds']:.3g} ms", f"{1e3 * g['seconds']:.3g} ms",
+            f"{g['seconds'] / guesses[g['key']]['seconds'] - 1:+.0%}",
+        ]
+        for g in found.rows("predicted", op="forward", arch=90)
+        if g["key"] in guesses
+    ]  # fmt: skip
+    old, new = before.facts["commit"], found.facts["commit"]
+    head = ["PREDICTED, not measured", f"commit {old}", f"commit {new}", "change"]
+    return markdown(head, lines) + (
+        f"\n\nKernels of {new}, which no GPU has measured, by the tuned tiles, and those of the "
+        f"table above; triton {found.facts['versions']['triton']}."
+    )
+
+
 def predicted() -> str:
     """What the machine code makes of the models on an H200."""
     found, measured = newest("predicted"), newest_on_gpu()
@@ -329,5 +352,6 @@ TABLES = {
     "gpu-kernels": _of_newest(_kernels, ": no kernel has a time"),
     "gpu-waterfall": _of_newest(_waterfall, ": what each optimisation brings is not known"),
     "predicted": predicted,
+    "predicted-now": predicted_now,
     "predicted-elsewhere": predicted_elsewhere,
 }

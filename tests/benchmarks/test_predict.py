@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from audit import machine_code, predict
@@ -135,9 +136,10 @@ def test_an_unknown_kernel_is_refused():
 
     def _other_kernel(): ...
 
-    other = type("Kernel", (), {"fn": _other_kernel})
+    other = SimpleNamespace(fn=_other_kernel, arg_names=item.kernel.arg_names)
+    plan = SimpleNamespace(kernel=other, grid=item.grid)
     with pytest.raises(ValueError, match="no prediction for _other_kernel"):
-        predict.work_of(replace(item, kernel=other))
+        predict.work_of(item._replace(plan=plan))
 
 
 def test_two_waves_of_instructions():

@@ -242,6 +242,20 @@ def test_predictions_are_labelled_and_held_against_what_was_measured(measured, p
     assert line("predicted", f"{H} bf16, batch 7")[4] == "not measured"
 
 
+def test_kernels_that_were_not_measured_stand_beside_those_that_were(plant):
+    assert gpu.TABLES["predicted-now"]().startswith("Nothing has been predicted")
+    for name, seconds, date in (
+        ("predicted", 2e-3, "2026-01-01"),
+        ("predicted-unmeasured", 1.5e-3, "2026-01-02"),
+    ):
+        job = {"stage": "predicted", "key": "k", "model": H, "batch": 1, "precision": "bf16"}
+        plant(
+            [{**job, "arch": 90, "op": "forward", "seconds": seconds}], date, name=name, date=date
+        )
+    assert line("predicted-now", f"{H} bf16, batch 1")[1:] == ["2 ms", "1.5 ms", "-25%"]
+    assert "PREDICTED" in gpu.TABLES["predicted-now"]().splitlines()[0]
+
+
 def test_what_other_gpus_would_do_is_told_from_their_kernels(plant):
     job = {"stage": "predicted", "key": "k", "model": H, "batch": 1, "precision": "bf16"}
     job |= {"arch": 86, "chip": "A40"}

@@ -1,5 +1,7 @@
 """Memory that kernels are watched in: poisoned where they allocate, bounded where they reach."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stellar_fast.kernels.launch import is_interpreted
+
+linear = importlib.import_module("stellar_fast.kernels.linear")
 
 
 class _Watch:
@@ -61,6 +65,12 @@ def bounded(monkeypatch):
     monkeypatch.setattr(executor, "_init_args_hst", watched_take)
     monkeypatch.setattr(builder, "create_masked_load", watched_load)
     monkeypatch.setattr(builder, "create_masked_store", watched_store)
+
+
+@pytest.fixture
+def unplanned(monkeypatch):
+    """Products are planned anew at every call, so that what a test changes in their file counts."""
+    monkeypatch.setattr(linear, "_plan", linear._plan.__wrapped__)
 
 
 @pytest.fixture

@@ -170,14 +170,13 @@ def test_a_row_does_not_depend_on_the_batch(gpu, dtype):
             assert torch.equal(alone_sums[:, 0], sums[:, i])
 
 
-def few_processors(monkeypatch, processors: int) -> None:
+def few_processors(processors: int):
     """On a device with few processors, a program that writes by TMA goes on to its next tile."""
-    gpu_of = launch.gpu_of
-    monkeypatch.setattr(
-        MODULE, "gpu_of", lambda x: dataclasses.replace(gpu_of(x), processors=processors)
-    )
+    gpu = launch.target_of(DEVICE).gpu
+    return launch.on_gpu(dataclasses.replace(gpu, processors=processors))
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
 def test_programs_of_many_tiles_in_many_groups(gpu, dtype, monkeypatch):
     """Five tiles of rows in groups of three or two, two of columns; few programs share them."""
@@ -186,9 +185,9 @@ def test_programs_of_many_tiles_in_many_groups(gpu, dtype, monkeypatch):
     with on_gpu(gpu):
         expected = linear_residual(x, weight, bias, residual)
         for processors in (4, 3):
-            few_processors(monkeypatch, processors)
             monkeypatch.setattr(MODULE, "GROUP_M", processors - 1)
-            found = linear_residual(x, weight, bias, residual)
+            with few_processors(processors):
+                found = linear_residual(x, weight, bias, residual)
             assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     exact, _ = oracles.linear_residual(*(v.double() for v in (x, weight, bias, residual)))
     plain, _ = oracles.linear_residual(x, weight, bias, residual)
@@ -196,6 +195,7 @@ def test_programs_of_many_tiles_in_many_groups(gpu, dtype, monkeypatch):
     assert_budget(expected[0], plain, exact, dtype, floor)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("slices", [1, 2])
@@ -240,6 +240,7 @@ def test_programs_of_one_tile_read_ahead():
         assert (item.grid == (tiles,)) or not given["AHEAD"]
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("gpu", [80, 90, 120] if GPUS != [None] else GPUS)
 def test_every_tile_of_the_table_gives_the_same(gpu, monkeypatch):
     """Tiles that the table takes for large products only, forced onto a small one."""
@@ -288,6 +289,7 @@ def test_choices_of_one_family_share_rows_and_warps():
                 assert len({(tile.block_m, tile.num_warps) for tile in tiles}) == 1
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize(("gpu", "dtype"), TWO_WAYS)
 @pytest.mark.parametrize(("rows_scaled", "chunked"), [(True, False), (False, True)])
 def test_fp8_products(gpu, dtype, rows_scaled, chunked, monkeypatch):
@@ -308,6 +310,7 @@ def test_deep_fp8_products_are_summed_up_in_chunks():
         assert chunks_of(torch.bfloat16, depth)[0] == 1
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
     reason="this GPU has no FP8",
@@ -323,8 +326,9 @@ def test_chunks_of_every_tile_of_a_program(depth, monkeypatch):
     found = []
     with launch.tuned_by(Table(linear={("fp8", 72, depth): ((1, tile),)})):
         for processors in (132, 3, 1):
-            few_processors(monkeypatch, processors)
-            found.append(linear_residual(x8, w8, bias, residual, weight_scale=scale))
+            with few_processors(processors):
+                both = linear_residual(x8, w8, bias, residual, weight_scale=scale)
+            found.append(both)
     exact, _ = oracles.linear_residual(x8, w8, bias.double(), residual.double(), weight_scale=scale)
     plain, _ = oracles.linear_residual(x8, w8, bias, residual, weight_scale=scale)
     assert_budget(found[0][0], plain, exact, DTYPES[1])

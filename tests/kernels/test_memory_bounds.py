@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stellar_fast.kernels.launch import is_interpreted, launch
+from stellar_fast.kernels.launch import Plan, is_interpreted, launch, target_of
 
 pytestmark = pytest.mark.skipif(
     not is_interpreted(), reason="compiled kernels are compute-sanitizer's to watch"
@@ -20,18 +20,9 @@ def _copy_kernel(x_ptr, out_ptr, start, reads, writes, BLOCK: tl.constexpr):
 
 def copy(start: int, reads: int, writes: int) -> torch.Tensor:
     x, out = torch.ones(8), torch.zeros(8)
-    launch(
-        _copy_kernel,
-        (1,),
-        device=x.device,
-        options={"num_warps": 1},
-        x_ptr=x,
-        out_ptr=out,
-        start=start,
-        reads=reads,
-        writes=writes,
-        BLOCK=16,
-    )
+    given = {"start": start, "reads": reads, "writes": writes, "BLOCK": 16}
+    plan = Plan(target_of(x.device), _copy_kernel, (1,), {"num_warps": 1}, given)
+    launch(plan, x.device, x_ptr=x, out_ptr=out)
     return out
 
 
