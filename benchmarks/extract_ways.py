@@ -77,9 +77,9 @@ def measure(images: int, rounds: int, root: Path) -> Path:
             for number in range(rounds):
                 for way in sorted(WAYS, reverse=number % 2 == 1):
                     output = root / f"{beside}-{number}-{way}"
-                    command = [sys.executable, "-P", __file__, "--way", way, "--output", output]
+                    paths = ["--source", root / "photographs", "--output", output]
                     done = subprocess.run(
-                        [*command, "--source", root / "photographs"],
+                        [sys.executable, "-P", __file__, "--way", way, *map(str, paths)],
                         stdout=subprocess.PIPE,
                         check=True,
                     )

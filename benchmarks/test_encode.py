@@ -158,4 +158,7 @@ def test_footprint(record, say, tmp_path: Path):
     rows = footprint.measure_all(MODELS[MODEL], tmp_path, 8)
     record.rows += rows
     for row in rows:
-        say(f"  {row['name']}: loads in {row['load_seconds']:.2f} s, peak {row['peak_mib']} MiB")
+        say(
+            f"  {row['name']}: loads in {row['load_seconds']:.2f} s, first result after "
+            f"{row['first_result_seconds']:.2f} s, peak {row['peak_mib']} MiB"
+        )

@@ -214,7 +214,8 @@ def _openvino(subject: Subject, example: Tensor, precision: str) -> Encode:
 
 
 def _onnxruntime(subject: Subject, example: Tensor, precision: str) -> Encode:
-    """ONNX Runtime with all of its graph optimisations, at the shape of `example`."""
+    """ONNX Runtime with all of its graph optimisations, at the shape of `example`; int8 is its
+    dynamic quantization, weights by channel, faster and closer here than its static one."""
     package = _package("onnxruntime")
     for needed in ("onnx", "onnxscript"):
         _package(needed)
@@ -229,6 +230,12 @@ def _onnxruntime(subject: Subject, example: Tensor, precision: str) -> Encode:
             input_names=["images"],
             output_names=list(OUTPUTS),
             verbose=False,
+        )
+    if precision == "int8":
+        exported, path = path, path.with_suffix(".int8.onnx")
+        quantization = _package("onnxruntime.quantization")
+        quantization.quantize_dynamic(
+            exported, path, per_channel=True, weight_type=quantization.QuantType.QInt8
         )
     options = package.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -274,6 +281,7 @@ IMPLEMENTATIONS: dict[str, tuple[Maker, str]] = {
     "OpenVINO bf16": (_openvino, "bf16"),
     NNCF: (_openvino, "int8"),
     "ONNX Runtime fp32": (_onnxruntime, "fp32"),
+    "ONNX Runtime int8 (dynamic)": (_onnxruntime, "int8"),
 }
 
 

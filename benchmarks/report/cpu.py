@@ -64,9 +64,11 @@ def encode(result: Result) -> Iterator[str]:
         for name, r in latency.items()
     }
     yield markdown(
-        ["", "latency at batch 1: median, 99th percentile", "load", "peak memory at batch 8"],
+        ["", "latency at batch 1: median, 99th percentile", "load",
+         "first result, from the start of the process", "peak memory at batch 8"],
         (
             [r["name"], waits.get(r["name"], ""), f"{r['load_seconds']:.2f} s",
+             f"{r['first_result_seconds']:.2f} s" if "first_result_seconds" in r else "",
              f"{r['peak_mib']} MiB"]
             for r in result.rows("footprint")
         ),

@@ -46,7 +46,7 @@ def test_the_table_has_a_row_an_implementation_and_says_who_has_no_figure(stored
     text = "\n".join(lines)
     assert "OpenVINO fp32 at batch 8: refused: cls: error 2 exceeds 1." in text
     assert "ONNX Runtime fp32 at batch 1: not run: onnxruntime is not installed." in text
-    assert "| engine fp32 | 100 ms, 130 ms over 321 calls | 1.25 s | 900 MiB |" in text
+    assert "| engine fp32 | 100 ms, 130 ms over 321 calls | 1.25 s | 2.50 s | 900 MiB |" in text
     assert "7, 5 alternated rounds at batch 1, 8" in text and "load average 0.25" in text
     assert "commit abc" in text and "commit old" not in text
 
