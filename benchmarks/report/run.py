@@ -5,7 +5,8 @@
     python -P benchmarks/report/run.py --plots FOLDER  draws the plots as PNG files (extra viz)
 
 A table stands between markers named after it: all of them in benchmarks/README.md, any of them in
-README.md. To add one, add a function to TABLES of `cpu.py` or `gpu.py`, and the markers.
+README.md. To add one, add a function to TABLES of `cpu.py`, `extraction.py` or `gpu.py`, and the
+markers.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))  # `python -P` leaves it out
 
 from harness import results
-from report import cpu, gpu
+from report import cpu, extraction, gpu
 from report.picture import throughput
 
-TABLES = cpu.TABLES | gpu.TABLES
+TABLES = cpu.TABLES | extraction.TABLES | gpu.TABLES
 MARKERS = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 
 

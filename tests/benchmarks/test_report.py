@@ -5,7 +5,7 @@ import xml.etree.ElementTree
 import pytest
 from harness import results
 from harness.results import ROOT, newest_of_each_kind
-from report import cpu, run
+from report import cpu, extraction, run
 
 
 def test_the_readmes_and_the_picture_show_what_the_result_files_say():
@@ -49,6 +49,19 @@ def test_the_table_has_a_row_an_implementation_and_says_who_has_no_figure(stored
     assert "| engine fp32 | 100 ms, 130 ms over 321 calls | 1.25 s | 2.50 s | 900 MiB |" in text
     assert "7, 5 alternated rounds at batch 1, 8" in text and "load average 0.25" in text
     assert "commit abc" in text and "commit old" not in text
+
+
+def test_extraction_is_told_by_its_newest_files():
+    text = extraction.TABLES["cpu-extract"]()
+    told = {
+        "extract": lambda facts: f"at {facts['fed']['median']:.3f} of its rate",
+        "scaled": lambda facts: f"{facts['faster']['median']:.2f} times as fast",
+    }
+    for name, tells in told.items():
+        for result in newest_of_each_kind(name):
+            assert result.path.name in text and tells(result.facts) in text
+            for row in result.rows(name):
+                assert f"{row['name']} | {row['images_per_second']:.1f} |" in text
 
 
 def test_every_kind_of_processor_has_its_newest_result(stored):
