@@ -3,13 +3,13 @@
 import os
 import pickle
 import signal
-import threading
 import warnings
 from itertools import product
 
 import numpy as np
 import pytest
 from outputs import made_up, write_output
+from threads import in_threads
 from torch.utils.data import DataLoader, Dataset
 
 import stellar_fast
@@ -54,11 +54,7 @@ def test_many_threads(output):
             if not np.array_equal(features[name][rows], expected[name][rows]):
                 wrong.append(rows)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(6))
     assert wrong == []
 
 
