@@ -200,12 +200,16 @@ class Features:
         Raises:
             KeyError: there is no such image, or it failed, and why.
         """
-        try:
-            return self._places[id]
-        except KeyError:
-            reason = next((one.reason for one in self.failed if one.id == id), None)
-            why = f"no image {id!r}" if reason is None else f"{id!r} has no row: {reason}"
-            raise KeyError(why) from None
+        found = self.find(id)
+        if isinstance(found, int):
+            return found
+        why = f"no image {id!r}" if found is None else f"{id!r} has no row: {found.reason}"
+        raise KeyError(why)
+
+    def find(self, id: str) -> int | Failed | None:
+        """The row of an image; why it has none; or None, where there is no such image."""
+        row = self._places.get(id)
+        return next((one for one in self.failed if one.id == id), None) if row is None else row
 
     @cached_property
     def _places(self) -> dict[str, int]:
