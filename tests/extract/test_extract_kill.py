@@ -46,9 +46,7 @@ from stellar_fast.extract.work.pipeline import Pipeline, Stopped
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("photographs")
-    write_photographs(root, good=60, broken=6)
-    return root
+    return write_photographs(tmp_path_factory.mktemp("photographs"), good=60, broken=6)
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from outputs import made_up, write_output
+from outputs import FAILED, ROWS, made_up, write_output
 from threads import in_threads
 from torch.utils.data import DataLoader, Dataset
 
 import stellar_fast
 from stellar_fast.extract.features import Features
 from stellar_fast.extract.output.formats import FORMATS
-
-ROWS = 23
-FAILED = (0, 3, 10, 11, 12, 13, 14, 24)
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def output(request, tmp_path_factory):
-    """(folder, features as arrays, ids of all images)."""
-    folder = tmp_path_factory.mktemp("features") / request.param
-    features = made_up(ROWS)
-    ids = write_output(folder, features, failed=FAILED, format=request.param)
-    return folder, features, ids
 
 
 def test_a_pickle_holds_no_rows(output):
