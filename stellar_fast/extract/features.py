@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MissingExtraError, StellarError
+from ..errors import MissingExtraError, StellarError, listing
 from ..files import is_machines, told_of
 from .output.index import ok, read_index
 from .output.layout import Partition, PathLike, Plan, check_sums, complete, read_plan
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import pyarrow
 
     from .dataset import FeatureDataset
-
-NAMED = 5  # partitions that an error lists
 
 
 def open_features(folder: PathLike, *, allow_incomplete: bool = False) -> Features:
@@ -54,7 +52,7 @@ def open_features(folder: PathLike, *, allow_incomplete: bool = False) -> Featur
     if features.missing and not allow_incomplete:
         raise StellarError(
             f"{folder}: {len(features.missing)} of {len(plan.partitions)} partitions are missing: "
-            f"{_listed(features.missing)}; extract again into the same folder to complete it, or "
+            f"{listing(features.missing)}; extract again into the same folder to complete it, or "
             "open what is there with allow_incomplete=True"
         )
     return features
@@ -288,7 +286,7 @@ class Features:
                     ) from error
                 damaged.append((self._plan.partitions[manifest["partition"]].name, str(error)))
         if damaged:
-            names = _listed([name for name, _ in damaged])
+            names = listing([name for name, _ in damaged])
             raise StellarError(
                 f"{self.folder}: {len(damaged)} of {len(self._manifests)} partitions are damaged: "
                 f"{names}; the first: {damaged[0][1]}"
@@ -470,8 +468,3 @@ def _checked(rows: np.ndarray, length: int) -> np.ndarray:
         raise IndexError(f"row {wrong.flat[0]} is out of range: there are {length} rows")
     rows = rows.astype(np.int64)
     return np.where(rows < 0, rows + length, rows)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
