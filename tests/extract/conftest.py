@@ -66,3 +66,9 @@ def server(monkeypatch):
 def one_decoding_process(monkeypatch):
     """Each takes a moment to start; what several change says so itself."""
     monkeypatch.setattr("stellar_fast.extract.job.cores", lambda: 1)
+
+
+@pytest.fixture
+def own_key(tmp_path_factory, monkeypatch):
+    """Indexes of one test are another user's in the next."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
