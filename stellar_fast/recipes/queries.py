@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError
-from ..extract.features import Failed, Feature, Features
+from ..extract.features import Failed, Features
 from ..extract.input.addresses import Allowed, is_address, localized, shown
 from ..extract.input.door import read_item
 from ..extract.originals import Original
 from ..extract.records import Item
+from ..extract.rows import Feature
 from ..images.reader import decode
 from .search import BY, Hit, check_by, check_engine, nearest, vectors
 from .segment import grid_of

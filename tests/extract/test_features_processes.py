@@ -51,7 +51,7 @@ def test_a_child_forked_while_a_thread_reads(output):
     folder, expected, _ = output
     features = stellar_fast.open_features(folder)
     _ = features["cls"][:]
-    with features._files._lock, warnings.catch_warnings():
+    with features._rows.opened._lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forking threads
         child = os.fork()
         if not child:
