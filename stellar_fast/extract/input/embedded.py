@@ -259,7 +259,7 @@ def _items(
     name = shown(table.place)
     if FOLDER in keep and FOLDER not in table.schema.names:
         raise ValueError(f"{name}: no column {FOLDER!r} to keep, and rows are in no folder")
-    columns = kept_columns(table.schema, table.groups, name, keep)
+    columns = kept_columns(table.schema, name, keep)
     if id_column is not None:
         column_name(table.schema.names, name, id_column)
         _check_ids(table.schema.field(id_column).type, name, id_column)
