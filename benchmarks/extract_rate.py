@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 import torch
 from harness import results
-from peers.footprint import write_config
+from peers.footprint import WEIGHTS
 from PIL import Image
 
 import stellar_fast
@@ -36,6 +36,7 @@ from stellar_fast.config import BackboneConfig, ModelConfig
 from stellar_fast.extract import make_job, run
 from stellar_fast.extract.job import decided, make_plan
 from stellar_fast.extract.runner import work
+from stellar_fast.weights.manifest import write_config
 
 # On a core it encodes an image in about the time that decoding a photograph takes.
 SMALL = ModelConfig("small", BackboneConfig(128, 6, 2, 512, 16, 224), num_sparse_tokens=16)
@@ -131,7 +132,7 @@ def dummy_rate(engine: stellar_fast.Engine, source: Path) -> float:
 
 def measure(images: int, rounds: int, round_images: int, root: Path) -> Path:
     (root / "model").mkdir()
-    write_config(SMALL, root / "model")
+    write_config(root / "model", SMALL, WEIGHTS)
     start = time.perf_counter()
     size = write_photographs(root / "photographs", images)
     print(f"{images} JPEGs, {size / 2**20:.0f} MiB, in {time.perf_counter() - start:.0f} s")

@@ -23,11 +23,12 @@ import numpy as np
 from extract_rate import BATCH, SMALL
 from harness import results
 from harness.timing import Timing
-from peers.footprint import write_config
+from peers.footprint import WEIGHTS
 
 import stellar_fast
 from stellar_fast import open_features, photos
 from stellar_fast.extract import make_job, run
+from stellar_fast.weights.manifest import write_config
 
 SIZE = (4096, 3072)  # pixels
 FEATURES = ("sparse", "cls")
@@ -56,7 +57,7 @@ def measure(images: int, distinct: int, rounds: int, root: Path) -> Path:
     """
     (root / "model").mkdir()
     (root / "drawn").mkdir()
-    write_config(SMALL, root / "model")
+    write_config(root / "model", SMALL, WEIGHTS)
     with ProcessPoolExecutor() as pool:
         size = sum(pool.map(draw, range(distinct), [root / "drawn"] * distinct))
     drawn = sorted((root / "drawn").iterdir())

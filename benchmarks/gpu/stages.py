@@ -18,14 +18,7 @@ import torch
 from gpu import encode, tune, waterfall, worker
 from gpu.worker import Job
 from harness import ceilings
-from harness.results import (
-    COMPILED_BF16,
-    EAGER_BF16,
-    EAGER_FP32,
-    ROOT,
-    VIT_BF16,
-    Row,
-)  # fmt: skip
+from harness.results import COMPILED_BF16, EAGER_BF16, EAGER_FP32, ROOT, VIT_BF16, Row  # fmt: skip
 from harness.workloads import BATCHES, Case, cases
 from peers import ops
 

@@ -23,10 +23,12 @@ import stellar_fast
 from stellar_fast.config import ModelConfig
 from stellar_fast.loading import SYNTHETIC_SEED
 from stellar_fast.reference import STELLARModel
+from stellar_fast.weights.manifest import write_config
 from stellar_fast.weights.names import encode_shapes
 from stellar_fast.weights.source import locate
 from stellar_fast.weights.synthetic import synthetic_state
 
+WEIGHTS = "weights.safetensors"
 NAMES = ("engine-auto", "engine-fp32", "engine-bf16", "reference-fp32")
 Encode = Callable[[Tensor], object]
 
@@ -49,23 +51,10 @@ def plain_model(config: ModelConfig, state: dict[str, Tensor]) -> STELLARModel:
     return model.eval().requires_grad_(False)
 
 
-def write_config(config: ModelConfig, folder: Path) -> None:
-    """`config.json` in the published layout."""
-    backbone = config.backbone
-    entry = {
-        "weights": "weights.safetensors",
-        "num_sparse_tokens": config.num_sparse_tokens,
-        "num_decoder_layers": config.num_decoder_layers,
-        "spatial_temp": config.spatial_temp,
-        "backbone": {name: getattr(backbone, name) for name in backbone.__dataclass_fields__},
-    }
-    (folder / "config.json").write_text(json.dumps({"models": {config.name: entry}}))
-
-
 def write_checkpoint(config: ModelConfig, folder: Path) -> None:
     """`config.json`, and a file of the encoder's seeded random weights."""
-    write_config(config, folder)
-    save_file(synthetic(config), folder / "weights.safetensors")
+    write_config(folder, config, WEIGHTS)
+    save_file(synthetic(config), folder / WEIGHTS)
 
 
 def _load(name: str, folder: Path, model: str) -> Encode:

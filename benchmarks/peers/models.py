@@ -29,7 +29,7 @@ import torch
 from harness import workloads
 from harness.budgets import Encode, Outputs
 from harness.results import BASELINES, ROOT
-from peers.footprint import plain_model, synthetic, write_config
+from peers.footprint import WEIGHTS, plain_model, synthetic
 from torch import Tensor, nn
 
 import stellar_fast
@@ -37,6 +37,7 @@ from stellar_fast.config import ModelConfig
 from stellar_fast.engine.encoder import OUTPUTS
 from stellar_fast.loading import SYNTHETIC_SEED
 from stellar_fast.reference import STELLARModel
+from stellar_fast.weights.manifest import write_config
 
 BASELINE = BASELINES["encode"]
 FEW = ("sparse", "cls")
@@ -77,7 +78,7 @@ class Subject:
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        write_config(config, folder)
+        write_config(folder, config, WEIGHTS)
         self.reference = functools.cache(self._reference)
         self.engine = functools.cache(self._engine)
         self.openvino_graph = functools.cache(self._openvino_graph)

@@ -9,11 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness.floors import rates
-from harness.results import (
-    Result,
-    Row,
-    is_ours,
-)  # fmt: skip
+from harness.results import Result, Row, is_ours  # fmt: skip
 from harness.workloads import flops_per_image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

@@ -6,31 +6,27 @@ are asked for are read. Rows are the images that did not fail, in the order of t
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import MissingExtraError, StellarError
+from ..errors import MissingExtraError, StellarError, listing
 from ..files import is_machines, told_of
 from .output.index import ok, read_index
 from .output.layout import Partition, PathLike, Plan, check_sums, complete, read_plan
-from .output.opened import Opened
+from .rows import Feature, Rows, checked
 
 if TYPE_CHECKING:
     import pyarrow
 
     from .dataset import FeatureDataset
-
-NAMED = 5  # partitions that an error lists
 
 
 def open_features(folder: PathLike, *, allow_incomplete: bool = False) -> Features:
@@ -54,7 +50,7 @@ def open_features(folder: PathLike, *, allow_incomplete: bool = False) -> Featur
     if features.missing and not allow_incomplete:
         raise StellarError(
             f"{folder}: {len(features.missing)} of {len(plan.partitions)} partitions are missing: "
-            f"{_listed(features.missing)}; extract again into the same folder to complete it, or "
+            f"{listing(features.missing)}; extract again into the same folder to complete it, or "
             "open what is there with allow_incomplete=True"
         )
     return features
@@ -88,16 +84,14 @@ class Features:
         self.names: tuple[str, ...] = tuple(plan.configuration["features"])
         self.missing = [part.name for part in plan.partitions if part.index not in manifests]
         self._plan = plan
+        folders = [folder / plan.partitions[index].name for index in sorted(manifests)]
         self._manifests = [manifests[index] for index in sorted(manifests)]
-        self._folders = [folder / plan.partitions[index].name for index in sorted(manifests)]
-        # Row r is in the last partition that starts at or before it.
-        rows = [manifest["rows"] for manifest in self._manifests]
-        self._starts = list(accumulate(rows, initial=0))
-        self._views = {name: Feature(self, name) for name in self.names}
-        self._files: Opened | None = None
+        self._rows = Rows(folder, folders, self._manifests)
+        dtype = self.configuration["dtype"]
+        self._views = {name: Feature(self._rows, name, dtype) for name in self.names}
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._rows)
 
     def __getitem__(self, name: str) -> Feature:
         try:
@@ -152,7 +146,7 @@ class Features:
 
         tables = []
         for folder, manifest, start in zip(
-            self._folders, self._manifests, self._starts, strict=False
+            self._rows.folders, self._manifests, self._rows.starts, strict=False
         ):
             table = read_index(folder, manifest)
             place = table.schema.get_field_index("row")
@@ -169,8 +163,8 @@ class Features:
             IndexError: there is no such row.
         """
         found = [""] * len(rows)
-        for part, at, inside in self._split(_checked(np.asarray(rows), len(self))):
-            ids = self._opened.ids(part)
+        for part, at, inside in self._rows.split(checked(np.asarray(rows), len(self))):
+            ids = self._rows.opened.ids(part)
             for place, row in zip(at, inside, strict=True):
                 found[place] = ids[row].as_py()
         return found
@@ -185,7 +179,7 @@ class Features:
         Raises:
             StellarError: an index cannot be read.
         """
-        table = self._rows
+        table = self._table
         found = {name: table[name] for name in table.column_names}
         return {
             name: column.to_numpy()
@@ -200,19 +194,23 @@ class Features:
         Raises:
             KeyError: there is no such image, or it failed, and why.
         """
-        try:
-            return self._places[id]
-        except KeyError:
-            reason = next((one.reason for one in self.failed if one.id == id), None)
-            why = f"no image {id!r}" if reason is None else f"{id!r} has no row: {reason}"
-            raise KeyError(why) from None
+        found = self.find(id)
+        if isinstance(found, int):
+            return found
+        why = f"no image {id!r}" if found is None else f"{id!r} has no row: {found.reason}"
+        raise KeyError(why)
+
+    def find(self, id: str) -> int | Failed | None:
+        """The row of an image; why it has none; or None, where there is no such image."""
+        row = self._places.get(id)
+        return next((one for one in self.failed if one.id == id), None) if row is None else row
 
     @cached_property
     def _places(self) -> dict[str, int]:
         return {id: row for row, id in enumerate(self.ids)}
 
     @property
-    def _rows(self) -> pyarrow.Table:
+    def _table(self) -> pyarrow.Table:
         """The index of the images that have a row, without what is the same of all."""
         table = self.index
         return table.filter(ok(table)).drop_columns(["row", "status", "reason"])
@@ -233,7 +231,7 @@ class Features:
             raise MissingExtraError("a DataFrame", "recipes") from error
         import pyarrow
 
-        table = self._rows
+        table = self._table
         # Integers with missing ones among them stay integers.
         missing = any(one.null_count and one.type == pyarrow.int64() for one in table.columns)
         frame = table.to_pandas(
@@ -263,7 +261,7 @@ class Features:
         Raises:
             IndexError: there is no such row.
         """
-        for part, at, inside in self._split(_checked(np.asarray(rows), len(self))):
+        for part, at, inside in self._rows.split(checked(np.asarray(rows), len(self))):
             manifest = self._manifests[part]
             yield self._plan.partitions[manifest["partition"]], manifest, at, inside
 
@@ -284,7 +282,7 @@ class Features:
                     ) from error
                 damaged.append((self._plan.partitions[manifest["partition"]].name, str(error)))
         if damaged:
-            names = _listed([name for name, _ in damaged])
+            names = listing([name for name, _ in damaged])
             raise StellarError(
                 f"{self.folder}: {len(damaged)} of {len(self._manifests)} partitions are damaged: "
                 f"{names}; the first: {damaged[0][1]}"
@@ -307,132 +305,8 @@ class Features:
         return FeatureDataset(self, self.names if names is None else names, with_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_files", "_views", "ids", "failed", "columns", "_places")
+        left_out = ("ids", "failed", "columns", "_places")
         return {name: value for name, value in vars(self).items() if name not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._views = {name: Feature(self, name) for name in self.names}
-        self._files = None
-
-    @property
-    def _opened(self) -> Opened:
-        if self._files is None or self._files.process != os.getpid():  # forked: locks and threads
-            self._files = Opened(self._folders, self._manifests)
-        return self._files
-
-    def _split(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Rows by partition: its number, their places in `rows`, and their rows there."""
-        parts = np.searchsorted(self._starts, rows, side="right") - 1
-        order = np.argsort(parts, kind="stable")
-        for at in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
-            if len(at):
-                part = int(parts[at[0]])
-                yield part, at, rows[at] - self._starts[part]
-
-
-class Feature:
-    """One feature of all images, as a read-only array (rows, ...) of which nothing is loaded.
-
-    Indexed like a NumPy array along its rows: by an integer, a slice, a sequence of integers, or a
-    sequence of as many booleans as there are rows. What comes back is a NumPy array; within one
-    partition of `.npy` files, integers and slices give read-only views of the file.
-    """
-
-    def __init__(self, features: Features, name: str) -> None:
-        self._features, self.name = features, name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(rows, ...).
-
-        Raises:
-            StellarError: no partition is complete, so that the shape of a row is not known.
-        """
-        return (len(self), *self._facts["shape"][1:])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self._features.configuration["dtype"])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that `to_numpy` takes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-    @property
-    def _facts(self) -> dict[str, Any]:
-        if not self._features._manifests:
-            raise StellarError(f"{self._features.folder}: no partition is complete yet")
-        return self._features._manifests[0]["features"][self.name]
-
-    def __len__(self) -> int:
-        return len(self._features)
-
-    def __repr__(self) -> str:
-        return f"<Feature {self.name}: {self.dtype} {self.shape}>"
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        if isinstance(rows, tuple):
-            raise IndexError(
-                "one index chooses rows, and a second one what they give: "
-                f"{self.name}[row][...], {self.name}[rows][:, ...]"
-            )
-        if isinstance(rows, slice):
-            return self._slice(*rows.indices(len(self)))
-        chosen = _checked(np.asarray(rows), len(self))
-        if chosen.ndim == 0:
-            return self._slice(int(chosen), int(chosen) + 1, 1)[0]
-        return self._take(chosen)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for block in self.blocks():
-            yield from block
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError(f"{self.name} is in files: an array of all of it is always a copy")
-        return np.asarray(self.to_numpy(), dtype=dtype)
-
-    def blocks(self, rows: int = 4096) -> Iterator[np.ndarray]:
-        """All rows in order, at most `rows` at a time, for what does not fit into memory."""
-        if rows < 1:
-            raise ValueError(f"a block has at least 1 row, got {rows}")
-        starts = self._features._starts
-        for start, stop in pairwise(starts):
-            for first in range(start, stop, rows):
-                yield self._slice(first, min(first + rows, stop), 1)
-
-    def to_numpy(self) -> np.ndarray:
-        """All of it in memory: (rows, ...), yours to write to."""
-        result = np.empty(self.shape, self.dtype)
-        at = 0
-        for block in self.blocks():
-            result[at : at + len(block)] = block
-            at += len(block)
-        return result
-
-    def _slice(self, start: int, stop: int, step: int) -> np.ndarray:
-        if step != 1 or stop <= start:
-            return self._take(np.arange(start, stop, step))
-        starts, opened = self._features._starts, self._features._opened
-        pieces = []
-        part = bisect.bisect_right(starts, start) - 1
-        while start < stop:
-            end = min(stop, starts[part + 1])
-            if end > start:
-                pieces.append(
-                    opened.rows(part, self.name, start - starts[part], end - starts[part])
-                )
-            start = end
-            part += 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def _take(self, rows: np.ndarray) -> np.ndarray:
-        result = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        for part, at, inside in self._features._split(rows):
-            result[at] = self._features._opened.take(part, self.name, inside)
-        return result
 
 
 def _check_shapes(folder: Path, manifests: Mapping[int, dict[str, Any]]) -> None:
@@ -446,28 +320,3 @@ def _check_shapes(folder: Path, manifests: Mapping[int, dict[str, Any]]) -> None
                 f"{folder}: the rows of partition {index} are {shapes}, those of the first "
                 f"{first}; one model makes rows of one shape"
             )
-
-
-def _checked(rows: np.ndarray, length: int) -> np.ndarray:
-    """Row numbers from 0 up, of row numbers that may count from the end, or of a mask."""
-    if rows.dtype == bool:
-        if rows.shape != (length,):
-            raise IndexError(f"a mask has {length} booleans, one a row; got shape {rows.shape}")
-        return np.flatnonzero(rows)
-    if rows.size == 0 and rows.ndim == 1:
-        return rows.astype(np.int64)
-    if rows.dtype.kind not in "iu" or rows.ndim > 1:
-        raise IndexError(
-            "rows are chosen by an integer, a slice, or a one-dimensional sequence of integers or "
-            f"booleans; got {rows.dtype} of shape {rows.shape}"
-        )
-    wrong = rows[(rows < -length) | (rows >= length)]  # before large ones are cast
-    if wrong.size:
-        raise IndexError(f"row {wrong.flat[0]} is out of range: there are {length} rows")
-    rows = rows.astype(np.int64)
-    return np.where(rows < 0, rows + length, rows)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -10,11 +10,10 @@ would have. Views are drawn by kornia (extra `pretrain`).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from ..loading import load_stellar
 from ..reference import STELLARModel
 from ..reference.pretrain import training_loss
 from ..reference.pretrain.augment import training_views
+from ..weights.manifest import write_config
 
 # The published run's, for 128 images a process; the masking ratio is not the constructor's default.
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1.5e-4, 0.04, 3.0
@@ -194,7 +194,6 @@ def save(model: STELLARModel, folder: Path) -> None:
     Raises:
         StellarError: they cannot be written.
     """
-    config = model.config
     state = {
         name: value.detach().cpu().contiguous()
         for name, value in model.state_dict().items()
@@ -202,18 +201,14 @@ def save(model: STELLARModel, folder: Path) -> None:
     }
     with replacing(folder / "stellar.safetensors") as temporary:
         save_file(state, temporary)
-    entry = {
-        "weights": "stellar.safetensors",
-        "num_sparse_tokens": config.num_sparse_tokens,
-        "num_decoder_layers": config.num_decoder_layers,
-        "spatial_temp": config.spatial_temp,
-        "backbone": asdict(config.backbone),
-        "do_cls": model.do_cls,
-        "num_clusters": model.num_clusters,
-        "recon_type": "pixel" if model.tokenizer is None else "vq",
-    }
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps({"models": {"stellar": entry}}, indent=1))
+    write_config(
+        folder,
+        replace(model.config, name="stellar"),
+        "stellar.safetensors",
+        do_cls=model.do_cls,
+        num_clusters=model.num_clusters,
+        recon_type="pixel" if model.tokenizer is None else "vq",
+    )
 
 
 def _place() -> tuple[int, int]:

@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError
-from ..extract.features import Feature, Features
+from ..extract.features import Failed, Features
 from ..extract.input.addresses import Allowed, is_address, localized, shown
 from ..extract.input.door import read_item
 from ..extract.originals import Original
 from ..extract.records import Item
+from ..extract.rows import Feature
 from ..images.reader import decode
 from .search import BY, Hit, check_by, check_engine, nearest, vectors
 from .segment import grid_of
@@ -61,22 +62,6 @@ class Found:
     near: list[list[Hit]]
 
 
-def row_of(features: Features, id: str) -> int | None:
-    """The row of an id; None if there is none.
-
-    Raises:
-        ValueError: it is that of an image without a row; why.
-    """
-    try:
-        return features.ids.index(id)
-    except ValueError:
-        pass
-    for failed in features.failed:
-        if failed.id == id:
-            raise ValueError(f"{id}: has no features: {failed.reason}")
-    return None
-
-
 def maps_of(features: Features) -> Feature | None:
     """The maps of the sparse tokens; None if they were not extracted.
 
@@ -107,13 +92,16 @@ def read_queries(
         allowed: what may be read beyond the defaults.
 
     Raises:
-        ValueError: a text is none of these; the engine is of another model or other weights.
+        ValueError: a text is none of these, or an image that failed; the engine is of another model
+            or other weights.
         ImageError: a file cannot be read as an image.
     """
     engine: Engine | None = None
     found = []
     for text in texts:
-        row = row_of(features, text)
+        row = features.find(text)
+        if isinstance(row, Failed):
+            raise ValueError(f"{text}: has no features: {row.reason}")
         if row is None and re.fullmatch("[0-9]{1,18}", text):
             row = int(text)
             if row >= len(features):

@@ -11,7 +11,8 @@ import numpy as np
 from PIL.Image import Image
 
 from ..errors import MissingExtraError
-from ..extract.features import Feature, Features
+from ..extract.features import Features
+from ..extract.rows import Feature
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine

@@ -99,7 +99,7 @@ def fetch(
     # Whatever the library and the three HTTP clients of its supported versions raise is the same
     # to the caller: the file could not be had.
     except Exception as error:
-        reason, remedy = _explain(error, repo, file, local_files_only)
+        reason, remedy = _explain(error, repo, local_files_only)
         shown = revision or constants.DEFAULT_REVISION
         raise DownloadError(
             f"cannot get {file!r} of Hub repository {repo!r} at revision {shown!r}: {reason}; "
@@ -154,7 +154,7 @@ def _passes(error: BaseException) -> bool:
 
 
 def _explain(  # noqa: C901, one case after another
-    error: BaseException, repo: str, file: str, local_files_only: bool
+    error: BaseException, repo: str, local_files_only: bool
 ) -> tuple[str, str]:
     """One line each: why the file could not be had, and what to do."""
     # The library hides the server's answer behind its own "not in the cache" error.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
 from ..config import DEPTHS, BackboneConfig, ModelConfig
 from ..errors import CheckpointError, DownloadError, listing
-from ..files import MAX_JSON, parse_json
+from ..files import MAX_JSON, parse_json, replacing
 from .names import CLUSTERS
 
 CONFIG_FILE = "config.json"
@@ -32,6 +32,27 @@ class Trained:
 
 
 NOTHING_SAID = Trained()
+
+
+def write_config(folder: Path, config: ModelConfig, weights: str, **more: Any) -> None:
+    """Writes the `config.json` of one model, whose weights are in the file `weights` beside it.
+
+    Args:
+        more: further members of its entry.
+
+    Raises:
+        StellarError: it cannot be written.
+    """
+    entry = {
+        "weights": weights,
+        "num_sparse_tokens": config.num_sparse_tokens,
+        "num_decoder_layers": config.num_decoder_layers,
+        "spatial_temp": config.spatial_temp,
+        "backbone": asdict(config.backbone),
+        **more,
+    }
+    with replacing(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps({"models": {config.name: entry}}, indent=1))
 
 
 def read_model(path: Path, name: str) -> tuple[ModelConfig, Trained]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..errors import CheckpointError, StellarError, listing
 from ..files import parse_json, replacing, writing
 from ..precision import DTYPES
 from . import checkpoint, int8, names
+from .manifest import CONFIG_FILE, write_config
 from .pack import Layout, as_it_is, pack_decoder, pack_encoder, pack_vqgan
 from .packed import Block, DecoderWeights, EncoderWeights, Fp8Block, Fp8Linear, Linear
 from .quantize import FP8
@@ -30,7 +31,6 @@ from .residency import let_go
 
 FORMAT = 1
 METADATA = "stellar_fast"
-CONFIG_FILE = "config.json"
 AGAIN = "write it again with Engine.save"
 # Of the tensors, the first that every encoder has, and the one that a tokenizer has.
 PATCH, CODEBOOK = "encoder.patch", "decoder.vqgan.codebook"
@@ -84,15 +84,7 @@ def save(
             temporary,
             metadata={METADATA: json.dumps(header)},
         )
-    entry = {
-        "weights": file,
-        "num_sparse_tokens": config.num_sparse_tokens,
-        "num_decoder_layers": config.num_decoder_layers,
-        "spatial_temp": config.spatial_temp,
-        "backbone": asdict(config.backbone),
-    }
-    with replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps({"models": {config.name: entry}}, indent=1))
+    write_config(folder, config, file)
 
 
 def saved_precision(path: Path) -> str | None:

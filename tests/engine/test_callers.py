@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from dataclasses import asdict
 
 import numpy as np
@@ -12,6 +11,7 @@ from checkpoints import write_checkpoint
 from engines import image, small_engine
 from extracting import feature, index
 from pictures import photograph
+from threads import in_threads
 from tiny import BACKBONE
 
 import stellar_fast
@@ -66,11 +66,7 @@ def test_the_precision_of_the_callers_products(precision):
         after = engine.encode(x)
         inner()
         unaffected(inner)()
-        threads = [threading.Thread(target=unaffected(inner)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(lambda call: call(), [unaffected(inner)] * 8)
         with pytest.raises(ZeroDivisionError):
             unaffected(lambda: 1 / 0)()
         assert torch.get_float32_matmul_precision() == precision

@@ -1,7 +1,6 @@
 """What an engine promises beside its numbers: ownership, chunks, memory, threads, processes."""
 
 import multiprocessing
-import threading
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from budgets import TENSOR
 from budgets import assert_same_features as assert_same
 from checkpoints import relative_error
 from engines import image, small_engine
+from threads import in_threads
 
 from stellar_fast.engine import encoder, torch_ops
 from stellar_fast.engine.encoder import OUTPUTS
@@ -227,22 +227,13 @@ def test_other_runtime_errors_are_not_taken_for_lack_of_memory(engine, monkeypat
 def test_eight_threads(engine):
     batches = [image(1 + seed % 3, 64, 64 + 16 * (seed % 4), seed) for seed in range(16)]
     expected = [engine.encode(x) for x in batches]
-    failures: list = []
 
     def work(offset: int) -> None:
-        try:
-            for step in range(16):
-                index = (step + offset) % 16
-                assert_same(engine.encode(batches[index]), expected[index])
-        except BaseException as error:
-            failures.append(error)
+        for step in range(16):
+            index = (step + offset) % 16
+            assert_same(engine.encode(batches[index]), expected[index])
 
-    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(work, range(8))
 
 
 def _encode_in_child(engine: Engine, pipe) -> None:

@@ -1,11 +1,10 @@
 """What an engine keeps and takes on is bounded, whatever images come."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
 from engines import image, small_engine
+from threads import in_threads
 
 from stellar_fast.engine import encoder, engine
 from stellar_fast.engine.caching import ByteCache
@@ -58,11 +57,7 @@ def test_a_cache_of_many_threads_stays_within_its_bytes():
             if kept.nbytes > 64:
                 wrong.append("bytes")
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(6))
     assert not wrong
 
 

@@ -12,11 +12,7 @@ from engine_budgets import (
     assert_reconstructs_as_published,
 )
 from engines import engine_of
-from goldens import (
-    ENCODE,
-    assert_encodes_as_published,
-    slow,
-)
+from goldens import ENCODE, assert_encodes_as_published, slow
 from references import reference_of, vqgan_of
 
 from stellar_fast.engine import decoder

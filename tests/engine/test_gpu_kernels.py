@@ -4,7 +4,6 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from engine_budgets import assert_encodes_within_budget
 from engines import engine_of, image, small_engine
 from goldens import ENCODE, assert_encodes_as_published
 from references import reference_of
+from threads import in_threads
 
 import stellar_fast
 from stellar_fast.engine import encoder
@@ -136,11 +136,7 @@ def test_eight_threads_on_streams_of_their_own():
                     wrong.append(i)
             stream.synchronize()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(8))
     assert wrong == []
 
 

@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 from engines import image, small_engine
+from threads import in_threads
 
 from stellar_fast.engine import encoder
 from stellar_fast.engine.engine import _is_out_of_memory
@@ -264,18 +265,11 @@ def test_replays_of_many_threads_do_not_mix(engine, recorder):
     plain = small_engine()
     batches = [image(2, 64, 64, seed) for seed in range(8)]
     expected = [plain.encode(x)["cls"] for x in batches]
-    found: list = [None] * 8
 
-    def work(i: int) -> None:
-        for _ in range(3):
-            found[i] = engine.encode(batches[i])["cls"]
+    def work(x: torch.Tensor) -> torch.Tensor:
+        return [engine.encode(x)["cls"] for _ in range(3)][-1]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(in_threads(work, batches), expected, strict=True):
         assert torch.equal(a, b)
     assert recorder.captured == 1
     assert recorder.order == ["wait", "wait", "done", *["wait", "done"] * 23]
@@ -402,25 +396,14 @@ def test_a_failed_capture_leaves_stream_and_memory_as_they_were(fake_cuda, fails
 def test_engines_of_one_device_capture_one_after_another(fake_cuda):
     cuda = fake_cuda()
     recorders = [CudaRecorder(DEVICE) for _ in range(4)]
-    errors: list[BaseException] = []
 
     def forward():
         if cuda.capturing.locked():
             time.sleep(0.02)
         return {}
 
-    def work(recorder):
-        try:
-            recorder.record(forward)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(recorder,)) for recorder in recorders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == [] and cuda.log.count("end") == 4
+    in_threads(lambda recorder: recorder.record(forward), recorders)
+    assert cuda.log.count("end") == 4
 
 
 def test_an_error_in_the_forward_is_the_callers_and_the_next_batch_works(engine, monkeypatch):

@@ -24,9 +24,7 @@ from stellar_fast.images.presets import load_batch, load_image
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photographs")
-    write_photographs(root, good=20, broken=4)
-    return root
+    return write_photographs(tmp_path_factory.mktemp("photographs"), good=20, broken=4)
 
 
 pytestmark = pytest.mark.usefixtures("one_decoding_process")

@@ -33,6 +33,7 @@ from extracting import (
 from killing import Driver, assert_whole
 from pictures import photograph
 from scenes import write_photographs
+from threads import in_threads
 
 from stellar_fast import StellarError
 from stellar_fast.extract import make_job, run, run_devices
@@ -45,9 +46,7 @@ from stellar_fast.extract.work.pipeline import Pipeline, Stopped
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("photographs")
-    write_photographs(root, good=60, broken=6)
-    return root
+    return write_photographs(tmp_path_factory.mktemp("photographs"), good=60, broken=6)
 
 
 @pytest.fixture(scope="module")
@@ -242,16 +241,7 @@ def test_runs_that_know_nothing_of_each_other_share_the_partitions(
 ):
     output = tmp_path / "out"
     job = make_job(photographs, output, **SMALL_PARTS)
-    summaries = []
-
-    def extract():
-        summaries.append(run(job, engine))
-
-    threads = [threading.Thread(target=extract) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    summaries = in_threads(lambda job: run(job, engine), [job] * 3)
     assert contents(output) == whole
     assert sum(summary.partitions for summary in summaries) == 9
     for summary in summaries:

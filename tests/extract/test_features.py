@@ -9,25 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from outputs import made_up, write_output
+from outputs import FAILED, ROWS, made_up, write_output
 
 import stellar_fast
 from stellar_fast.errors import StellarError
 from stellar_fast.extract.features import Failed
 from stellar_fast.extract.output import opened
 from stellar_fast.extract.output.formats import FORMATS
-
-ROWS = 23
-FAILED = (0, 3, 10, 11, 12, 13, 14, 24)  # partition 2 of 5 images has no row at all
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def output(request, tmp_path_factory):
-    """(folder, features as arrays, ids of all images)."""
-    folder = tmp_path_factory.mktemp("features") / request.param
-    features = made_up(ROWS)
-    ids = write_output(folder, features, failed=FAILED, format=request.param)
-    return folder, features, ids
 
 
 def test_a_view_of_all_partitions(output):

@@ -3,30 +3,18 @@
 import os
 import pickle
 import signal
-import threading
 import warnings
 from itertools import product
 
 import numpy as np
 import pytest
-from outputs import made_up, write_output
+from outputs import FAILED, ROWS, made_up, write_output
+from threads import in_threads
 from torch.utils.data import DataLoader, Dataset
 
 import stellar_fast
 from stellar_fast.extract.features import Features
 from stellar_fast.extract.output.formats import FORMATS
-
-ROWS = 23
-FAILED = (0, 3, 10, 11, 12, 13, 14, 24)
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def output(request, tmp_path_factory):
-    """(folder, features as arrays, ids of all images)."""
-    folder = tmp_path_factory.mktemp("features") / request.param
-    features = made_up(ROWS)
-    ids = write_output(folder, features, failed=FAILED, format=request.param)
-    return folder, features, ids
 
 
 def test_a_pickle_holds_no_rows(output):
@@ -54,11 +42,7 @@ def test_many_threads(output):
             if not np.array_equal(features[name][rows], expected[name][rows]):
                 wrong.append(rows)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(6))
     assert wrong == []
 
 
@@ -67,7 +51,7 @@ def test_a_child_forked_while_a_thread_reads(output):
     folder, expected, _ = output
     features = stellar_fast.open_features(folder)
     _ = features["cls"][:]
-    with features._files._lock, warnings.catch_warnings():
+    with features._rows.opened._lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forking threads
         child = os.fork()
         if not child:

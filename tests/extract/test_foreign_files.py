@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-from forged import PART, change_json, original, read_all, refused, sign
+from forged import PART, change_json, read_all, refused, sign
 from outputs import SHAPES
 from pyarrow import parquet
 
@@ -17,17 +17,6 @@ from stellar_fast.extract.output.folder import Locks
 from stellar_fast.extract.output.layout import read_plan
 from stellar_fast.extract.output.partition import Work
 from stellar_fast.extract.records import Item
-
-
-@pytest.fixture
-def npy(tmp_path) -> Path:
-    return original(tmp_path / "out", "npy")
-
-
-@pytest.fixture
-def packed(tmp_path) -> Path:
-    return original(tmp_path / "packed", "parquet")
-
 
 # Arrays
 

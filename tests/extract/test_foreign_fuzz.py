@@ -1,6 +1,5 @@
 """Forged output folders by the thousand: each is an error of one line, or is read as it is."""
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forged import Forger, outcome, read_all
+from memory import peak
 from outputs import made_up, write_output
 
 FAILED = (1, 6, 7)
@@ -24,11 +24,6 @@ def watch(event: str, arguments: tuple) -> None:
     inside = Path(name).is_relative_to(_watched[0]) or "/" not in name
     if not inside and not name.startswith(ALLOWED):
         _strayed.append(name)
-
-
-def peak() -> int:
-    """The most bytes that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def fuzz(tmp_path: Path, count: int, seed: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from extracting import SUPPORT
-from forged import PART, change_json, original, refused, sign
+from forged import PART, change_json, refused, sign
 
 import stellar_fast
 from stellar_fast.errors import StellarError
@@ -22,16 +22,6 @@ def put(content: dict, path: str, value: object) -> None:
         del content[last]
     else:
         content[last] = value
-
-
-@pytest.fixture
-def npy(tmp_path) -> Path:
-    return original(tmp_path / "out", "npy")
-
-
-@pytest.fixture
-def packed(tmp_path) -> Path:
-    return original(tmp_path / "packed", "parquet")
 
 
 # The plan

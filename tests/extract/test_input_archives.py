@@ -5,21 +5,12 @@ import zipfile
 
 import pytest
 from archived import write_tar, zipped
-from loopback import serving
+from loopback import LIMIT
 
 from stellar_fast import ImageError
 from stellar_fast.extract.input import archives, discover, door
 from stellar_fast.extract.input.addresses import Allowed
 from stellar_fast.extract.records import Item
-
-LIMIT = 1 << 20
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(door, "MAX_BYTES", LIMIT)
-    with serving({}) as found:
-        yield found
 
 
 def test_members_of_zips_are_not_unpacked_beyond_the_limit(server, tmp_path):

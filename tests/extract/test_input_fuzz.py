@@ -6,7 +6,6 @@ those seeds.
 
 import io
 import random
-import resource
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from unittest.mock import patch
 
 import pyarrow
 import pytest
+from memory import peak
 from pyarrow import parquet
 from tars import GOOD, LIES, header
 
@@ -164,11 +164,6 @@ def check_item(item: Item, tar: bytes | None, source: str, seed: int) -> None:
     else:
         with pytest.raises(ImageError, match="empty file"):
             door.read_item(item)
-
-
-def peak() -> int:
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
 
 
 def test_mutants_are_errors_or_right(tmp_path):

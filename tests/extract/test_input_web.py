@@ -8,21 +8,12 @@ import zlib
 
 import pytest
 from archived import write_tar
-from loopback import Request, head, honest, redirect, serving
+from loopback import LIMIT, Request, head, honest, redirect
 
 from stellar_fast import ImageError
 from stellar_fast.extract.input import archives, discover, door, web
 from stellar_fast.extract.input.addresses import Allowed
 from stellar_fast.extract.records import Item
-
-LIMIT = 1 << 20
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(door, "MAX_BYTES", LIMIT)
-    with serving({}) as found:
-        yield found
 
 
 def read(server, path: str = "a.jpg", *span: int) -> bytes:

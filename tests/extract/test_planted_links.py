@@ -38,9 +38,7 @@ def output(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    write_photographs(folder, 5, broken=0)
-    return folder
+    return write_photographs(tmp_path_factory.mktemp("photographs"), good=5, broken=0)
 
 
 @pytest.mark.parametrize("target", ["file", "deep", "absent", "/dev/null"])

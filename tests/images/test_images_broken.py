@@ -5,7 +5,6 @@ import pickle
 import random
 import re
 import struct
-import threading
 import time
 import warnings
 import zlib
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from pictures import distance, photograph, png_of, saved
 from PIL import Image, ImageFile
+from threads import in_threads
 
 from stellar_fast import images
 from stellar_fast.errors import ImageError
@@ -255,11 +255,7 @@ def test_many_threads(tmp_path):
             if distance(images.decode(paths[index]), photograph(seed=index)):
                 failures.append(index)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(8))
     assert failures == []
 
 

@@ -3,7 +3,6 @@
 import io
 import random
 import struct
-import threading
 import time
 import warnings
 import zlib
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from pictures import photograph
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
+from threads import in_threads
 
 from stellar_fast import ImageError
 from stellar_fast.images import decode, metadata
@@ -332,25 +332,15 @@ def test_the_caller_keeps_its_flag_meanwhile(settings):
     def by_pillow() -> None:
         Image.open(io.BytesIO(half)).load()
 
-    problems = []
-
     def often(function) -> None:
-        try:
-            for _ in range(50):
-                function()
-        except Exception as error:
-            problems.append(error)
+        for _ in range(50):
+            function()
 
     def by_decode() -> None:
         with pytest.raises(ImageError):
             decode(half)
 
-    threads = [threading.Thread(target=often, args=(f,)) for f in (by_pillow, by_decode) * 4]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    in_threads(often, (by_pillow, by_decode) * 4)
     by_pillow()
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with pytest.raises(OSError, match="truncated"):

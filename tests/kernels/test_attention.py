@@ -5,6 +5,7 @@ import torch
 from kernel_checks import (
     DEVICE,
     GPUS,
+    KERNEL_MARKS,
     ON_GPU,
     TWO_WAYS,
     assert_within_budget,
@@ -21,11 +22,7 @@ from stellar_fast.kernels import attention, gpus, launch, tables
 from stellar_fast.kernels.attention import attention_tile
 from stellar_fast.kernels.tables import AttentionTile, Table
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.numerical,
-    pytest.mark.usefixtures("poisoned", "bounded"),
-]
+pytestmark = KERNEL_MARKS
 # Pointers, or descriptors: in float32, where all parts take pointers, only the first.
 WAYS = TWO_WAYS if ON_GPU else [way for way in TWO_WAYS if way != (90, torch.float32)]
 # Where keys stay in shared memory, if they are not too many.

@@ -5,6 +5,7 @@ import torch
 from kernel_checks import (
     DEVICE,
     DTYPES,
+    KERNEL_MARKS,
     accumulation,
     assert_budget,
     assert_every_part_launches_alike,
@@ -19,11 +20,7 @@ from stellar_fast.kernels.launch import FP8, FP8_MAX
 from stellar_fast.kernels.norm import norm, quantize_rows
 from stellar_fast.reference import ops as oracles
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.numerical,
-    pytest.mark.usefixtures("poisoned", "bounded"),
-]
+pytestmark = KERNEL_MARKS
 EPS = 1e-12
 
 

@@ -5,6 +5,7 @@ import torch
 from kernel_checks import (
     DEVICE,
     DTYPES,
+    KERNEL_MARKS,
     accumulation,
     assert_budget,
     assert_every_part_launches_alike,
@@ -17,11 +18,7 @@ from stellar_fast.kernels.launch import SUM_BLOCK
 from stellar_fast.kernels.patch_embed import patch_embed
 from stellar_fast.reference import ops as oracles
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.numerical,
-    pytest.mark.usefixtures("poisoned", "bounded"),
-]
+pytestmark = KERNEL_MARKS
 PIXELS = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

@@ -5,6 +5,7 @@ import torch
 from kernel_checks import (
     DEVICE,
     DTYPES,
+    KERNEL_MARKS,
     assert_budget,
     assert_every_part_launches_alike,
     assert_within_budget,
@@ -16,11 +17,7 @@ from kernel_checks import (
 from stellar_fast.kernels.reassemble import reassemble
 from stellar_fast.reference import ops as oracles
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.numerical,
-    pytest.mark.usefixtures("poisoned", "bounded"),
-]
+pytestmark = KERNEL_MARKS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

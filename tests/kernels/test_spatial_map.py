@@ -6,6 +6,7 @@ from kernel_checks import (
     DEVICE,
     DTYPES,
     GPUS,
+    KERNEL_MARKS,
     assert_budget,
     draw,
     on_gpu,
@@ -17,11 +18,7 @@ from stellar_fast.kernels.reassemble import reassemble
 from stellar_fast.kernels.spatial_map import spatial_map
 from stellar_fast.reference import ops as oracles
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.numerical,
-    pytest.mark.usefixtures("poisoned", "bounded"),
-]
+pytestmark = KERNEL_MARKS
 TEMPERATURE = 0.06
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import sys
 import time
 import warnings
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
 
+from memory import peak
 from mutants import FORMATS, RARE, mutant, originals
 
 Case = tuple[str, int]  # format and seed
@@ -98,7 +98,7 @@ def _serve(pipe: Connection, name: str, max_pixels: int, preset: str) -> None:
     load = getattr(import_module(module), function)
     warnings.simplefilter("ignore")
     load(originals("PNG")[0], preset, max_pixels=max_pixels)  # what imports take is no picture's
-    pipe.send(_peak())
+    pipe.send(peak())
     while (data := pipe.recv()) is not None:
         began = time.perf_counter()
         try:
@@ -112,12 +112,7 @@ def _serve(pipe: Connection, name: str, max_pixels: int, preset: str) -> None:
             shape = tuple(pixels.shape)
             good = shape == (3, SIZE, SIZE) and not bool((pixels != pixels).any())
             answer = ("picture", "") if good else ("bad", f"pixels {shape}, NaN or not")
-        pipe.send((*answer, time.perf_counter() - began, _peak()))
-
-
-def _peak() -> int:
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+        pipe.send((*answer, time.perf_counter() - began, peak()))
 
 
 def misbehave(data: bytes, preset: str, *, max_pixels: int):

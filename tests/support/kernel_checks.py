@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 
 import interpreter_arithmetic
+import pytest
 import torch
 
 from stellar_fast.kernels import gpus, launch
@@ -22,6 +23,11 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 # Pointers and registers, or TMA descriptors: the two ways that kernels reach memory.
 GPUS = [None] if ON_GPU else [80, 90]
 TWO_WAYS = [(gpu, dtype) for gpu in GPUS for dtype in DTYPES]
+KERNEL_MARKS = [
+    pytest.mark.kernels,
+    pytest.mark.numerical,
+    pytest.mark.usefixtures("poisoned", "bounded"),
+]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

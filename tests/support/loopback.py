@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 Answer = Callable[["Request"], Iterable[bytes]]
+LIMIT = 1 << 20  # bytes that the fixture `server` lets be read of a file
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,10 @@ def _broken(index: int) -> tuple[str, bytes]:
     return kinds[index % len(kinds)]
 
 
-def write_photographs(root: Path, good: int, broken: int) -> list[str]:
-    """Fills `root` and its folders with `good` photographs, and with `broken` files between them.
-
-    Returns:
-        The names of the broken files, relative to `root`, with forward slashes.
-    """
+def write_photographs(root: Path, good: int, broken: int) -> Path:
+    """`root`, with `good` photographs in it and its folders, and `broken` files between them."""
     rng = np.random.default_rng(5)
-    names: list[str] = []
+    written = 0
     step = max(1, good // broken) if broken else good + 1
     for index in range(good):
         folder = root / ("", "summer", "summer/sea", "ünïcode")[index % 4]
@@ -82,9 +78,8 @@ def write_photographs(root: Path, good: int, broken: int) -> list[str]:
         left, top = (int(rng.integers(0, room + 1)) for room in (440 - width, 440 - height))
         content = write(scene.crop((left, top, left + width, top + height)))
         (folder / f"{index:04}{suffix}").write_bytes(content)
-        if index % step == 0 and len(names) < broken:
-            suffix, content = _broken(len(names))
-            path = folder / f"{index:04}-broken{suffix}"
-            path.write_bytes(content)
-            names.append(path.relative_to(root).as_posix())
-    return sorted(names)
+        if index % step == 0 and written < broken:
+            suffix, content = _broken(written)
+            (folder / f"{index:04}-broken{suffix}").write_bytes(content)
+            written += 1
+    return root

@@ -4,7 +4,6 @@ import io
 import json
 import pickletools
 import random
-import resource
 import struct
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory import peak
 from safetensors.torch import save_file
 from tiny import BACKBONE, CONFIG, CPU, join, save_packed, split
 
@@ -245,7 +245,7 @@ def outcomes(kind: str, folder: Path, seeds: range) -> Counter[str]:
         if watching[0] and event in FORBIDDEN:
             started.append(event)
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     sys.addaudithook(watch)
     for seed in seeds:
         start = time.thread_time()
@@ -260,7 +260,7 @@ def outcomes(kind: str, folder: Path, seeds: range) -> Counter[str]:
         assert not started, (kind, seed, started)
         counts[outcome] += 1
     watching[0] = False
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = (peak() - before) / 2**20
     assert grown < MEBIBYTES, f"{grown:.0f} MiB more"
     return counts
 

@@ -95,7 +95,7 @@ def members(file: IO[bytes], place: str) -> Iterator[Member]:
                     f"bytes, more than the limit of {MAX_HEADER}"
                 )
             content = _read(file, data, info.size)
-            at = _after(data, info.size, length, place)
+            at = _after(data, info.size)
             if info.type == tarfile.XGLTYPE:
                 shared |= _records(content, place, at)
             else:
@@ -117,13 +117,13 @@ def members(file: IO[bytes], place: str) -> Iterator[Member]:
         more = info.type == tarfile.GNUTYPE_SPARSE and block[482]
         while more:
             more = _read(file, data, BLOCK)[504:505] not in (b"", b"\0")
-            data = _after(data, BLOCK, length, place)
+            data = _after(data, BLOCK)
         stored = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         if size < 0:
             raise ValueError(
                 f"{place}: cannot be read as a tar: {printable(name)} has {size} bytes"
             )
-        at = _after(data, size if stored else 0, length, place)
+        at = _after(data, size if stored else 0)
         if data + size > length and stored:
             raise ValueError(
                 f"{place}: cannot be read as a tar: {printable(name)} has {size} bytes from byte "
@@ -227,7 +227,7 @@ def _read(file: IO[bytes], at: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _after(start: int, size: int, length: int, place: str) -> int:
+def _after(start: int, size: int) -> int:
     """Where the block after some bytes begins."""
     return start + -(-size // BLOCK) * BLOCK
 

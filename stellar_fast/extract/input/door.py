@@ -227,6 +227,15 @@ def open_file(where: str, allowed: Allowed, *, whole: bool = False) -> IO[bytes]
         return fs.open(path, "rb")
 
 
+def open_named(where: str, allowed: Allowed, kind: str, *, whole: bool = False) -> IO[bytes]:
+    """`open_file` of what the user named: where there is none, a ValueError says no such `kind`."""
+    try:
+        return open_file(where, allowed, whole=whole)
+    except FileNotFoundError as error:
+        why = str(error).partition("no such file")[2]
+        raise ValueError(f"{shown(where)}: no such {kind}{why}") from None
+
+
 def _open_member(address: Address, allowed: Allowed) -> IO[bytes]:
     return io.BytesIO(_kept_archive(address, allowed).read(address.path, MAX_LIST_BYTES))
 

@@ -18,7 +18,7 @@ from ...printable import printable
 from ..footer import Group, read_footer, unaccounted
 from ..records import Item
 from .addresses import Allowed, label, places_of, shown
-from .door import open_file
+from .door import open_file, open_named
 from .kept import FOLDER, Budget
 from .parquet_column import check_alone, kept_columns, rows_of, sparing
 from .table import COLUMNS, IMAGES, MAX_LINE, MAX_LINES, column_name, said
@@ -101,18 +101,12 @@ def read_embedded(
 def _read_table(allowed: Allowed, place: str) -> _Table:
     from pyarrow import ArrowException, parquet
 
-    name = shown(place)
-    try:
-        file = open_file(place, allowed)
-    except FileNotFoundError as error:
-        why = str(error).partition("no such file")[2]
-        raise ValueError(f"{name}: no such list{why}") from None
-    with file:
+    with open_named(place, allowed, "list") as file:
         try:
             groups = read_footer(file)  # before Arrow, which a damaged one may end the process of
             return _Table(place, groups, parquet.ParquetFile(file).schema_arrow)
         except (ValueError, ArrowException, OSError) as error:
-            raise ValueError(f"{name}: cannot be read as Parquet: {said(error)}") from None
+            raise ValueError(f"{shown(place)}: cannot be read as Parquet: {said(error)}") from None
 
 
 def _check_file(table: _Table, name: str, allowed: Allowed) -> None:
@@ -265,7 +259,7 @@ def _items(
     name = shown(table.place)
     if FOLDER in keep and FOLDER not in table.schema.names:
         raise ValueError(f"{name}: no column {FOLDER!r} to keep, and rows are in no folder")
-    columns = kept_columns(table.schema, table.groups, name, keep)
+    columns = kept_columns(table.schema, name, keep)
     if id_column is not None:
         column_name(table.schema.names, name, id_column)
         _check_ids(table.schema.field(id_column).type, name, id_column)

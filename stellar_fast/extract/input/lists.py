@@ -12,7 +12,7 @@ from typing import IO
 
 from ..records import Item
 from .addresses import Address, Allowed, address_of, is_address, locate, shown
-from .door import check_stores, open_file
+from .door import check_stores, open_named
 from .kept import OF_ID, Budget, filled, numbers_of, places
 from .parquet_column import parquet_lines
 from .sieve import SUFFIXES, Sieve, suffix_of
@@ -56,15 +56,10 @@ def read_lists(
 
     for name in names:
         starts.append(len(items))
-        try:
-            # Tables are looked at in places; from elsewhere they are read whole first.
-            file = open_file(name, allowed, whole=True)
-        except FileNotFoundError as error:
-            why = str(error).partition("no such file")[2]
-            raise ValueError(f"{shown(name)}: no such list{why}") from None
         own = address_of(name)
         number = 0
-        with file:
+        # Tables are looked at in places; from elsewhere they are read whole first.
+        with open_named(name, allowed, "list", whole=True) as file:
             for number, line, values in lines(file, shown(name), column, own, keep):
                 if len(line) > MAX_LINE:
                     raise ValueError(

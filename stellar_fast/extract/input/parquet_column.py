@@ -35,7 +35,7 @@ def parquet_lines(
         names = parquet.ParquetFile(file).schema_arrow
         chosen = column_name(names.names, name, column)
         _check_type(names.field(chosen).type, name, chosen)
-        kept = kept_columns(names, groups, name, keep)
+        kept = kept_columns(names, name, keep)
         found = 0
         for value, *values in rows_of(file, groups, name, [chosen, *kept]):
             path = os.fsdecode(value) if isinstance(value, bytes) else value
@@ -109,7 +109,7 @@ def check_column(groups: Sequence[Group], name: str, column: str) -> bool:
     return not any(encoding in DELTA for one in found for encoding in one.encodings)
 
 
-def kept_columns(schema: Any, groups: Sequence[Group], name: str, keep: Sequence[str]) -> list[str]:
+def kept_columns(schema: Any, name: str, keep: Sequence[str]) -> list[str]:
     """Which columns have what is kept; the image's folder has none.
 
     Raises:

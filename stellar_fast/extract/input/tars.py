@@ -11,7 +11,7 @@ from ...printable import printable
 from ..records import Item, Value
 from .addresses import Allowed, label, places_of, shown
 from .archives import Member, files
-from .door import open_file
+from .door import open_named
 from .kept import Budget, of_sample, read_member, sample_of, suffixes_of
 from .sieve import Sieve
 
@@ -60,12 +60,7 @@ def _read_tar(
     seen = set()
     keys: list[str] = []  # of the items
     beside: dict[str, dict[str, Value]] = {}  # what is kept of the members with a key
-    try:
-        file = open_file(place, allowed)
-    except FileNotFoundError as error:
-        why = str(error).partition("no such file")[2]
-        raise ValueError(f"{shown(place)}: no such tar{why}") from None
-    with file:
+    with open_named(place, allowed, "tar") as file:
         if file.seek(0, 2) == 0:
             sieve.skip("empty tars")
             return [], sieve
