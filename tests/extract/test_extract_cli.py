@@ -45,11 +45,14 @@ GOOD, BROKEN = 45, 5
 def extracted(repo, tmp_path_factory):
     """(photographs, the broken ones' names, output, finished process)."""
     root = tmp_path_factory.mktemp("acceptance")
-    broken = write_photographs(root / "photographs", good=GOOD, broken=BROKEN)
+    photographs = write_photographs(root / "photographs", good=GOOD, broken=BROKEN)
+    found = (path.relative_to(photographs).as_posix() for path in photographs.rglob("*-broken.*"))
+    broken = sorted(found)
+    assert len(broken) == BROKEN
     output = root / "features"
-    arguments = ("extract", root / "photographs", output, *small(repo), "--batch-size", BATCH)
+    arguments = ("extract", photographs, output, *small(repo), "--batch-size", BATCH)
     done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=root)
-    return root / "photographs", broken, output, done
+    return photographs, broken, output, done
 
 
 def test_exit_status_and_summary_say_that_some_failed(extracted):
