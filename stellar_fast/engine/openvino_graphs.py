@@ -65,7 +65,7 @@ class _Graph:
     """A compiled graph, for any number of calls at a time, each by a request of its own.
 
     One request is kept with its memory for what the graph computes in between, which the next call
-    finds mapped. It holds the caller's own memory no longer than the call.
+    finds mapped. Of inputs and outputs it has the addresses alone, until each call sets its own.
     """
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
@@ -83,11 +83,7 @@ class _Graph:
         for index, tensor in enumerate(outputs):
             request.set_output_tensor(index, _shared(tensor))
         request.infer()
-        # Behind an error it is not kept: nobody knows in which state it is.
-        for index, tensor in enumerate(inputs):
-            request.set_input_tensor(index, _shared(tensor[:0]))
-        for index, tensor in enumerate(outputs):
-            request.set_output_tensor(index, _shared(tensor.new_empty(0, *tensor.shape[1:])))
+        # Not behind an error, when nobody knows in which state it is.
         self._kept = request
 
 

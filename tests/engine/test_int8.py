@@ -206,12 +206,19 @@ def test_a_saved_engine_has_its_scales(engine, tmp_path):
 
 
 def test_scales_that_are_none_are_damage(engine, tmp_path):
-    scales = engine._encoder.last.fc1.scales
-    for name, value in (("step", -scales.step), ("channels", 0 * scales.channels)):
-        bad = dataclasses.replace(scales, **{name: value})
-        last = dataclasses.replace(
-            engine._encoder.last, fc1=dataclasses.replace(engine._encoder.last.fc1, scales=bad)
+    whole = engine._encoder.last
+    scales = whole.fc1.scales
+    damaged = {
+        name: dataclasses.replace(
+            whole, fc1=dataclasses.replace(whole.fc1, scales=dataclasses.replace(scales, **bad))
         )
+        for name, bad in (
+            ("step", {"step": -scales.step}),
+            ("channels", {"channels": 0 * scales.channels}),
+        )
+    }
+    damaged["reach"] = dataclasses.replace(whole, score_reach=whole.score_reach * 0)
+    for name, last in damaged.items():
         encoder = dataclasses.replace(engine._encoder, last=last)
         saving.save(tmp_path / name, engine.config, "int8", encoder, None)
         with pytest.raises(CheckpointError, match="scales that are not positive"):
